@@ -1,0 +1,39 @@
+# `make demo` and `make test` work on a fresh clone: they need python3 (3.10 or later) and a package registry.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.current
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo setup check test bench docs clean
+
+demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
+	$(BIN)/flashcomm demo
+
+setup: $(STAMP)  ## a virtual environment with everything that development needs
+
+check: $(STAMP)  ## style, types, layering, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src tests tools examples
+
+test: $(STAMP)  ## everything that this machine can test; the rest is skipped with its reason
+	$(BIN)/pytest -rs
+
+bench: $(STAMP)  ## the figures of results/, on this machine
+	$(BIN)/flashcomm bench codec
+	$(BIN)/flashcomm bench all_reduce --tp 2,4
+
+docs: $(STAMP)  ## regenerate the parts of docs/ that code knows better
+	$(BIN)/python tools/make_docs.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing flashcomm and its development tools into $(VENV) (one to three minutes) ..."
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) flashcomm-demo

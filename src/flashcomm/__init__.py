@@ -1,0 +1,30 @@
+"""flashcomm: tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.
+
+    x = flashcomm.all_reduce(x, codec="int8g128", group=tp)
+
+`codec` parses a wire format, `encode` and `decode` apply it, the four collectives send it, `simulate` shows in one
+process what the ranks would get, `stats` tells what happened. `flashcomm.integrations` compresses whole models.
+"""
+
+from flashcomm import simulate
+from flashcomm.codecs import Codec
+from flashcomm.codecs import parse as codec
+from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
+from flashcomm.kernels import decode, encode
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Codec",
+    "Work",
+    "all_gather",
+    "all_reduce",
+    "all_to_all",
+    "codec",
+    "decode",
+    "encode",
+    "reduce_scatter",
+    "reset_stats",
+    "simulate",
+    "stats",
+]

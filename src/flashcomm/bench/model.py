@@ -1,0 +1,187 @@
+"""Load a model over the ranks of the current process group, and measure it: accuracy against plain, and TTFT."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import flashcomm
+from flashcomm.bench.timing import Times, interleaved
+from flashcomm.integrations.transformers import Compression
+
+
+def check_directory(directory: Path, ranks: int):
+    """Refuse a model directory that cannot be loaded over `ranks` ranks, before any process is started.
+
+    Raises:
+        ValueError: no such model, or heads that do not divide; says what is there and what is allowed.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no model in {str(directory)!r}: a Hugging Face model directory has a config.json")
+    config = json.loads(path.read_text())
+    config = config.get("text_config", config)
+    heads = config.get("num_attention_heads", 0)
+    kv_heads = config.get("num_key_value_heads", heads)
+    if heads % ranks or kv_heads % ranks:
+        fits = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
+        raise ValueError(
+            f"--tp {ranks} does not divide the {heads} attention heads and {kv_heads} key/value heads of "
+            f"{str(directory)!r}. Allowed: {', '.join(map(str, fits))}"
+        )
+
+
+def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """(model, tokenizer) from a local directory, tensor parallel over all ranks of the default group."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    plan = _tensor_parallel_argument() if dist.get_world_size() > 1 else {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    return model, tokenizer
+
+
+def _tensor_parallel_argument() -> dict[str, Any]:
+    """How this transformers wants to hear of tensor parallelism: by ``tp_plan``, in later ones by a config."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
+        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    return {"tp_plan": "auto"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """What a codec does to a model, teacher-forced over the same tokens as plain."""
+
+    perplexity: float
+    perplexity_change: float
+    """Relative to plain: 0.01 is one percent worse."""
+    kl: float
+    """Mean over tokens of KL(plain || codec), all of the vocabulary, in nats."""
+    top1: float
+    """Share of tokens whose most likely successor is plain's."""
+    ranks_identical: bool
+    """Whether all logits had the same bits on every rank."""
+
+    def as_dict(self) -> dict:
+        """The figures by name."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def accuracy(
+    model: Any,
+    handle: Compression,
+    specs: Sequence[str],
+    windows: Sequence[torch.Tensor],
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Accuracy]:
+    """Compare each codec with the plain sums on windows of token ids.
+
+    Args:
+        model: tensor parallel, compressed by `handle`.
+        handle: its compression; the codec is switched between forward passes.
+        specs: codecs.
+        windows: token ids, each [tokens]; a token is judged by its predecessors in the window.
+        progress: called after each forward pass.
+
+    Returns:
+        One `Accuracy` per codec; the same on every rank.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    # Per codec: negative log-likelihood, KL, agreements, windows whose bits differed; then the token count.
+    sums = {spec: torch.zeros(5, dtype=torch.float64) for spec in ("none", *specs)}
+    for window in windows:
+        # Each rank judges its share of the tokens, so no core idles while rank 0 computes softmaxes.
+        mine = slice(rank, len(window) - 1, ranks)
+        targets = window[1:][mine, None]
+        plain = None
+        for spec in sums:
+            handle.codec = flashcomm.codec(spec)
+            logits = model(window[None], use_cache=False).logits[0]
+            digest = hashlib.blake2b(logits.view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
+            digests = [b""] * ranks
+            dist.all_gather_object(digests, digest)
+            log_p = logits[:-1][mine].float().log_softmax(-1)
+            if plain is None:
+                plain = log_p
+            sums[spec] += torch.stack(
+                [
+                    -log_p.gather(1, targets).double().sum(),
+                    (plain.exp() * (plain - log_p)).sum(1).double().sum(),
+                    (plain.argmax(1) == log_p.argmax(1)).double().sum(),
+                    torch.tensor(float(len(set(digests)) > 1), dtype=torch.float64),
+                    torch.tensor(float(len(targets)), dtype=torch.float64),
+                ]
+            )
+            progress()
+    for total in sums.values():
+        dist.all_reduce(total)
+    base = sums["none"][0] / sums["none"][4]
+    results = {}
+    for spec in specs:
+        nll, kl, agree, differing, tokens = sums[spec].tolist()
+        results[spec] = Accuracy(
+            perplexity=torch.tensor(nll / tokens).exp().item(),
+            perplexity_change=torch.expm1(torch.tensor(nll / tokens - base.item(), dtype=torch.float64)).item(),
+            kl=max(kl / tokens, 0.0),
+            top1=agree / tokens,
+            ranks_identical=differing == 0,
+        )
+    return results
+
+
+@torch.inference_mode()
+def prefill(
+    model: Any,
+    handle: Compression,
+    specs: Sequence[str],
+    prompt: torch.Tensor,
+    repeats: int,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, tuple[Times, float, str]]:
+    """Time to first token of each codec, all taking turns in one run.
+
+    Returns:
+        By codec: times of the slowest rank; bytes that one rank sends per prompt token; the algorithms that ran.
+    """
+
+    def first_token(spec: str):
+        handle.codec = flashcomm.codec(spec)
+        model(prompt[None], use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    facts = {}
+    for spec in specs:
+        flashcomm.reset_stats()
+        first_token(spec)
+        stats = flashcomm.stats()
+        algorithms = sorted({call.split("/")[1] for call in stats["calls"]})
+        facts[spec] = (stats["wire_bytes"] / len(prompt), "+".join(algorithms))
+    times = interleaved(
+        {spec: lambda spec=spec: first_token(spec) for spec in specs},
+        repeats=repeats,
+        warmup=1,
+        before=dist.barrier,
+        after=dist.barrier,
+        progress=progress,
+    )
+    return {spec: (times[spec], *facts[spec]) for spec in specs}
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, prompt: str, tokens: int, streamer: Any = None) -> str:
+    """Greedy continuation of `prompt`, without it."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = inputs.to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)[0]
+    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,360 @@
+"""The `flashcomm` command: every subcommand checks its input before it starts a process."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+import flashcomm
+
+app = typer.Typer(
+    help="Tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bench_app = typer.Typer(help="Measure on this machine, always against plain.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+_out = Console()
+_err = Console(stderr=True)
+
+DEMO_CODECS = "none,int8g128,int6g128,int5g128,int4g32,int4g128:int8g128,int4g128,int3g32,int2g32"
+DEMO_PROMPT = "def read_config(path):\n    "
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", dir_okay=False)]
+Ranks = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks, all on this machine.", min=1)]
+Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+):
+    if version:
+        typer.echo(flashcomm.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    tp: Ranks = 2,
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain is always measured.")] = DEMO_CODECS,
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
+    model: Annotated[
+        Path | None, typer.Option(help="A Hugging Face model directory instead of the bundled model.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens for perplexity, KL and top-1.", min=1024)] = 16384,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
+    repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
+    dtype: Dtype = "bfloat16",
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.", file_okay=False)] = Path(
+        "flashcomm-demo"
+    ),
+    json_file: Json = None,
+):
+    """Run a real model tensor parallel with every codec, and show what each costs and saves."""
+    from flashcomm.bench import launch, machine
+    from flashcomm.demo import MODEL
+
+    specs = _codec_list(codecs, plain_first=True)
+    directory = _model_directory(model or MODEL, tp, least_ranks=2)
+    _check_dtype(dtype)
+    _need("matplotlib", "plot")
+    _warm_up()
+    arguments = (directory, specs, prompt, tokens, new_tokens, repeats, dtype)
+    from flashcomm.demo import measure, report
+
+    _err.print(f"loading the model on {tp} ranks ...", style="dim")
+    rows = launch.run(measure.rank_main, arguments, ranks=tp)[0]
+    facts = {
+        "model": "the bundled model" if model is None else str(model),
+        "ranks": tp,
+        "dtype": dtype,
+        "eval_tokens": max(1, tokens // 1024) * 1024,
+        "prompt_tokens": 1024,
+        "prompt": prompt,
+        "machine": machine.describe(),
+    }
+    table = _table(f"{facts['model']} on {tp} ranks, {dtype}; plain perplexity {rows[0].perplexity:.3f}")
+    table.add_column("codec", no_wrap=True)
+    for name in ("bits", "wire\nB/token", "TTFT\nms", "vs\nplain", "perplexity", "KL", "top-1"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("ranks\nidentical")
+    for row in rows:
+        table.add_row(
+            row.codec, f"{row.bits_per_value:.2f}", f"{row.wire_bytes_per_token:,.0f}", f"{row.ttft_ms:.0f}",
+            f"{row.ttft_vs_plain:.2f}x", f"{100 * row.perplexity_change:+.3f}%", f"{row.kl:.1e}",
+            f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else "[red]NO[/red]",
+        )  # fmt: skip
+    _out.print(table)
+    _out.print("Ranks share this machine, so there is no slow link here for compression to speed up.", style="dim")
+    for row in rows:
+        if row.codec in ("none", "int8g128", "int4g128") or len(rows) <= 4:
+            _out.print(f"\n[bold]{row.codec}[/bold] continues [italic]{prompt!r}[/italic]")
+            _out.print(row.text, markup=False, highlight=False)
+    document = {**facts, "rows": [row.as_dict() for row in rows]}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.html").write_text(report.render(rows, facts))
+    _write_json(out / "report.json", document)
+    _write_json(json_file, document)
+    _out.print(f"\nReport with plots: {out / 'report.html'}", highlight=False)
+    if not all(row.ranks_identical for row in rows):
+        _fail("ranks ended with different bits: please report this as a bug")
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model directory, or 'demo' for the bundled model.")],
+    tp: Ranks = 2,
+    codec: Annotated[str, typer.Option(help="Wire format of the all-reduces; none for plain.")] = "int8g128",
+    prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    dtype: Dtype = "bfloat16",
+    json_file: Json = None,
+):
+    """Generate text with a model over several ranks, its all-reduces compressed."""
+    from flashcomm.bench import launch
+    from flashcomm.demo import MODEL
+    from flashcomm.demo import generate as generating
+
+    directory = _model_directory(MODEL if str(model) == "demo" else model, tp)
+    spec = _codec_list(codec)[0]
+    _check_dtype(dtype)
+    _warm_up()
+    result = launch.run(generating.rank_main, (directory, spec, prompt, max_new_tokens, dtype, True), ranks=tp)[0]
+    stats = result["stats"]
+    saved = f", {stats['wire_bytes']:,} bytes sent instead of {stats['plain_bytes']:,}" if tp > 1 else ""
+    rate = f", {result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else ""
+    _err.print(f"[dim]{spec}, {tp} ranks: first token after {result['ttft_ms']:.0f} ms{rate}{saved} by rank 0[/dim]")
+    for reason, count in stats["plain"].items():
+        _err.print(f"[dim]{count} of the all-reduces ran uncompressed: {reason}[/dim]")
+    _write_json(json_file, result)
+
+
+@bench_app.command("codec")
+def bench_codec(
+    codecs: Annotated[
+        str, typer.Option(help="Comma-separated codecs.")
+    ] = "int8g128,int6g128,int5g128,int4g128,int4g32,int3g32,int2g32",
+    mib: Annotated[int, typer.Option(help="Size of the tensor in MiB.", min=1)] = 32,
+    dtype: Dtype = "bfloat16",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 15,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_file: Json = None,
+):
+    """Encode and decode against a copy of the same tensor; every byte is checked against the specification first."""
+    import torch
+
+    from flashcomm.bench import codec
+
+    specs = _codec_list(codecs)
+    _check_dtype(dtype)
+    if device == "cuda" and not torch.cuda.is_available():
+        _fail("no CUDA device on this machine: use --device cpu")
+    torch.set_num_threads(threads)
+    _warm_up()
+    with _err.status("measuring"):
+        rows = codec.run(specs, mib=mib, dtype=getattr(torch, dtype), repeats=repeats, device=device)
+    table = _table(f"{mib} MiB of {dtype}, {threads} thread(s), medians of {repeats}")
+    table.add_column("codec", no_wrap=True)
+    table.add_column("backend")
+    for name in ("bits", "SQNR dB", "copy ms", "encode ms", "x copy", "decode ms", "x copy"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.copy_ms:.2f}",
+            f"{row.encode_ms:.2f}", f"{row.encode_vs_copy:.2f}", f"{row.decode_ms:.2f}", f"{row.decode_vs_copy:.2f}",
+        )  # fmt: skip
+    _out.print(table)
+    _write_rows(json_file, "codec", rows)
+
+
+@bench_app.command("all_reduce")
+def bench_all_reduce(
+    tp: Annotated[str, typer.Option(help="Comma-separated world sizes.")] = "2,4",
+    codecs: Annotated[
+        str, typer.Option(help="Comma-separated codecs; plain is always measured.")
+    ] = "int8g128,int4g128",
+    sizes: Annotated[str, typer.Option(help="Comma-separated message sizes: 64k, 16m or bytes.")] = "64k,1m,16m,64m",
+    algorithms: Annotated[str, typer.Option(help="Comma-separated: auto, one_step, two_step.")] = "two_step",
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 11,
+    json_file: Json = None,
+):
+    """Compressed all-reduces against the backend's own, interleaved, bf16, ranks on this machine."""
+    from flashcomm.bench import all_reduce, launch
+    from flashcomm.planner import ALGORITHMS
+
+    specs = _codec_list(codecs)
+    worlds = [_number(text, "--tp") for text in tp.split(",")]
+    byte_sizes = [_size(text) for text in sizes.split(",")]
+    chosen = algorithms.split(",")
+    for name in chosen:
+        if name not in ALGORITHMS or name == "plain":
+            _fail(f"unknown algorithm {name!r}. Allowed: auto, one_step, two_step (plain is always measured)")
+    _warm_up()
+    rows = []
+    for ranks in worlds:
+        with _err.status(f"measuring on {ranks} ranks"):
+            rows += all_reduce.run(specs, ranks=ranks, sizes=byte_sizes, algorithms=chosen, repeats=repeats)
+    table = _table(f"bf16 all-reduce, {launch.backend()} on this machine, medians of {repeats}")
+    for name in ("ranks", "message"):
+        table.add_column(name, justify="right")
+    for name in ("codec", "algorithm"):
+        table.add_column(name, no_wrap=True)
+    for name in ("ms", "p20", "p80", "x plain", "MiB sent", "SQNR dB"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.ranks), _human(row.message_bytes), row.codec, row.algorithm, f"{row.p50_ms:.2f}",
+            f"{row.p20_ms:.2f}", f"{row.p80_ms:.2f}", f"{row.speedup:.2f}", f"{row.wire_bytes / 2**20:.2f}", f"{row.sqnr_db:.1f}",
+        )  # fmt: skip
+    _out.print(table)
+    _write_rows(json_file, "all_reduce", rows)
+
+
+@app.command()
+def env(json_file: Json = None):
+    """What is installed, which fast paths are on, and why one is off."""
+    import torch
+    import torch.distributed as dist
+
+    from flashcomm import kernels
+    from flashcomm.bench import machine
+
+    facts = machine.describe()
+    codec = flashcomm.codec("int8g128")
+    cpu, cpu_why = kernels.route(codec, "cpu")
+    gpu, gpu_why = kernels.route(codec, "cuda") if torch.cuda.is_available() else ("off", "no CUDA device")
+    paths = {
+        "CPU codecs": (cpu, cpu_why),
+        "GPU codecs": (gpu, gpu_why),
+        "gloo": ("on", "") if dist.is_gloo_available() else ("off", "this torch is built without it"),
+        "NCCL": ("on", "") if dist.is_nccl_available() else ("off", "this torch is built without it"),
+        "transformers": _presence("transformers", "pip install 'flashcomm[transformers]'"),
+        "plots": _presence("matplotlib", "pip install 'flashcomm[plot]'"),
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("flashcomm", flashcomm.__version__ + (f" (commit {facts['commit']})" if facts["commit"] else ""))
+    table.add_row("CPU", f"{facts['cpu']}, {facts['cores']} cores, torch uses {torch.get_num_threads()} threads")
+    table.add_row("GPU", facts["gpu"] or "none")
+    for name, version in facts["versions"].items():
+        table.add_row(name, version)
+    for name, (state, why) in paths.items():
+        table.add_row(name, f"{state}{': ' + why if why else ''}")
+    _out.print(table, highlight=False)
+    document = {
+        "flashcomm": flashcomm.__version__,
+        **facts,
+        "paths": {n: {"state": s, "why": w} for n, (s, w) in paths.items()},
+    }
+    _write_json(json_file, document)
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+
+
+def _presence(module: str, remedy: str) -> tuple[str, str]:
+    return ("on", "") if find_spec(module) else ("off", remedy)
+
+
+def _fail(message: str):
+    _err.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+def _codec_list(text: str, plain_first: bool = False) -> list[str]:
+    try:
+        specs = [str(flashcomm.codec(part.strip())) for part in text.split(",")]
+    except ValueError as error:
+        _fail(str(error))
+    return ["none", *(s for s in specs if s != "none")] if plain_first else specs
+
+
+def _model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:
+    from flashcomm.bench import model
+
+    _need("transformers", "transformers")
+    if ranks < least_ranks:
+        _fail(f"--tp {ranks}: one rank sends nothing. Use --tp {least_ranks} or more")
+    try:
+        model.check_directory(directory, ranks)
+    except ValueError as error:
+        _fail(str(error))
+    return directory
+
+
+def _check_dtype(dtype: str):
+    if dtype not in ("bfloat16", "float16", "float32"):
+        _fail(f"unknown dtype {dtype!r}. Allowed: bfloat16, float16, float32")
+
+
+def _need(module: str, extra: str):
+    if find_spec(module) is None:
+        _fail(f"this command needs {module}: pip install 'flashcomm[{extra}]'")
+
+
+def _number(text: str, option: str) -> int:
+    if not text.strip().isdigit() or int(text) < 2:
+        _fail(f"{option} {text!r}: give numbers of ranks of 2 or more, such as 2,4")
+    return int(text)
+
+
+def _size(text: str) -> int:
+    number, unit = text.strip().lower().rstrip("ib"), 1
+    if number and number[-1] in "km":
+        number, unit = number[:-1], {"k": 1 << 10, "m": 1 << 20}[number[-1]]
+    if not number.isdigit() or int(number) == 0:
+        _fail(f"size {text!r}: give bytes, or a number with k or m, such as 64k,16m")
+    return int(number) * unit
+
+
+def _human(size: int) -> str:
+    return f"{size / 2**20:g} MiB" if size >= 1 << 20 else f"{size / 2**10:g} KiB"
+
+
+def _warm_up():
+    """Compile the CPU kernels before the ranks start, so that they find them on disk."""
+    from flashcomm import kernels
+
+    with _err.status("loading the CPU kernels (the first time they are compiled, which takes some ten seconds)"):
+        kernels.warm_up()
+
+
+def _write_rows(path: Path | None, op: str, rows: list):
+    from flashcomm.bench import machine
+
+    _write_json(path, {"op": op, "machine": machine.describe(), "rows": [row.as_dict() for row in rows]})
+
+
+def _write_json(path: Path | None, document: object):
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main():
+    """Entry point: turns a failed rank or Ctrl-C into a sentence and an exit status."""
+    from flashcomm.bench.launch import RankError
+
+    try:
+        app()
+    except RankError as error:
+        _err.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _err.print("interrupted; all ranks have been stopped", highlight=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What every wire format is: rows of values in, rows of bytes out.
+
+A codec knows no rank, no group of ranks and no algorithm; an algorithm knows no format. Rows are independent, so a
+message may be cut between rows (and, see `segment`, at some places inside a row) without changing a bit of the result.
+
+Shape legend: R ranks, T rows (tokens), H columns (hidden size), P = payload_bytes(H) bytes of one encoded row.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Codec(ABC):
+    """A wire format. Subclasses are immutable and compare by value; `str()` gives the spelling that parses back.
+
+    To write your own, implement the five abstract methods; everything else in flashcomm follows from them.
+    """
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """The canonical spelling, for example ``int4g128``."""
+
+    @abstractmethod
+    def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        """Bytes of one encoded row of `cols` values. `dtype` matters only to ``none``, which keeps the input's."""
+
+    @abstractmethod
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] floating point -> [T, P] uint8, on the device of `x`."""
+
+    @abstractmethod
+    def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        """[T, P] uint8 -> [T, cols] of `dtype`, on the device of `payload`."""
+
+    @abstractmethod
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        """[T, H] -> fp32 [T, H]: the distance between neighbouring representable values around each x.
+
+        The published bound of one encode and decode is |error| <= step / 2, plus fp32 rounding
+        (2**-14 * step + 2**-23 * (|x| + step); see docs/wire-format.md).
+        """
+
+    def segment(self, cols: int) -> int:
+        """The shortest divisor of `cols` at whose multiples a row may be cut without changing the decoded values."""
+        return cols
+
+    @property
+    def steps(self) -> tuple["Codec", "Codec"]:
+        """The formats of the two steps of an all-reduce: the reduce-scatter's and the all-gather's."""
+        return self, self
+
+    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Average bits on the wire per value of a row of `cols` values, scales and zero points included.
+
+        Example: ``flashcomm.codec("int4g128").bits_per_value(4096) == 4.25``.
+        """
+        return 8 * self.payload_bytes(cols, dtype) / cols if cols else 0.0
+
+
+def decode_sum(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """[R, T, P] uint8 -> [T, cols] of `dtype`: decode each rank's rows and add them in fp32, rank 0 first."""
+    total = codec.decode(payloads[0], cols, torch.float32)
+    for payload in payloads[1:]:
+        total = total + codec.decode(payload, cols, torch.float32)
+    return canonical_nan(total.to(dtype))
+
+
+def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int) -> torch.Tensor:
+    """[R, T, P] uint8 in `codec` -> [T, P'] uint8 in `out_codec`: where the reduction happens; the sum stays fp32."""
+    return out_codec.encode(decode_sum(payloads, codec, cols, torch.float32))
+
+
+def canonical_nan(x: torch.Tensor) -> torch.Tensor:
+    """`x` with every NaN made the same quiet NaN: torch's vectorised bf16 cast gives another than its scalar one."""
+    return x.masked_fill_(x.isnan(), float("nan")) if x.is_floating_point() else x

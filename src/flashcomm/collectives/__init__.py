@@ -1,0 +1,354 @@
+"""Four collectives with compressed payloads, over any `torch.distributed` process group.
+
+They mirror torch's own, but return their result: ``x = flashcomm.all_reduce(x, codec="int8g128", group=tp)``. Under one
+algorithm a token's result depends on that token alone, every rank gets the same bits, and sums are fp32 in rank order.
+
+Not supported: autograd (these are for inference), integer and fp64 tensors except with codec ``none``.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+
+from flashcomm import codecs, planner
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
+from flashcomm.collectives import steps
+from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
+from flashcomm.collectives.stats import record, record_plain, reset_stats, stats
+
+__all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "reduce_scatter", "reset_stats", "stats"]
+
+_log = logging.getLogger("flashcomm")
+
+
+class Work:
+    """Handle of an asynchronous collective.
+
+    Example: ``work = flashcomm.all_reduce(x, async_op=True); ...; y = work.wait()``.
+    """
+
+    def __init__(self, out: torch.Tensor, future=None, event=None):
+        self._out, self._future, self._event = out, future, event
+
+    def wait(self) -> torch.Tensor:
+        """The result, once it is there. On CUDA the current stream waits, not the host. Raises what the call raised."""
+        if self._future is not None:
+            self._future.result()
+        if self._event is not None:
+            torch.cuda.current_stream(self._out.device).wait_event(self._event)
+        return self._out
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        if self._event is not None:
+            return self._event.query()
+        return self._future is None or self._future.done()
+
+
+def all_reduce(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: dist.ProcessGroup | None = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+    strict: bool = False,
+    batch_invariant: bool = False,
+) -> torch.Tensor | Work:
+    """Sum of `x` over the ranks of `group`, the same bits on every rank.
+
+    Args:
+        x: bf16, fp16 or fp32 of any shape and strides; the last dimension is a token's values, which groups of the
+            codec never cross. Not changed, unless it is also `out`. Same shape and dtype on all ranks.
+        codec: wire format, for example ``int8g128``; ``none`` for the plain collective.
+        group: process group; None for the default one.
+        algorithm: ``auto``, ``one_step``, ``two_step`` or ``plain``; `flashcomm.planner.choose` explains ``auto``.
+        out: tensor of x's shape, dtype and device for the result; may be `x`.
+        async_op: return a `Work`, whose ``wait()`` gives the result.
+        strict: raise where ``auto`` would run uncompressed although a codec was asked for.
+        batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
+            on the size of its batch.
+
+    Returns:
+        Tensor of x's shape and dtype, contiguous unless `out` is given; a `Work` if `async_op`.
+
+    Raises:
+        ValueError: a wrong argument; raised before any communication.
+        RuntimeError: ranks that disagree about the call, a lost peer, or `strict` and no compression.
+
+    Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
+    """
+    codec = codecs.parse(codec)
+    state = _checked(x, codec, group)
+    plan = planner.choose(
+        x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
+    )
+    if strict and plan.declined:
+        raise RuntimeError(f"strict: all_reduce of {list(x.shape)} {x.dtype} would run uncompressed: {plan.reason}")
+    out = _result(x, tuple(x.shape), out)
+    run = {"plain": _plain_all_reduce, "one_step": steps.one_step, "two_step": steps.two_step}[plan.algorithm]
+    contract = _contract("all_reduce", plan.algorithm, codec, x, x.shape)
+    rows = _as_rows(x)
+    sent = 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
+    return _run("all_reduce", plan, run, rows, codec, state, out, contract, sent, async_op)
+
+
+def reduce_scatter(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: dist.ProcessGroup | None = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Sum of `x` over the ranks, of which rank r keeps the r-th of R equal parts of dimension 0.
+
+    One all-to-all of payloads, then a sum in fp32: one rounding per rank, none of the sum but to x's dtype.
+
+    Args:
+        x: as for `all_reduce`; dimension 0 must be a multiple of the world size.
+        codec: wire format; of a pair, the first.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[x.shape[0] / R, ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    codec = codecs.parse(codec).steps[0]
+    state = _checked(x, codec, group)
+    if x.dim() == 0 or x.shape[0] % state.ranks:
+        raise ValueError(
+            f"reduce_scatter splits dimension 0 over {state.ranks} ranks, which {list(x.shape)} does not allow"
+        )
+    plan = _single_step_plan(algorithm, codec, state)
+    shape = (x.shape[0] // state.ranks, *x.shape[1:])
+    rows = x.reshape(state.ranks, -1) if x.dim() == 1 else _as_rows(x)
+    run = _plain_reduce_scatter if plan.algorithm == "plain" else steps.reduce_scatter
+    contract = _contract("reduce_scatter", plan.algorithm, codec, x, x.shape)
+    sent = x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
+    return _run("reduce_scatter", plan, run, rows, codec, state, _result(x, shape, out), contract, sent, async_op)
+
+
+def all_gather(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: dist.ProcessGroup | None = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Every rank's `x`, concatenated along dimension 0; a rank's own part goes through the codec like the others.
+
+    Args:
+        x: as for `all_reduce`.
+        codec: wire format; of a pair, the second.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[R * x.shape[0], ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    codec = codecs.parse(codec).steps[1]
+    state = _checked(x, codec, group)
+    plan = _single_step_plan(algorithm, codec, state)
+    shape = (state.ranks * x.shape[0], *x.shape[1:]) if x.dim() else (state.ranks,)
+    run = _plain_all_gather if plan.algorithm == "plain" else steps.all_gather
+    contract = _contract("all_gather", plan.algorithm, codec, x, x.shape)
+    sent = x.numel() * x.element_size() * (state.ranks - 1)
+    return _run("all_gather", plan, run, _as_rows(x), codec, state, _result(x, shape, out), contract, sent, async_op)
+
+
+def all_to_all(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: dist.ProcessGroup | None = None,
+    *,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Rows of `x` to every rank in turn, and theirs back, as `torch.distributed.all_to_all_single` does.
+
+    Args:
+        x: ``[rows, ...]``, at least 2-D; the shape may differ between ranks in dimension 0 only.
+        codec: wire format, not a pair.
+        output_split_sizes: rows to receive from each rank; equal parts of x's rows if None.
+        input_split_sizes: rows to send to each rank; equal parts if None.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[sum(output_split_sizes), ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    codec = codecs.parse(codec)
+    state = _checked(x, codec, group)
+    if codec.steps != (codec, codec):
+        raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
+    if x.dim() < 2:
+        raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
+    in_rows = _split("input_split_sizes", input_split_sizes, x.shape[0], state.ranks)
+    out_rows = _split("output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks)
+    plan = _single_step_plan(algorithm, codec, state)
+    shape = (sum(out_rows), *x.shape[1:])
+    # An entry of dimension 0 is several of the codec's rows where x has more dimensions than two.
+    per_entry = math.prod(x.shape[1:-1])
+    in_rows, out_rows = ([n * per_entry for n in sizes] for sizes in (in_rows, out_rows))
+
+    def run(rows: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+        if plan.algorithm == "plain":
+            dist.all_to_all_single(out, rows.contiguous(), out_rows, in_rows, group=state.group)
+            return (rows.shape[0] - in_rows[state.rank]) * rows.shape[1] * rows.element_size()
+        return steps.all_to_all(rows, codec, state, out, out_rows, in_rows)
+
+    contract = _contract("all_to_all", plan.algorithm, codec, x, ("*", *x.shape[1:]))
+    sent = (sum(in_rows) - in_rows[state.rank]) * x.shape[-1] * x.element_size()
+    # Ranks may hold different numbers of rows, so even a rank that has none takes part.
+    return _run(
+        "all_to_all", plan, run, _as_rows(x), codec, state, _result(x, shape, out), contract, sent, async_op, True
+    )
+
+
+def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -> GroupState:
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        raise ValueError(
+            f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
+        )
+    if x.dtype not in FLOAT_DTYPES and not isinstance(codec, Plain):
+        raise ValueError(
+            f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+    return state_of(group)
+
+
+def _result(x: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"out must be {x.dtype} {list(shape)} on {x.device}, not {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    return out
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., H] -> [T, H]; a view where the strides allow it."""
+    if x.dim() == 0:
+        return x.reshape(1, 1)
+    if x.numel() == 0:
+        return x.reshape(0, x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
+
+
+def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> tuple:
+    values = (op, algorithm, str(codec), str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
+    return tuple(zip(("op", "algorithm", "codec", "dtype", "shape"), values, strict=True))
+
+
+def _single_step_plan(algorithm: str, codec: Codec, state: GroupState) -> planner.Plan:
+    if algorithm == "two_step":
+        raise ValueError("only all_reduce has two steps. Allowed here: auto, one_step, plain")
+    plan = planner.choose(0, state.ranks, codec, algorithm=algorithm, batch_invariant=True)
+    return planner.Plan(algorithm="one_step", reason=plan.reason) if plan.algorithm == "two_step" else plan
+
+
+def _split(name: str, sizes: Sequence[int] | None, rows: int | None, ranks: int) -> list[int]:
+    if sizes is None:
+        assert rows is not None
+        if rows % ranks:
+            raise ValueError(f"{rows} rows do not split evenly over {ranks} ranks: give {name}")
+        return [rows // ranks] * ranks
+    sizes = list(sizes)
+    if len(sizes) != ranks or min(sizes) < 0 or (rows is not None and sum(sizes) != rows):
+        total = "" if rows is None else f" that add up to {rows}"
+        raise ValueError(f"{name} must be {ranks} non-negative numbers of rows{total}, not {sizes}")
+    return sizes
+
+
+def _run(
+    op: str,
+    plan: planner.Plan,
+    run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int],
+    rows: torch.Tensor,
+    codec: Codec,
+    state: GroupState,
+    out: torch.Tensor,
+    contract: tuple,
+    plain_bytes: int,
+    async_op: bool,
+    even_if_empty: bool = False,
+) -> torch.Tensor | Work:
+    state.agree(contract, out.device)
+
+    def collective(state: GroupState):
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        sent = 0
+        if state.ranks == 1:
+            target.copy_(rows.view(out.shape) if rows.is_contiguous() else rows.reshape(out.shape))
+        elif rows.numel() or even_if_empty:
+            try:
+                sent = run(rows, codec, state, target.view(-1, rows.shape[1]))
+            except RuntimeError as error:
+                call = ", ".join(f"{key}={value}" for key, value in contract)
+                raise RuntimeError(
+                    f"{op} over {state.ranks} ranks failed on rank {state.rank} ({call}): {error}. "
+                    "A peer that is gone, or that does not join within the group's timeout, looks like this"
+                ) from error
+        if target is not out:
+            out.copy_(target)
+        record(op, plan.algorithm, str(codec), wire_bytes=sent, plain_bytes=plain_bytes)
+        if plan.algorithm == "plain":
+            record_plain(op, plan.reason)
+
+    if not async_op:
+        collective(state)
+        return out
+    if out.device.type == "cuda":
+        stream = state.stream(out.device)
+        stream.wait_stream(torch.cuda.current_stream(out.device))
+        with torch.cuda.stream(stream):
+            collective(state)
+        for tensor in (rows, out):
+            tensor.record_stream(stream)
+        return Work(out, event=stream.record_event())
+    if state.ranks == 1:
+        collective(state)
+        return Work(out)
+    lane_state, lane = state.async_lane()
+    # Inference mode and grad mode are per thread.
+    return Work(out, future=lane.submit(torch.inference_mode()(collective), lane_state))
+
+
+def _plain_all_reduce(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    if out.data_ptr() != x.data_ptr() or out.stride() != x.stride():
+        out.copy_(x)
+    dist.all_reduce(out, group=state.group)
+    return 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
+
+
+def _plain_reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    scatter_sum(out, x.contiguous(), state.group)
+    return x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
+
+
+def _plain_all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    gather(out, x.contiguous(), state.group)
+    return (state.ranks - 1) * x.numel() * x.element_size()

@@ -1,0 +1,53 @@
+"""What flashcomm did: counted here, read with `flashcomm.stats()`, logged once per reason."""
+
+import logging
+import threading
+from collections import Counter
+
+_log = logging.getLogger("flashcomm")
+_lock = threading.Lock()
+_calls: Counter[str] = Counter()
+_plain: Counter[str] = Counter()
+_bytes: Counter[str] = Counter()
+_logged: set[str] = set()
+
+
+def record(op: str, algorithm: str, codec: str, *, wire_bytes: int, plain_bytes: int):
+    """Count one collective: bytes that this rank sent to others, and what the plain collective would have sent."""
+    with _lock:
+        _calls[f"{op}/{algorithm}/{codec}"] += 1
+        _bytes["wire_bytes"] += wire_bytes
+        _bytes["plain_bytes"] += plain_bytes
+
+
+def record_plain(op: str, reason: str):
+    """Count a call that ran uncompressed, and log the reason the first time."""
+    with _lock:
+        _plain[reason] += 1
+        first = reason not in _logged
+        _logged.add(reason)
+    if first:
+        _log.info("%s ran uncompressed: %s (counted in flashcomm.stats(), logged once)", op, reason)
+
+
+def stats() -> dict:
+    """What this process has done since the start or `reset_stats()`.
+
+    Returns:
+        ``calls``: number of collectives by ``op/algorithm/codec``; ``plain``: number that ran uncompressed, by reason;
+        ``wire_bytes``: bytes this rank sent to other ranks; ``plain_bytes``: what plain collectives would have sent.
+    """
+    with _lock:
+        return {
+            "calls": dict(_calls),
+            "plain": dict(_plain),
+            "wire_bytes": _bytes["wire_bytes"],
+            "plain_bytes": _bytes["plain_bytes"],
+        }
+
+
+def reset_stats():
+    """Set every count of `stats()` to zero; reasons that were logged stay logged."""
+    with _lock:
+        for counter in (_calls, _plain, _bytes):
+            counter.clear()

@@ -1,0 +1,60 @@
+"""`flashcomm generate`: what each rank does."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import flashcomm
+from flashcomm.bench import model as bench
+from flashcomm.integrations.transformers import compressed
+
+
+class _Clock:
+    """A transformers streamer that notes when tokens arrive and passes them on."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.times = inner, []
+
+    def put(self, value: Any):
+        self.times.append(time.perf_counter())
+        if self.inner is not None:
+            self.inner.put(value)
+
+    def end(self):
+        if self.inner is not None:
+            self.inner.end()
+
+
+def rank_main(directory: Path, spec: str, prompt: str, new_tokens: int, dtype: str, stream: bool) -> dict:
+    """Generate greedily; rank 0 prints the text as it comes. Returns the figures."""
+    model, tokenizer = bench.load(directory, getattr(torch, dtype))
+    inner = None
+    if stream and dist.get_rank() == 0:
+        from transformers import TextStreamer
+
+        inner = TextStreamer(tokenizer, skip_special_tokens=True)
+    clock = _Clock(inner)
+    flashcomm.reset_stats()
+    if dist.get_world_size() > 1:
+        with compressed(model, spec):
+            start = time.perf_counter()
+            text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
+    else:
+        start = time.perf_counter()
+        text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
+    # The streamer is given the prompt first, then one token at a time.
+    arrivals = clock.times[1:]
+    between = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else 0.0
+    return {
+        "codec": spec,
+        "ranks": dist.get_world_size(),
+        "prompt": prompt,
+        "text": text,
+        "new_tokens": len(arrivals),
+        "ttft_ms": 1e3 * (arrivals[0] - start) if arrivals else None,
+        "tokens_per_second": 1 / between if between else None,
+        "stats": flashcomm.stats(),
+    }

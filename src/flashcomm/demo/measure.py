@@ -1,0 +1,119 @@
+"""What each rank of the demo does, and the rows that come out."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+import flashcomm
+from flashcomm.bench import model as bench
+from flashcomm.demo import text
+from flashcomm.integrations.transformers import compressed
+
+_WINDOW = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoRow:
+    """One codec's figures, as the table and the JSON show them."""
+
+    codec: str
+    algorithm: str
+    bits_per_value: float
+    wire_bytes_per_token: float
+    """Bytes that one rank sends per prompt token during prefill."""
+    ttft_ms: float
+    ttft_vs_plain: float
+    perplexity: float
+    perplexity_change: float
+    kl: float
+    top1: float
+    ranks_identical: bool
+    text: str
+    """Greedy continuation of the prompt."""
+
+    def as_dict(self) -> dict:
+        """The row as JSON stores it."""
+        return asdict(self)
+
+
+def rank_main(
+    directory: Path, specs: Sequence[str], prompt: str, eval_tokens: int, new_tokens: int, repeats: int, dtype: str
+) -> list[DemoRow]:
+    """Run on every rank; all return the same rows, but for times, which are rank 0's (it waits for the slowest)."""
+    model, tokenizer = bench.load(directory, getattr(torch, dtype))
+    hidden = model.config.get_text_config().hidden_size
+    # Special tokens between files are part of the stream, and a long text is no mistake here.
+    ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
+    windows = spread_windows(ids, eval_tokens)
+    with compressed(model, "none") as handle, _progress() as step:
+        total = len(windows) * (len(specs) + 1)
+        accuracy = bench.accuracy(model, handle, specs, windows, step("accuracy", total))
+        prefill = bench.prefill(model, handle, specs, windows[0], repeats, step("time to first token", repeats + 1))
+        advance = step("text", len(specs))
+        rows = []
+        for spec in specs:
+            handle.codec = flashcomm.codec(spec)
+            continuation = bench.generate(model, tokenizer, prompt, new_tokens)
+            advance()
+            times, wire, algorithm = prefill[spec]
+            rows.append(
+                DemoRow(
+                    codec=spec,
+                    algorithm=algorithm,
+                    bits_per_value=handle.codec.bits_per_value(hidden, model.dtype),
+                    wire_bytes_per_token=wire,
+                    ttft_ms=times.p50_ms,
+                    ttft_vs_plain=prefill[specs[0]][0].p50_ms / times.p50_ms,
+                    text=continuation,
+                    **accuracy[spec].as_dict(),
+                )
+            )
+    return rows
+
+
+def spread_windows(ids: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """Windows of 1,024 ids, about `tokens` in all, spread evenly so that every held-out module has its part."""
+    count = max(1, min(tokens, len(ids)) // _WINDOW)
+    starts = torch.linspace(0, len(ids) - _WINDOW, count).long().tolist()
+    return [ids[start : start + _WINDOW] for start in starts]
+
+
+def _progress():
+    """A bar on rank 0's terminal, a line per phase where there is none, nothing on the other ranks."""
+    if dist.get_rank() != 0:
+        return nullcontext(lambda name, total: lambda: None)
+    if not sys.stderr.isatty():
+        return nullcontext(_announce)
+    return _Bars()
+
+
+def _announce(name: str, total: int):
+    print(f"measuring {name} ...", file=sys.stderr, flush=True)
+    return lambda: None
+
+
+class _Bars:
+    def __enter__(self):
+        columns = (
+            TextColumn("{task.description:>20}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+        )
+        self._bars = Progress(*columns, console=Console(stderr=True))
+        self._bars.start()
+        return self._step
+
+    def _step(self, name: str, total: int):
+        task = self._bars.add_task(name, total=total)
+        return lambda: self._bars.advance(task)
+
+    def __exit__(self, *exc_info: object):
+        self._bars.stop()

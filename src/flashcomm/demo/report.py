@@ -1,0 +1,116 @@
+"""The demo's `report.html`: one file, nothing loaded from elsewhere."""
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from flashcomm.demo.measure import DemoRow
+
+_BLUE, _GREY, _RED = "#2563eb", "#9ca3af", "#b91c1c"
+
+_STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:68rem;margin:2.5rem auto;padding:0 1.25rem}
+h1{font-size:1.7rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{max-width:46rem}
+.note{color:#4b5563}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
+th,td{padding:.4rem .6rem;border-bottom:1px solid #e5e7eb;text-align:right;white-space:nowrap}
+th:first-child,td:first-child,td.l,th.l{text-align:left}th{font-weight:600;color:#4b5563}
+code,pre{font:.88em ui-monospace,monospace}pre{background:#f9fafb;border:1px solid #e5e7eb;border-radius:6px;padding:.75rem;
+overflow-x:auto;margin:.25rem 0 1rem}.bad{color:#b91c1c;font-weight:600}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.25rem}
+.plots img{width:100%;border:1px solid #e5e7eb;border-radius:6px}
+"""
+
+
+def render(rows: Sequence[DemoRow], facts: dict) -> str:
+    """The page.
+
+    Args:
+        rows: plain first.
+        facts: what was run and where: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``.
+    """
+    machine = facts["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    plots = "".join(f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in _plots(rows))
+    texts = "".join(f"<h3><code>{html.escape(r.codec)}</code></h3><pre>{html.escape(r.text)}</pre>" for r in rows)
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<title>flashcomm demo</title><style>{_STYLE}</style></head><body>
+<h1>flashcomm demo</h1>
+<p class="note">{html.escape(str(facts["model"]))}, tensor parallel over {facts["ranks"]} ranks on
+{html.escape(machine["gpu"] or machine["cpu"])} ({machine["cores"]} cores), {machine["date"]}.</p>
+<p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. <b>Bits</b> count scales
+and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b> is the median time from a prompt of
+{facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns; the ranks share this machine's memory,
+so there is no slow link here for compression to speed up. <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
+<b>top-1</b> are teacher-forced over {facts["eval_tokens"]:,} tokens of standard-library source that the model never saw.</p>
+<div class="scroll">{_table(rows)}</div>
+<h2>At a glance</h2><div class="plots">{plots}</div>
+<h2>What it writes</h2><p class="note">Greedy continuation of <code>{html.escape(repr(facts["prompt"]))}</code></p>
+{texts}
+<p class="note">{html.escape(versions)}{", commit " + machine["commit"] if machine["commit"] else ""}</p>
+</body></html>
+"""
+
+
+def _table(rows: Sequence[DemoRow]) -> str:
+    head = (
+        '<tr><th class="l">codec</th><th class="l">algorithm</th><th>bits</th><th>wire B/token</th><th>TTFT ms</th>'
+        "<th>speed</th><th>perplexity</th><th>change</th><th>KL</th><th>top-1</th><th>ranks identical</th></tr>"
+    )
+    body = "".join(
+        f'<tr><td><code>{html.escape(r.codec)}</code></td><td class="l">{r.algorithm}</td><td>{r.bits_per_value:.2f}</td>'
+        f"<td>{r.wire_bytes_per_token:,.0f}</td><td>{r.ttft_ms:.0f}</td><td>{r.ttft_vs_plain:.2f}x</td>"
+        f"<td>{r.perplexity:.4f}</td><td>{100 * r.perplexity_change:+.3f} %</td><td>{r.kl:.2e}</td>"
+        f"<td>{100 * r.top1:.2f} %</td><td>{'yes' if r.ranks_identical else '<span class=bad>NO</span>'}</td></tr>"
+        for r in rows
+    )
+    return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _plots(rows: Sequence[DemoRow]):
+    compressed = [r for r in rows if r.kl > 0]
+    figure, axes = _figure("Accuracy: KL against plain, by bits on the wire")
+    for row in compressed:
+        axes.scatter(row.bits_per_value, row.kl, color=_BLUE, s=28, zorder=3)
+        axes.annotate(row.codec, (row.bits_per_value, row.kl), xytext=(6, 3), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("bits per value")
+    axes.set_ylabel("KL (nats)")
+    axes.margins(x=0.22)
+    if compressed:
+        axes.set_yscale("log")
+    axes.grid(True, color="#f0f0f0")
+    yield "KL against bits per value", figure
+
+    for title, value, unit in (
+        ("Bytes that a rank sends per prompt token", lambda r: r.wire_bytes_per_token, "{:,.0f}"),
+        ("Time to first token, median ms (no slow link)", lambda r: r.ttft_ms, "{:.0f}"),
+    ):
+        figure, axes = _figure(title)
+        names = [r.codec for r in rows][::-1]
+        values = [value(r) for r in rows][::-1]
+        bars = axes.barh(names, values, color=[_GREY if n == "none" else _BLUE for n in names], zorder=3)
+        axes.bar_label(bars, [unit.format(v) for v in values], padding=4, fontsize=8)
+        axes.margins(x=0.15)
+        axes.tick_params(axis="y", labelsize=8)
+        axes.spines["bottom"].set_visible(False)
+        axes.set_xticks([])
+        yield title, figure
+
+
+def _figure(title: str):
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _png(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="png", dpi=150)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,243 @@
+"""Compress the all-reduces of one transformers model that was loaded tensor parallel (``tp_plan="auto"``).
+
+    with flashcomm.integrations.transformers.compressed(model, "int8g128"):
+        model.generate(...)
+
+How: forward hooks mark, per thread, which module is running; while a marked module runs, a summing
+`torch.distributed.all_reduce` over the model's own tensor-parallel group becomes `flashcomm.all_reduce`. So nothing in
+the model is replaced, other models and other groups are untouched, biases stay where transformers adds them (once,
+after the sum), and `undo` removes two hooks per module.
+
+Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
+is read from the loaded model, not from a version: transformers 5.0 to 5.15 note the style on the module, 5.16 and
+later replace the module's forward and keep the plan on the model. Both send the sum through `dist.all_reduce`, or
+through a DTensor, which ends in the functional collective; those two names are what is patched, and only while a
+model is compressed.
+
+Hazard: inside `torch.compile` the compressed sum is a graph break, so ``fullgraph=True`` fails.
+"""
+
+import functools
+import re
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
+from torch.distributed import distributed_c10d
+
+from flashcomm import codecs, collectives
+from flashcomm.codecs import Codec
+from flashcomm.collectives.stats import record_plain
+
+# Styles of transformers' plans that shard a module but leave no sum to make after it.
+_NOT_REDUCING = re.compile(
+    "colwise|packed_|local|grouped_gemm|ep_router|megamoe|mla_|moe_identity|replicate|sequence_parallel|embedding_colwise"
+)
+
+_running = threading.local()
+_handles: "list[Compression]" = []
+_patch_lock = threading.Lock()
+_originals: dict[str, Callable] = {}
+
+
+def compress(
+    model: Any,
+    codec: str | Codec = "int8g128",
+    *,
+    algorithm: str = "auto",
+    strict: bool = False,
+    batch_invariant: bool = False,
+) -> "Compression":
+    """Send the all-reduces of `model` in `codec`, until ``undo()`` of the returned handle.
+
+    Args:
+        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        codec, algorithm, strict, batch_invariant: as for `flashcomm.all_reduce`.
+
+    Returns:
+        A `Compression`.
+
+    Raises:
+        ValueError: unknown codec, or a model that is not tensor parallel, or is compressed already.
+
+    Example::
+
+        handle = compress(model, "int4g128:int8g128")
+        model(input_ids)
+        handle.undo()
+    """
+    return Compression(model, codecs.parse(codec), algorithm=algorithm, strict=strict, batch_invariant=batch_invariant)
+
+
+@contextmanager
+def compressed(model: Any, codec: str | Codec = "int8g128", **options: Any):
+    """`compress` for the length of a ``with`` block; yields the handle."""
+    handle = compress(model, codec, **options)
+    try:
+        yield handle
+    finally:
+        handle.undo()
+
+
+class Compression:
+    """A model whose all-reduces are compressed; made by `compress`."""
+
+    codec: Codec
+    """The wire format. May be assigned to between forward passes, on all ranks alike."""
+    modules: dict[str, str]
+    """The style in transformers' plan, by the name of each module whose sum is compressed."""
+    calls: dict[str, int]
+    """Sums that went through flashcomm so far, by module."""
+
+    def __init__(self, model: Any, codec: Codec, **options: Any):
+        self.codec, self._options = codec, options
+        self._group = tensor_parallel_group(model)
+        if any(handle._model is model for handle in _handles):
+            raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
+        reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
+        if not reducing:
+            raise ValueError(
+                "no module of this model reduces over ranks: its tensor-parallel plan has no row-parallel style"
+            )
+        self.modules = {name: style for name, (_, style) in reducing.items()}
+        self.calls = dict.fromkeys(reducing, 0)
+        self._model = model
+        self._hooks = []
+        for name, (module, _) in reducing.items():
+            self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True))
+            self._hooks.append(module.register_forward_hook(functools.partial(self._leave, name), always_call=True))
+        _handles.append(self)
+        _patch()
+
+    def undo(self):
+        """Take the hooks out again; the model is as it was. Harmless when repeated."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self in _handles:
+            _handles.remove(self)
+        _unpatch()
+
+    def _enter(self, name: str, module: torch.nn.Module, args: Any):
+        _stack().append((self, name, self.calls[name]))
+
+    def _leave(self, name: str, module: torch.nn.Module, args: Any, output: Any):
+        # Above our entry there can be those of modules that raised before their own hook.
+        while (entry := _stack().pop())[:2] != (self, name):
+            pass
+        if self.calls[name] == entry[2]:
+            record_plain("all_reduce", f"no sum seen in {self.modules[name]} module {re.sub(r'[0-9]+', '*', name)}")
+
+    def _reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        self.calls[name] += 1
+        result = collectives.all_reduce(x, self.codec, self._group, out=out, **self._options)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+
+def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
+    """The process group over which a loaded model is tensor parallel.
+
+    Raises:
+        ValueError: the model is not tensor parallel, or over one rank only.
+    """
+    mesh = getattr(model, "_device_mesh", None)
+    names = getattr(mesh, "mesh_dim_names", None) or ()
+    if mesh is not None and mesh.ndim > 1:
+        mesh = mesh["tp"] if "tp" in names else None
+    if mesh is None or mesh.size() < 2:
+        raise ValueError(
+            "this model is not tensor parallel over two or more ranks: start the script with "
+            'torchrun --nproc-per-node N and load it with from_pretrained(..., tp_plan="auto")'
+        )
+    return mesh.get_group()
+
+
+def _reducing_modules(model: Any):
+    """(name, module, style) of every module whose output transformers sums over ranks."""
+    plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
+    for name, module in model.named_modules():
+        style = getattr(module, "_hf_tp_plan", None)
+        if style is None and "forward" in vars(module):
+            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+        if style is not None and not _NOT_REDUCING.match(style):
+            yield name, module, style
+
+
+def _stack() -> list:
+    if not hasattr(_running, "stack"):
+        _running.stack = []
+    return _running.stack
+
+
+def _marked(x: torch.Tensor, op: Any, group: Any) -> "tuple[Compression, str] | None":
+    """The compression and module that this sum belongs to, if any."""
+    if not _stack() or _stack()[-1] is None or x.dtype not in codecs.FLOAT_DTYPES or "sum" not in str(op).lower():
+        return None
+    handle, name, _ = _stack()[-1]
+    if group != handle._group:
+        return None
+    if x.requires_grad and torch.is_grad_enabled():
+        record_plain("all_reduce", "autograd")
+        return None
+    return handle, name
+
+
+@torch.compiler.disable
+def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    handle, name = marked
+    _stack().append(None)  # What flashcomm itself sends passes through.
+    try:
+        return handle._reduce(name, x, out)
+    finally:
+        _stack().pop()
+
+
+def _patch():
+    """Route the two names under which sums are started through us."""
+    with _patch_lock:
+        if _originals:
+            return
+        plain: Callable = dist.all_reduce
+        plain_functional: Callable = functional.all_reduce
+        _originals.update(plain=plain, functional=plain_functional)
+
+        @functools.wraps(plain)
+        def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+            marked = None if async_op else _marked(tensor, op, _resolve(group))
+            if marked is None:
+                return plain(tensor, op, group, async_op)
+            _compressed_sum(marked, tensor, tensor)
+            return None
+
+        @functools.wraps(plain_functional)
+        def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
+            marked = _marked(self, reduceOp, _resolve(group))
+            if marked is None:
+                return plain_functional(self, reduceOp, group, tag)
+            return _compressed_sum(marked, self, None)
+
+        dist.all_reduce, functional.all_reduce = all_reduce, functional_all_reduce
+
+
+def _unpatch():
+    with _patch_lock:
+        if _originals and not _handles:
+            dist.all_reduce, functional.all_reduce = _originals["plain"], _originals["functional"]
+            _originals.clear()
+
+
+def _resolve(group: Any) -> Any:
+    """The process group that a collective names: nothing, its name, itself, a mesh, or a mesh and a dimension."""
+    if group is None:
+        return dist.group.WORLD
+    if isinstance(group, str):
+        return distributed_c10d._resolve_process_group(group)  # pyright: ignore
+    if isinstance(group, tuple):
+        mesh, dim = group
+        return mesh.get_group(dim)
+    return group.get_group() if hasattr(group, "get_group") else group

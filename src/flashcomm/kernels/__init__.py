@@ -1,0 +1,204 @@
+"""The three verbs of the codecs at the speed of the device: the one place that picks an implementation.
+
+    encode             x[T, H] -> payload[T, P]
+    decode_sum         payloads[R, T, P] -> x[T, H]; `decode` is the case R = 1
+    decode_sum_encode  payloads[R, T, P] -> payload[T, P']
+
+All of them give the bytes of `flashcomm.codecs`; a format or a device without a fast kernel runs the specification
+itself, which `route` tells and the log says once.
+"""
+
+import importlib.util
+import logging
+import threading
+from functools import cache
+
+import torch
+
+from flashcomm import codecs
+from flashcomm.codecs import FLOAT_DTYPES, Affine, Cast, Codec, Plain
+
+_log = logging.getLogger("flashcomm.kernels")
+
+
+@cache
+def route(codec: Codec, device_type: str) -> tuple[str, str]:
+    """(backend, why): which implementation serves `codec` on a kind of device, ``numba`` or ``torch``."""
+    if isinstance(codec, Plain | Cast):
+        return "torch", "a cast is one torch operation"
+    if device_type != "cpu":
+        return "torch", f"no {device_type} kernels yet: the torch specification runs on the device"
+    if not isinstance(codec, Affine):
+        return "torch", f"no CPU kernel for {codec}"
+    if importlib.util.find_spec("numba") is None:
+        return "torch", "numba is not installed (pip install numba)"
+    return "numba", "compiled for this CPU"
+
+
+@cache
+def _backend(codec: Codec, device_type: str):
+    backend, why = route(codec, device_type)
+    if backend == "torch":
+        if isinstance(codec, Affine):
+            _log.info("codec %s on %s runs on the torch specification: %s", codec, device_type, why)
+        return None
+    return warm_up()
+
+
+@cache
+def warm_up():
+    """Load the CPU kernels, or compile them where this machine has not yet, which takes some ten seconds.
+
+    The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
+    """
+    if importlib.util.find_spec("numba") is None:
+        return None
+    notice = threading.Timer(
+        1.0, _log.warning, ["flashcomm is compiling its CPU kernels (once; numba keeps them on disk)"]
+    )
+    notice.daemon = True
+    notice.start()
+    from flashcomm.kernels import cpu
+
+    # One value compiles each kernel for every dtype, width and group size.
+    codec = Affine(4, False, 32)
+    x = torch.zeros(1, 1)
+    payload = torch.empty(1, 1, codec.payload_bytes(1), dtype=torch.uint8)
+    cpu.encode(x, codec, payload[0])
+    cpu.decode_sum(payload, codec, x)
+    cpu.decode_sum_encode(payload, codec, codec, 1, payload[0])
+    notice.cancel()
+    return cpu
+
+
+def _check(x: torch.Tensor, what: str):
+    if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
+        given = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(type(x))
+        raise ValueError(f"{what} takes a [rows, cols] tensor of bf16, fp16 or fp32, not {given}")
+
+
+def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Encode each row of `x` into its bytes on the wire.
+
+    Args:
+        x: [rows, cols] bf16, fp16 or fp32, any strides, any device.
+        codec: a codec or its spelling.
+        out: optional uint8 [rows, payload_bytes(cols)] with contiguous rows to write into.
+
+    Returns:
+        uint8 [rows, payload_bytes(cols)] on the device of `x`.
+
+    Raises:
+        ValueError: not a 2-D floating-point tensor, an unknown codec, or a pair of codecs.
+
+    Example: ``encode(torch.tensor([[0., 1., 2., 3.]]), "int2g4")`` is ``[[0xe4, 0x80, 0x3f, 0, 0]]``.
+    """
+    codec = codecs.parse(codec)
+    _check(x, "encode")
+    shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
+    if out is not None and (out.shape != shape or out.dtype != torch.uint8 or out.stride(1) != 1):
+        raise ValueError(f"out must be uint8 {list(shape)} with contiguous rows, not {out.dtype} {list(out.shape)}")
+    backend = _backend(codec, x.device.type)
+    if backend is None or x.numel() == 0:
+        payload = codec.encode(x)
+        return payload if out is None else out.copy_(payload)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if out is None:
+        out = torch.empty(shape, dtype=torch.uint8, device=x.device)
+    backend.encode(x, codec, out)
+    return out
+
+
+def decode(
+    payload: torch.Tensor, codec: "str | Codec", *, cols: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decode rows that `encode` made.
+
+    Args:
+        payload: uint8 [rows, payload_bytes(cols)].
+        codec: the codec that encoded it.
+        cols: values in a row.
+        dtype: of the result: bf16, fp16 or fp32; rounded once, half to even.
+        out: optional [rows, cols] of `dtype` with contiguous rows to write into.
+
+    Returns:
+        [rows, cols] of `dtype` on the device of `payload`.
+
+    Raises:
+        ValueError: payload of another shape or type than `codec` and `cols` need.
+    """
+    return decode_sum(payload[None], codec, cols=cols, dtype=dtype, out=out)
+
+
+def decode_sum(
+    payloads: torch.Tensor, codec: "str | Codec", *, cols: int, dtype: torch.dtype, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decode the same rows of several ranks and add them in fp32, rank 0 first.
+
+    Args:
+        payloads: uint8 [ranks, rows, payload_bytes(cols)]; ranks and rows may be strided.
+        codec, cols, dtype, out: as for `decode`.
+
+    Returns:
+        [rows, cols] of `dtype`.
+    """
+    codec = codecs.parse(codec)
+    _check_payloads(payloads, codec, cols, dtype)
+    backend = _backend(codec, payloads.device.type)
+    if backend is None or payloads.numel() == 0:
+        if isinstance(codec, Plain) and payloads.shape[0] == 1:
+            result = codec.decode(payloads[0], cols, dtype)
+        else:
+            result = codecs.decode_sum(payloads, codec, cols, dtype)
+        return result if out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty(payloads.shape[1], cols, dtype=dtype, device=payloads.device)
+    backend.decode_sum(payloads, codec, out)
+    return out
+
+
+def decode_sum_encode(
+    payloads: torch.Tensor,
+    codec: "str | Codec",
+    out_codec: "str | Codec",
+    *,
+    cols: int,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Decode, add in fp32 in rank order, encode: the reduction of a two-step all-reduce, in one pass.
+
+    Args:
+        payloads: uint8 [ranks, rows, payload_bytes(cols)] in `codec`.
+        codec: of the payloads.
+        out_codec: of the result; may differ in everything.
+        cols: values in a row.
+        out: optional uint8 [rows, payload_bytes(cols)] of `out_codec` to write into.
+
+    Returns:
+        uint8 [rows, payload_bytes(cols)] in `out_codec`.
+    """
+    codec, out_codec = codecs.parse(codec), codecs.parse(out_codec)
+    _check_payloads(payloads, codec, cols, torch.float32)
+    backend, out_backend = (_backend(c, payloads.device.type) for c in (codec, out_codec))
+    if backend is None or backend is not out_backend or payloads.numel() == 0:
+        total = decode_sum(payloads, codec, cols=cols, dtype=torch.float32)
+        return encode(total, out_codec, out=out)
+    if out is None:
+        shape = (payloads.shape[1], out_codec.payload_bytes(cols))
+        out = torch.empty(shape, dtype=torch.uint8, device=payloads.device)
+    backend.decode_sum_encode(payloads, codec, out_codec, cols, out)
+    return out
+
+
+def _check_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype):
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"values decode to bf16, fp16 or fp32, not {dtype}")
+    width = codec.payload_bytes(cols, dtype)
+    if payloads.dtype != torch.uint8 or payloads.dim() != 3 or payloads.shape[-1] != width:
+        raise ValueError(
+            f"{cols} values in {codec} are rows of {width} bytes (uint8), "
+            f"not {payloads.dtype} of shape {list(payloads.shape[1:] if payloads.dim() == 3 else payloads.shape)}"
+        )
+    if payloads.shape[0] == 0:
+        raise ValueError("a sum needs the payload of at least one rank")

@@ -1,0 +1,56 @@
+"""The collectives of N ranks in one process: the very bits that the ranks would get, without a network.
+
+For tests, and to learn what a codec costs a model before a cluster is touched.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from flashcomm import codecs, kernels, planner
+from flashcomm.codecs import Codec
+
+
+def all_reduce(
+    xs: Sequence[torch.Tensor],
+    codec: str | Codec = "int8g128",
+    algorithm: str = "auto",
+    *,
+    batch_invariant: bool = False,
+) -> torch.Tensor:
+    """What `flashcomm.all_reduce` returns on every rank when rank r holds ``xs[r]``.
+
+    Args:
+        xs: one tensor per rank, all of one shape, dtype and device.
+        codec, algorithm, batch_invariant: as for `flashcomm.all_reduce`.
+
+    Returns:
+        Tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: no tensors, tensors that differ, or what `flashcomm.all_reduce` refuses.
+        NotImplementedError: the call would run the plain collective, whose order of additions is the backend's.
+
+    Example: ``all_reduce([torch.ones(4), 2 * torch.ones(4)], "int8g128", "one_step")`` is ``[3, 3, 3, 3]``.
+    """
+    codec = codecs.parse(codec)
+    if not xs or any(x.shape != xs[0].shape or x.dtype != xs[0].dtype for x in xs):
+        raise ValueError("simulate.all_reduce needs one tensor per rank, all of one shape and dtype")
+    x, ranks = xs[0], len(xs)
+    size = x.numel() * x.element_size()
+    plan = planner.choose(size, ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant)
+    if ranks == 1 or x.numel() == 0:
+        return x.clone()
+    if plan.algorithm == "plain":
+        raise NotImplementedError(
+            f"this call runs the plain collective ({plan.reason}), whose order of additions belongs to the backend. "
+            "Use algorithm='one_step' or 'two_step', or codec='fp32' for sums in rank order"
+        )
+    first, second = codec.steps
+    cols = x.shape[-1] if x.dim() else 1
+    payloads = torch.stack([kernels.encode(r.reshape(-1, cols), first) for r in xs])
+    if plan.algorithm == "one_step":
+        return kernels.decode_sum(payloads, first, cols=cols, dtype=x.dtype).view(x.shape)
+    # Rows are independent, so owning them all is the same as owning a stripe.
+    reduced = kernels.decode_sum_encode(payloads, first, second, cols=cols)
+    return kernels.decode(reduced, second, cols=cols, dtype=x.dtype).view(x.shape)

@@ -1,0 +1,23 @@
+"""Promises 1 to 7 of docs/design.md for every world size, and the proof that each check can fail."""
+
+import promises
+import pytest
+
+import ranks
+
+WORLD_SIZES = (1, 2, 3, 4, 5, 7)
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("promise", promises.PROMISES, ids=lambda f: f.__name__)
+def test_promise(promise, world_size):
+    violations = ranks.shared(world_size).run(promises.check, promise, "flashcomm")
+    assert violations == [[]] * world_size
+
+
+@pytest.mark.parametrize(
+    ("promise", "broken"), list(zip(promises.PROMISES, promises.BROKEN, strict=True)), ids=lambda f: f.__name__
+)
+def test_the_check_catches_a_broken_all_reduce(promise, broken):
+    violations = ranks.shared(4).run(promises.check, promise, broken.__name__)
+    assert any(violations), f"{promise.__name__} does not notice {broken.__name__}"

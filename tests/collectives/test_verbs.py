@@ -1,0 +1,252 @@
+"""reduce_scatter, all_gather, all_to_all, asynchronous calls, out=, and the errors of all four verbs."""
+
+import promises
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+import ranks
+import values
+from flashcomm import kernels
+
+
+def decoded(x, spec):
+    codec = flashcomm.codec(spec)
+    return kernels.decode(kernels.encode(x, codec), codec, cols=x.shape[-1], dtype=x.dtype)
+
+
+def reduce_scatter_on_ranks():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    for dtype in values.DTYPES:
+        for shape in ((2 * size, 130), (size, 3, 40), (0, 8)):
+            for spec in ("int8g128", "int4g32:int8g128"):
+                first = flashcomm.codec(spec).steps[0]
+                xs = [promises.tensor(r, shape, dtype) for r in range(size)]
+                rows = [x.reshape(-1, shape[-1]) for x in xs]
+                payloads = torch.stack([kernels.encode(r, first) for r in rows])
+                total = kernels.decode_sum(payloads, first, cols=shape[-1], dtype=dtype).view(shape)
+                part = shape[0] // size
+                got = flashcomm.reduce_scatter(xs[rank], spec)
+                want = (total if size > 1 else xs[0])[rank * part : (rank + 1) * part]
+                assert promises.same(got, want), (spec, dtype, shape)
+    flat = flashcomm.reduce_scatter(torch.arange(6.0 * size), "fp32", algorithm="one_step")
+    assert promises.same(flat, size * torch.arange(6.0 * rank, 6.0 * (rank + 1)))
+    plain = flashcomm.reduce_scatter(torch.ones(2 * size, 5), "none")
+    assert promises.same(plain, torch.full((2, 5), float(size)))
+
+
+def all_gather_on_ranks():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    for dtype in values.DTYPES:
+        for shape in ((3, 130), (2, 3, 40), (5,), (0, 8), ()):
+            for spec in ("int8g128", "int4g32:int8g128"):
+                second = str(flashcomm.codec(spec).steps[1])
+                parts = [promises.tensor(r, shape, dtype) for r in range(size)]
+                if size > 1:
+                    flat = [p.reshape(-1, shape[-1] if shape else 1) for p in parts]
+                    parts = [
+                        decoded(f, second).view(shape) if f.numel() else p for f, p in zip(flat, parts, strict=True)
+                    ]
+                want = torch.cat([p.reshape(1) if not shape else p for p in parts])
+                got = flashcomm.all_gather(promises.tensor(rank, shape, dtype), spec)
+                assert promises.same(got, want), (spec, dtype, shape)
+
+
+def all_to_all_on_ranks():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    # Rank i sends i + j rows to rank j: uneven, and rank 0 sends itself nothing.
+    in_rows, out_rows = [rank + j for j in range(size)], [j + rank for j in range(size)]
+    for spec in ("int8g128", "int4g32", "none"):
+        for dtype in values.DTYPES:
+            rows = {r: promises.tensor(r, (sum(r + j for j in range(size)), 2, 65), dtype) for r in range(size)}
+            got = flashcomm.all_to_all(rows[rank], spec, output_split_sizes=out_rows, input_split_sizes=in_rows)
+            parts = []
+            for sender in range(size):
+                start = sum(sender + j for j in range(rank))
+                parts.append(rows[sender][start : start + sender + rank])
+            want = torch.cat(parts)
+            if spec != "none" and size > 1 and want.numel():
+                want = decoded(want.reshape(-1, 65), spec).view(want.shape)
+            assert promises.same(got, want), (spec, dtype)
+    even = flashcomm.all_to_all(torch.full((size, 4), float(rank)), "fp32")
+    assert promises.same(even, torch.arange(float(size))[:, None].expand(size, 4))
+
+
+def asynchronous_on_ranks():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    xs = [promises.tensor(rank, (40, 256), seed=i) for i in range(6)]
+    expected = [flashcomm.all_reduce(x, "int4g128", algorithm="two_step") for x in xs]
+    works = []
+    for x in xs:
+        works.append(flashcomm.all_reduce(x, "int4g128", algorithm="two_step", async_op=True))
+        dist.barrier()
+    for work, want in zip(reversed(works), reversed(expected), strict=True):
+        assert promises.same(work.wait(), want)
+        assert work.is_completed()
+    gathered = flashcomm.all_gather(xs[0], "int8g128", async_op=True)
+    scattered = flashcomm.reduce_scatter(xs[0].repeat(size, 1), "int8g128", async_op=True)
+    swapped = flashcomm.all_to_all(xs[0].repeat(size, 1), "int8g128", async_op=True)
+    assert promises.same(swapped.wait(), flashcomm.all_to_all(xs[0].repeat(size, 1), "int8g128"))
+    assert promises.same(scattered.wait(), flashcomm.reduce_scatter(xs[0].repeat(size, 1), "int8g128"))
+    assert promises.same(gathered.wait(), flashcomm.all_gather(xs[0], "int8g128"))
+
+
+def out_on_ranks():
+    rank = dist.get_rank()
+    for algorithm in ("one_step", "two_step", "plain"):
+        x = promises.tensor(rank, (6, 64))
+        want = flashcomm.all_reduce(x, "int8g128", algorithm=algorithm)
+        into = torch.zeros_like(x)
+        assert flashcomm.all_reduce(x, "int8g128", algorithm=algorithm, out=into) is into
+        assert promises.same(into, want)
+        wide = torch.zeros(6, 70, dtype=x.dtype)
+        flashcomm.all_reduce(x, "int8g128", algorithm=algorithm, out=wide[:, 3:67])
+        assert promises.same(wide[:, 3:67], want)
+        assert not wide[:, :3].any()
+        assert not wide[:, 67:].any()
+        flashcomm.all_reduce(x, "int8g128", algorithm=algorithm, out=x)
+        assert promises.same(x, want)
+
+
+def buffers_on_ranks():
+    x = promises.tensor(dist.get_rank(), (64, 512))
+    out = torch.empty_like(x)
+    state = flashcomm.collectives.state_of(None)
+    flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out)
+    held = {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
+    for rows in (64, 3, 17, 64):
+        flashcomm.all_reduce(x[:rows], "int8g128", algorithm="two_step", out=out[:rows])
+    return held == {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
+
+
+def subgroup_on_ranks():
+    rank = dist.get_rank()
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    x = promises.tensor(rank, (5, 100))
+    got = flashcomm.all_reduce(x, "int4g32", group=pairs[rank // 2], algorithm="two_step")
+    members = [promises.tensor(r, (5, 100)) for r in (rank // 2 * 2, rank // 2 * 2 + 1)]
+    assert promises.same(got, flashcomm.simulate.all_reduce(members, "int4g32", "two_step"))
+    with pytest.raises(ValueError, match="a process group that this rank belongs to"):
+        flashcomm.all_reduce(x, "int4g32", group=pairs[1 - rank // 2])
+
+
+ERRORS = [
+    (lambda x: flashcomm.all_reduce(x, "int9"), "unknown codec 'int9'"),
+    (lambda x: flashcomm.all_reduce(x.int(), "int8"), "compresses bf16, fp16 and fp32, not torch.int32"),
+    (lambda x: flashcomm.all_reduce([1.0], "int8"), "x must be a dense tensor, not list"),
+    (lambda x: flashcomm.all_reduce(x.to_sparse(), "int8"), "x must be a dense tensor, not torch.sparse_coo"),
+    (lambda x: flashcomm.all_reduce(x, "int8", algorithm="ring"), "unknown algorithm 'ring'. Allowed: auto, one_step"),
+    (lambda x: flashcomm.all_reduce(x, "none", algorithm="two_step"), "codec 'none' is the plain collective"),
+    (lambda x: flashcomm.all_reduce(x, "int4:int8", algorithm="one_step"), "one_step sends once"),
+    (lambda x: flashcomm.all_reduce(x, "int8", out=torch.zeros(3)), r"out must be torch.bfloat16 \[4, 6\]"),
+    (lambda x: flashcomm.all_reduce(x.clone().requires_grad_(), "int8"), "for inference"),
+    (lambda x: flashcomm.all_reduce(x, "int8", group="tp"), "a process group that this rank belongs to"),
+    (lambda x: flashcomm.reduce_scatter(x[:3], "int8"), "splits dimension 0 over 2 ranks"),
+    (lambda x: flashcomm.reduce_scatter(x, "int8", algorithm="two_step"), "only all_reduce has two steps"),
+    (lambda x: flashcomm.all_to_all(x[0], "int8"), "at least 2 dimensions"),
+    (lambda x: flashcomm.all_to_all(x, "int4:int8"), "a single codec, not the pair"),
+    (lambda x: flashcomm.all_to_all(x[:3], "int8"), "3 rows do not split evenly over 2 ranks"),
+    (lambda x: flashcomm.all_to_all(x, "int8", input_split_sizes=[1, 1], output_split_sizes=[1, 1]), "add up to 4"),
+    (
+        lambda x: flashcomm.all_to_all(x, "int8", input_split_sizes=[4], output_split_sizes=[2, 2]),
+        "must be 2 non-negative",
+    ),
+]
+
+
+def errors_on_ranks():
+    x = promises.tensor(dist.get_rank(), (4, 6))
+    for call, message in ERRORS:
+        with pytest.raises(ValueError, match=message):
+            call(x)
+    with pytest.raises(
+        RuntimeError, match=r"strict: all_reduce of \[4, 6\] .* would run uncompressed: message under 64 KiB"
+    ):
+        flashcomm.all_reduce(x, "int8", strict=True)
+    flashcomm.all_reduce(x, "int8", algorithm="two_step", strict=True)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "function",
+    [reduce_scatter_on_ranks, all_gather_on_ranks, all_to_all_on_ranks, asynchronous_on_ranks, out_on_ranks],
+    ids=lambda f: f.__name__,
+)
+def test_on_ranks(function, world_size):
+    ranks.shared(world_size).run(function)
+
+
+def test_wrong_arguments_are_refused_before_any_communication():
+    ranks.shared(2).run(errors_on_ranks)
+
+
+def test_a_subgroup_is_a_world_of_its_own():
+    ranks.shared(4).run(subgroup_on_ranks)
+
+
+def test_buffers_are_reused():
+    assert ranks.shared(3).run(buffers_on_ranks) == [True] * 3
+
+
+def test_without_a_process_group_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match="init_process_group"):
+        flashcomm.all_reduce(torch.zeros(4), "int8g128")
+
+
+def disagree(case):
+    rank = dist.get_rank()
+    x = torch.zeros(8, 128, dtype=torch.bfloat16)
+    calls = {
+        "codec": lambda: flashcomm.all_reduce(x, "int8g128" if rank else "int4g128", algorithm="two_step"),
+        "dtype": lambda: flashcomm.all_reduce(x.float() if rank else x, "int8g128", algorithm="two_step"),
+        "shape": lambda: flashcomm.all_reduce(x[: 8 - rank], "int8g128", algorithm="two_step"),
+        "algorithm": lambda: flashcomm.all_reduce(x, "int8g128", algorithm="two_step" if rank else "one_step"),
+        "op": lambda: flashcomm.all_gather(x) if rank else flashcomm.reduce_scatter(x),
+    }
+    try:
+        calls[case]()
+    except RuntimeError as error:
+        message = str(error)
+    else:
+        message = "nothing was raised"
+    # The group is still usable.
+    total = flashcomm.all_reduce(torch.ones(2, 128), "int8g128", algorithm="two_step")
+    return message, total.unique().item()
+
+
+@pytest.mark.parametrize("case", ["codec", "dtype", "shape", "algorithm", "op"])
+def test_ranks_that_disagree_all_raise_and_name_both_sides(case):
+    for message, total in ranks.shared(2).run(disagree, case):
+        assert "ranks disagree about this collective: rank 0 calls op=" in message
+        assert "; rank 1 calls op=" in message
+        assert total == 2
+
+
+def call_until_a_rank_dies(victim):
+    import os
+    import signal
+
+    rank = dist.get_rank()
+    x = torch.ones(64, 1024)
+    for _ in range(3):
+        flashcomm.all_reduce(x, "int8g128", algorithm="two_step")
+    if rank == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    flashcomm.all_reduce(x, "int8g128", algorithm="two_step")
+
+
+def test_a_dead_rank_is_an_error_within_the_timeout(fresh_ranks):
+    import time
+
+    group = fresh_ranks(3, timeout_s=5)
+    start = time.monotonic()
+    group.start(call_until_a_rank_dies, 1)
+    outcomes = [group.outcome(rank) for rank in range(3)]
+    assert time.monotonic() - start < 30
+    assert outcomes[1] is None
+    for survivor in (0, 2):
+        ok, message = outcomes[survivor]
+        assert not ok
+        assert f"all_reduce over 3 ranks failed on rank {survivor}" in message
+        assert "A peer that is gone, or that does not join within the group's timeout" in message

@@ -1,0 +1,133 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import values
+from flashcomm import codecs, kernels
+
+SPECS = [f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (1, 3, 8, 32, 100, 128)]
+
+
+def same_bytes(a, b):
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+def assert_equals_specification(codec, x):
+    payload = codec.encode(x)
+    assert same_bytes(kernels.encode(x, codec), payload), f"{codec} {x.dtype} {list(x.shape)}: encode"
+    for dtype in values.DTYPES:
+        decoded = kernels.decode(payload, codec, cols=x.shape[1], dtype=dtype)
+        assert same_bytes(decoded, codec.decode(payload, x.shape[1], dtype)), f"{codec} {dtype} {list(x.shape)}: decode"
+
+
+def test_affine_codecs_run_on_numba():
+    assert kernels.route(codecs.parse("int4g128"), "cpu") == ("numba", "compiled for this CPU")
+    assert kernels.route(codecs.parse("bf16"), "cpu")[0] == "torch"
+    backend, why = kernels.route(codecs.parse("int4g128"), "cuda")
+    assert backend == "torch"
+    assert "specification" in why
+
+
+@pytest.mark.parametrize("dtype", values.DTYPES)
+def test_same_bytes_on_all_16_bit_patterns(dtype):
+    x = values.every_pattern(dtype)
+    for spec in SPECS:
+        assert_equals_specification(codecs.parse(spec), x)
+
+
+@pytest.mark.parametrize("dtype", values.DTYPES)
+def test_same_bytes_on_special_values(dtype):
+    for x in values.special(dtype).values():
+        for spec in SPECS:
+            assert_equals_specification(codecs.parse(spec), x)
+
+
+@settings(max_examples=300)
+@given(values.matrices(), st.integers(1, 8), st.booleans(), st.integers(1, 300))
+def test_same_bytes_anywhere(x, bits, symmetric, group):
+    assert_equals_specification(codecs.parse(f"int{bits}{'s' * symmetric}g{group}"), x)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize(
+    "pair", [("int4g32", "int4g32"), ("int4g128", "int8g128"), ("int3sg7", "int5g100"), ("bf16", "int8g128")]
+)
+def test_sums_are_the_specifications(ranks, pair):
+    first, second = map(codecs.parse, pair)
+    payloads = torch.stack(
+        [first.encode(torch.randn(6, 300, generator=torch.Generator().manual_seed(r)).bfloat16()) for r in range(ranks)]
+    )
+    for dtype in values.DTYPES:
+        expected = codecs.decode_sum(payloads, first, 300, dtype)
+        assert same_bytes(kernels.decode_sum(payloads, first, cols=300, dtype=dtype), expected)
+    expected = codecs.decode_sum_encode(payloads, first, second, 300)
+    assert same_bytes(kernels.decode_sum_encode(payloads, first, second, cols=300), expected)
+
+
+def test_rows_may_be_strided_and_results_land_in_out():
+    base = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codec = codecs.parse("int5g64")
+    for x in (base[::2, 10:210], base.T, base[:, ::3], base[:0]):
+        payload = torch.full((x.shape[0], codec.payload_bytes(x.shape[1])), 0xAA, dtype=torch.uint8)
+        assert kernels.encode(x, codec, out=payload) is payload
+        assert same_bytes(payload, codec.encode(x))
+        wide = torch.zeros(x.shape[0], x.shape[1] + 5, dtype=x.dtype)
+        kernels.decode(payload, codec, cols=x.shape[1], dtype=x.dtype, out=wide[:, 2:-3])
+        assert same_bytes(wide[:, 2:-3], codec.decode(payload, x.shape[1], x.dtype))
+        assert not wide[:, :2].any()
+        assert not wide[:, -3:].any()
+
+
+def test_threads_change_no_byte():
+    x = torch.randn(513, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
+    codec = codecs.parse("int4g128")
+    alone = kernels.encode(x, codec)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert same_bytes(kernels.encode(x, codec), alone)
+        assert same_bytes(kernels.decode(alone, codec, cols=2048, dtype=x.dtype), codec.decode(alone, 2048, x.dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: kernels.encode(torch.zeros(4), "int4"), r"encode takes a \[rows, cols\] tensor.*float32 \[4\]"),
+        (lambda: kernels.encode(torch.zeros(4, 4, dtype=torch.int32), "int4"), "int32"),
+        (lambda: kernels.encode([1.0], "int4"), "list"),
+        (lambda: kernels.encode(torch.zeros(2, 4), "int4:int8"), "is a pair"),
+        (lambda: kernels.encode(torch.zeros(2, 4), "int4g4", out=torch.zeros(2, 5)), r"out must be uint8 \[2, 6\]"),
+        (
+            lambda: kernels.decode(torch.zeros(2, 5, dtype=torch.uint8), "int4g4", cols=4, dtype=torch.float32),
+            "rows of 6 bytes",
+        ),
+        (lambda: kernels.decode(torch.zeros(2, 6), "int4g4", cols=4, dtype=torch.float32), "rows of 6 bytes"),
+        (
+            lambda: kernels.decode(torch.zeros(2, 6, dtype=torch.uint8), "int4g4", cols=4, dtype=torch.int32),
+            "bf16, fp16 or fp32",
+        ),
+        (
+            lambda: kernels.decode_sum(torch.zeros(0, 2, 6, dtype=torch.uint8), "int4g4", cols=4, dtype=torch.float32),
+            "at least one rank",
+        ),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.gpu
+def test_specification_gives_the_same_bytes_on_cuda():
+    for dtype in values.DTYPES:
+        x = values.every_pattern(dtype)
+        for spec in SPECS:
+            codec = codecs.parse(spec)
+            payload = kernels.encode(x.cuda(), codec)
+            assert same_bytes(payload.cpu(), codec.encode(x)), f"{codec} {dtype}: encode"
+            for out in values.DTYPES:
+                decoded = kernels.decode(payload, codec, cols=256, dtype=out)
+                assert same_bytes(decoded.cpu(), codec.decode(payload.cpu(), 256, out)), f"{codec} {dtype}: decode"

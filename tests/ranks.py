@@ -1,0 +1,106 @@
+"""Real ranks for tests: N processes with a gloo group between them, kept alive and fed with functions.
+
+Starting a process costs seconds of `import torch`; keeping one set per world size makes a test cost milliseconds.
+"""
+
+import functools
+import multiprocessing
+import os
+import socket
+import traceback
+from datetime import timedelta
+
+_context = multiprocessing.get_context("spawn")
+
+
+class RankFailed(AssertionError):
+    """A function raised on a rank; the message holds that rank's traceback."""
+
+
+class Ranks:
+    """`ranks` processes; `run(f, *args)` calls ``f(*args)`` on each and returns the results in rank order."""
+
+    def __init__(self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo"):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.pipes, self.processes = [], []
+        for rank in range(ranks):
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def start(self, function, *args):
+        """Begin ``function(*args)`` on every rank without waiting."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+
+    def outcome(self, rank: int):
+        """What rank returned, or the exception it raised, or None if it died."""
+        try:
+            return self.pipes[rank].recv()
+        except EOFError:
+            return None
+
+    def run(self, function, *args) -> list:
+        """Results of ``function(*args)`` in rank order; `RankFailed` with all tracebacks if any rank raised."""
+        self.start(function, *args)
+        outcomes = [self.outcome(rank) for rank in range(len(self.pipes))]
+        failures = [f"rank {r}: {o[1] if o else 'died'}" for r, o in enumerate(outcomes) if o is None or not o[0]]
+        if failures:
+            raise RankFailed("\n".join(failures))
+        return [outcome[1] for outcome in outcomes]
+
+    def close(self):
+        """Stop the processes."""
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        # Ranks may have to share a GPU, which NCCL 2.30 and later allow on request.
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            break
+        try:
+            pipe.send((True, function(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+    os._exit(0)
+
+
+@functools.cache
+def shared(ranks: int) -> Ranks:
+    """The kept set of `ranks` processes; `close_shared` ends all of them."""
+    _kept.append(Ranks(ranks))
+    return _kept[-1]
+
+
+_kept: list[Ranks] = []
+
+
+def close_shared():
+    """Stop every kept set of ranks."""
+    while _kept:
+        _kept.pop().close()
+    shared.cache_clear()
