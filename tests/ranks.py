@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from datetime import timedelta
 
@@ -20,14 +21,16 @@ class RankFailed(AssertionError):
 class Ranks:
     """`ranks` processes; `run(f, *args)` calls ``f(*args)`` on each and returns the results in rank order."""
 
-    def __init__(self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo"):
+    def __init__(self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo", path: str = ""):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend), daemon=True)
+            process = _context.Process(
+                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path), daemon=True
+            )
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -65,7 +68,9 @@ class Ranks:
                 process.join()
 
 
-def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str):
+def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, path: str):
+    if path:
+        sys.path.insert(0, path)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
@@ -90,9 +95,9 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
 
 
 @functools.cache
-def shared(ranks: int) -> Ranks:
-    """The kept set of `ranks` processes; `close_shared` ends all of them."""
-    _kept.append(Ranks(ranks))
+def shared(ranks: int, path: str = "") -> Ranks:
+    """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them."""
+    _kept.append(Ranks(ranks, path=path))
     return _kept[-1]
 
 

@@ -215,7 +215,8 @@ def bench_all_reduce(
     for row in rows:
         table.add_row(
             str(row.ranks), _human(row.message_bytes), row.codec, row.algorithm, f"{row.p50_ms:.2f}",
-            f"{row.p20_ms:.2f}", f"{row.p80_ms:.2f}", f"{row.speedup:.2f}", f"{row.wire_bytes / 2**20:.2f}", f"{row.sqnr_db:.1f}",
+            f"{row.p20_ms:.2f}", f"{row.p80_ms:.2f}", f"{row.speedup:.2f}", f"{row.wire_bytes / 2**20:.2f}",
+            f"{row.sqnr_db:.1f}",
         )  # fmt: skip
     _out.print(table)
     _write_rows(json_file, "all_reduce", rows)
@@ -344,16 +345,14 @@ def _write_json(path: Path | None, document: object):
 
 def main():
     """Entry point: turns a failed rank or Ctrl-C into a sentence and an exit status."""
-    from flashcomm.bench.launch import RankError
+    from flashcomm.bench.launch import Interrupted, RankError
 
     try:
         app()
     except RankError as error:
-        _err.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _err.print("interrupted; all ranks have been stopped", highlight=False)
-        sys.exit(130)
+        interrupted = isinstance(error, Interrupted)
+        _err.print(str(error) if interrupted else f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(130 if interrupted else 1)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ def all_reduce(
         ValueError: no tensors, tensors that differ, or what `flashcomm.all_reduce` refuses.
         NotImplementedError: the call would run the plain collective, whose order of additions is the backend's.
 
-    Example: ``all_reduce([torch.ones(4), 2 * torch.ones(4)], "int8g128", "one_step")`` is ``[3, 3, 3, 3]``.
+    >>> all_reduce([torch.ones(4), 2 * torch.ones(4)], "int8g128", "one_step").tolist()
+    [3.0, 3.0, 3.0, 3.0]
     """
     codec = codecs.parse(codec)
     if not xs or any(x.shape != xs[0].shape or x.dtype != xs[0].dtype for x in xs):

@@ -1,11 +1,11 @@
 """reduce_scatter, all_gather, all_to_all, asynchronous calls, out=, and the errors of all four verbs."""
 
-import promises
 import pytest
 import torch
 import torch.distributed as dist
 
 import flashcomm
+import promises
 import ranks
 import values
 from flashcomm import kernels
@@ -120,6 +120,20 @@ def buffers_on_ranks():
     return held == {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
 
 
+def modes_on_ranks():
+    """Buffers made in inference mode serve later calls outside of it, and the other way round."""
+    x = promises.tensor(dist.get_rank(), (8, 128))
+    group = dist.new_group(list(range(dist.get_world_size())))
+    with torch.inference_mode():
+        first = flashcomm.all_reduce(x, "bf16", group, algorithm="two_step").clone()
+    with torch.no_grad():
+        second = flashcomm.all_reduce(x, "bf16", group, algorithm="two_step")
+    with torch.inference_mode():
+        third = flashcomm.all_reduce(x.clone(), "bf16", group, algorithm="two_step", async_op=True).wait()
+    assert promises.same(first, second)
+    assert promises.same(first, third)
+
+
 def subgroup_on_ranks():
     rank = dist.get_rank()
     pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
@@ -170,7 +184,14 @@ def errors_on_ranks():
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "function",
-    [reduce_scatter_on_ranks, all_gather_on_ranks, all_to_all_on_ranks, asynchronous_on_ranks, out_on_ranks],
+    [
+        reduce_scatter_on_ranks,
+        all_gather_on_ranks,
+        all_to_all_on_ranks,
+        asynchronous_on_ranks,
+        out_on_ranks,
+        modes_on_ranks,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_on_ranks(function, world_size):

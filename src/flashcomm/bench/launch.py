@@ -13,12 +13,17 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 
 class RankError(RuntimeError):
     """A rank failed; the others have been stopped."""
+
+
+class Interrupted(RankError):
+    """Ctrl-C; all ranks have been stopped."""
 
 
 def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 120.0) -> list:
@@ -35,9 +40,12 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
 
     Raises:
         RankError: a rank raised or died; says which and why, and no process is left.
+        Interrupted: Ctrl-C; no process is left.
     """
-    # The launcher's own reports repeat what RankError says, at greater length.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The launcher's own reports repeat what RankError says, at greater length; each of its modules has a level.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -53,6 +61,9 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         results = elastic_launch(config, _rank_main)(function, args, timeout_s)
     except ChildFailedError as error:
         raise RankError(_explain(error)) from None
+    except SignalException as stopped:
+        # The launcher turns Ctrl-C into an exception of its own, after it has stopped the ranks.
+        raise Interrupted("interrupted; all ranks have been stopped") from stopped
     return [results[rank] for rank in range(ranks)]
 
 

@@ -50,8 +50,11 @@ def _like(x: torch.Tensor, value: float) -> torch.Tensor:
 class Affine(Codec):
     """``int{bits}[s]g{group}``: see the module's docstring.
 
-    Example, by hand: ``int2g4`` of [0, 1, 2, 3] has zero 0 and scale 1, codes 0 1 2 3, hence one byte
-    0 + 1 * 4 + 2 * 16 + 3 * 64 = 0xe4, then the scale 0x3f80 and the zero point 0x0000, low byte first.
+    By hand: [0, 1, 2, 3] has the zero point 0 and the scale 1, so the codes are 0 1 2 3 and share one byte,
+    0 + 1 * 4 + 2 * 16 + 3 * 64 = 0xe4; then come the scale 0x3f80 and the zero point 0x0000, low byte first.
+
+    >>> Affine(bits=2, symmetric=False, group=4).encode(torch.tensor([[0.0, 1.0, 2.0, 3.0]])).tolist()
+    [[228, 128, 63, 0, 0]]
     """
 
     bits: int

@@ -55,7 +55,9 @@ class Codec(ABC):
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
         """Average bits on the wire per value of a row of `cols` values, scales and zero points included.
 
-        Example: ``flashcomm.codec("int4g128").bits_per_value(4096) == 4.25``.
+        >>> from flashcomm.codecs import parse
+        >>> parse("int4g128").bits_per_value(4096)
+        4.25
         """
         return 8 * self.payload_bytes(cols, dtype) / cols if cols else 0.0
 

@@ -1,8 +1,8 @@
 """Bit planes: codes of any width from 1 to 8 bits as whole bytes.
 
 A width is split into planes of 4, 2 and 1 bits (8 is a plane of its own), lowest bits first: 7 = 4 + 2 + 1. In a
-plane of width w the codes i, i + m, i + 2m, ... share byte i, where m = ceil(n * w / 8); so a plane is written by a few shifts
-of contiguous runs, which vector units do at memory speed, and neighbours never need to be separated.
+plane of width w the codes i, i + m, i + 2m, ... share byte i, where m = ceil(n * w / 8); so a plane is written by a few
+shifts of contiguous runs, which vector units do at memory speed, and neighbours never need to be separated.
 
 Source: FlashCommunication V2 (arXiv 2508.03760), bit splitting; the order inside a byte is our own.
 """
@@ -14,14 +14,19 @@ PLANES = {bits: tuple(w for w in (8, 4, 2, 1) if bits & w) for bits in range(1, 
 
 
 def code_bytes(n: int, bits: int) -> int:
-    """Bytes of n codes. Example: ``code_bytes(5, 3) == 3``: two for the 2-bit plane, one for the 1-bit plane."""
+    """Bytes of n codes.
+
+    >>> code_bytes(5, 3)  # two for the 2-bit plane, one for the 1-bit plane
+    3
+    """
     return sum((n * width + 7) // 8 for width in PLANES[bits])
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[..., n] integer codes below 2**bits -> [..., code_bytes(n, bits)] uint8.
 
-    Example: ``pack(torch.tensor([1, 2, 3, 4]), 4)`` is ``[0x31, 0x42]``: codes 0 and 2 share byte 0.
+    >>> [hex(byte) for byte in pack(torch.tensor([1, 2, 3, 4]), 4)]  # codes 0 and 2 share byte 0
+    ['0x31', '0x42']
     """
     n, shift, planes = codes.shape[-1], 0, []
     for width in PLANES[bits]:

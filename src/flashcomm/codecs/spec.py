@@ -76,7 +76,8 @@ def parse(spec: "str | Codec") -> Codec:
     Raises:
         ValueError: no such codec; the message lists what is allowed and the nearest match.
 
-    Example: ``str(parse("int8")) == "int8g128"``.
+    >>> str(parse("int8"))
+    'int8g128'
     """
     if isinstance(spec, Codec):
         return spec

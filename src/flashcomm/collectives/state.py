@@ -69,7 +69,9 @@ class GroupState:
             size *= extent
         held = self._buffers.get((name, device))
         if held is None or held.numel() < size:
-            held = self._buffers[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
+            # A buffer born in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                held = self._buffers[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
         return held[:size].view(shape)
 
     def async_lane(self) -> tuple["GroupState", ThreadPoolExecutor]:

@@ -28,7 +28,9 @@ _BALANCE = 0.9
 def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
     """[rows, cols] as more and shorter rows, so that few rows spread evenly over ranks and no decoded bit changes.
 
-    Example: one token of 4,096 values in int8g128 over 4 ranks is cut to 4 rows of 1,024.
+    >>> from flashcomm.codecs import parse
+    >>> cut(1, 4096, parse("int8g128"), ranks=4)
+    (4, 1024)
     """
     unit = math.lcm(*(step.segment(cols) for step in codec.steps))
     if rows == 0 or cols == 0 or cols % unit:

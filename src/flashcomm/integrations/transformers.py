@@ -179,12 +179,7 @@ def _marked(x: torch.Tensor, op: Any, group: Any) -> "tuple[Compression, str] | 
     if not _stack() or _stack()[-1] is None or x.dtype not in codecs.FLOAT_DTYPES or "sum" not in str(op).lower():
         return None
     handle, name, _ = _stack()[-1]
-    if group != handle._group:
-        return None
-    if x.requires_grad and torch.is_grad_enabled():
-        record_plain("all_reduce", "autograd")
-        return None
-    return handle, name
+    return (handle, name) if group == handle._group else None
 
 
 @torch.compiler.disable
@@ -202,11 +197,11 @@ def _patch():
     with _patch_lock:
         if _originals:
             return
-        plain: Callable = dist.all_reduce
-        plain_functional: Callable = functional.all_reduce
+        plain: Any = dist.all_reduce
+        plain_functional: Any = functional.all_reduce
         _originals.update(plain=plain, functional=plain_functional)
 
-        @functools.wraps(plain)
+        @functools.wraps(plain)  # pyright: ignore[reportCallIssue]
         def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
             marked = None if async_op else _marked(tensor, op, _resolve(group))
             if marked is None:
@@ -214,7 +209,7 @@ def _patch():
             _compressed_sum(marked, tensor, tensor)
             return None
 
-        @functools.wraps(plain_functional)
+        @functools.wraps(plain_functional)  # pyright: ignore[reportCallIssue]
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
             marked = _marked(self, reduceOp, _resolve(group))
             if marked is None:

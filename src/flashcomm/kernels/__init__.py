@@ -91,7 +91,8 @@ def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = 
     Raises:
         ValueError: not a 2-D floating-point tensor, an unknown codec, or a pair of codecs.
 
-    Example: ``encode(torch.tensor([[0., 1., 2., 3.]]), "int2g4")`` is ``[[0xe4, 0x80, 0x3f, 0, 0]]``.
+    >>> encode(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), "int2g4").tolist()
+    [[228, 128, 63, 0, 0]]
     """
     codec = codecs.parse(codec)
     _check(x, "encode")
@@ -127,6 +128,10 @@ def decode(
 
     Raises:
         ValueError: payload of another shape or type than `codec` and `cols` need.
+
+    >>> payload = torch.tensor([[228, 128, 63, 0, 0]], dtype=torch.uint8)
+    >>> decode(payload, "int2g4", cols=4, dtype=torch.float32).tolist()
+    [[0.0, 1.0, 2.0, 3.0]]
     """
     return decode_sum(payload[None], codec, cols=cols, dtype=dtype, out=out)
 

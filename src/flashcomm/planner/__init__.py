@@ -43,7 +43,9 @@ def choose(
     Raises:
         ValueError: an unknown algorithm, or one that the codec cannot serve.
 
-    Example: ``choose(8 << 20, 4, codec("int8g128")).algorithm == "two_step"``.
+    >>> from flashcomm.codecs import parse
+    >>> choose(8 << 20, 4, parse("int8g128")).algorithm
+    'two_step'
     """
     if algorithm not in ALGORITHMS:
         raise ValueError(f"unknown algorithm {algorithm!r}. Allowed: {', '.join(ALGORITHMS)}")

@@ -1,0 +1,226 @@
+"""A real transformers model over real ranks, on the newest and the oldest release that flashcomm supports."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+import promises
+import ranks
+from flashcomm.demo import MODEL
+from flashcomm.integrations.transformers import compress, compressed
+
+_OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
+_PLAIN = dist.all_reduce
+
+
+def newest():
+    pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
+    return ranks.shared(2)
+
+
+def oldest():
+    if not (_OLDEST / "transformers").is_dir():
+        pytest.skip(f"no {_OLDEST.name} in .venv: `make setup` installs it")
+    return ranks.shared(2, str(_OLDEST))
+
+
+both = pytest.mark.parametrize("release", [newest, oldest], ids=lambda f: f.__name__)
+
+
+def version():
+    import transformers
+
+    return transformers.__version__
+
+
+def tiny(name: str, folder: str) -> Path:
+    """A random model of two layers, written by rank 0 with the release under test."""
+    import transformers as hf
+
+    path = Path(folder) / name
+    if dist.get_rank() == 0:
+        sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, vocab_size=256)
+        sizes |= dict(intermediate_size=128, max_position_embeddings=128)
+        torch.manual_seed(0)
+        if name == "biased":
+            config = hf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+            model = hf.LlamaForCausalLM(config)
+        else:
+            model = hf.MixtralForCausalLM(hf.MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2 if parameter.dim() > 1 else 0.7)
+        model.save_pretrained(path)
+        tokenizer = hf.AutoTokenizer.from_pretrained(MODEL)
+        tokenizer.save_pretrained(path)
+    dist.barrier()
+    return path
+
+
+def loaded(path: Path, dtype=torch.float32):
+    from flashcomm.bench.model import load
+
+    return load(path, dtype)
+
+
+def ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
+    return torch.randint(2, 250, (rows, tokens), generator=torch.Generator().manual_seed(3))
+
+
+@torch.inference_mode()
+def logits(model) -> torch.Tensor:
+    return model(ids(), use_cache=False).logits.clone()
+
+
+def bundled_model():
+    """Every sum of the bundled model goes through flashcomm, and back again after undo."""
+    model, _ = loaded(MODEL)
+    plain = logits(model)
+    handle = compress(model, "fp32", algorithm="two_step")
+    # With two ranks a sum has one order, so uncompressed payloads must give the very bits of the plain all-reduce.
+    assert promises.same(logits(model), plain)
+    # transformers 5.0 keeps the embedding whole on every rank, later releases split it.
+    sharded_embedding = not version().startswith("5.0.")
+    assert list(handle.modules.values()).count("rowwise") == 16
+    assert list(handle.modules.values()).count("embedding_rowwise") == sharded_embedding
+    assert len(handle.modules) == 16 + sharded_embedding
+    assert set(handle.calls.values()) == {1}
+    handle.codec = flashcomm.codec("int4g32")
+    lossy = logits(model)
+    assert not torch.equal(lossy, plain)
+    assert all(promises.same(lossy, theirs) for theirs in promises.everyone(lossy))
+    with pytest.raises(ValueError, match="compressed already"):
+        compress(model, "int8")
+    other, _ = loaded(MODEL)
+    calls = dict(handle.calls)
+    assert promises.same(logits(other), plain)
+    assert handle.calls == calls
+    handle.undo()
+    handle.undo()
+    assert promises.same(logits(model), plain)
+    assert handle.calls == calls
+    assert dist.all_reduce is _PLAIN
+    return flashcomm.stats()["plain"]
+
+
+def biases_once(folder):
+    """Row-parallel layers with biases: added once, after the sum."""
+    model, _ = loaded(tiny("biased", folder))
+    plain = logits(model)
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        assert promises.same(logits(model), plain)
+        assert set(handle.calls.values()) == {1}
+    with compressed(model, "int8g32", algorithm="one_step"):
+        close = logits(model)
+    assert 0 < (close - plain).abs().max() < plain.abs().max() / 10
+
+
+def experts(folder):
+    """The sums of mixture-of-experts layers are covered too."""
+    model, _ = loaded(tiny("mixtral", folder))
+    plain = logits(model)
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        assert promises.same(logits(model), plain)
+        assert any("expert" in style or "experts" in name for name, style in handle.modules.items())
+        assert sum(handle.calls.values()) >= 5
+        return {name: count for name, count in handle.calls.items() if "expert" in name}
+
+
+def generates():
+    """generate() runs compressed; small decode messages stay plain and are counted."""
+    from flashcomm.bench.model import generate
+
+    model, tokenizer = loaded(MODEL, torch.bfloat16)
+    prompt = "def read_config(path):\n" * 20
+    flashcomm.reset_stats()
+    with compressed(model, "int8g128") as handle:
+        text = generate(model, tokenizer, prompt, 8)
+    stats = flashcomm.stats()
+    sums = len(handle.modules)
+    assert stats["calls"]["all_reduce/one_step/int8g128"] == sums
+    assert stats["plain"] == {"message under 64 KiB": 7 * sums}
+    assert promises.everyone(text) == [text] * 2
+
+
+def gradients_pass_straight_through():
+    """With gradients on, transformers wraps the sum in its own autograd function, so backward works as without us."""
+    model, _ = loaded(MODEL)
+
+    def gradient():
+        model.zero_grad()
+        model(ids(), use_cache=False, labels=ids()).loss.backward()
+        weight = model.model.layers[2].mlp.up_proj.weight.grad
+        return (weight.to_local() if hasattr(weight, "to_local") else weight).clone()
+
+    plain = gradient()
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        assert promises.same(gradient(), plain)
+        assert sum(handle.calls.values()) >= 16
+
+
+def survives_an_exception():
+    """A forward pass that raises in the middle leaves hooks, stack and patches in order."""
+    model, _ = loaded(MODEL)
+    plain = logits(model)
+
+    def fail(*args):
+        raise ZeroDivisionError
+
+    with compressed(model, "fp32", algorithm="two_step"):
+        for name in ("model.layers.3.mlp", "model.layers.5.self_attn.o_proj"):
+            hook = model.get_submodule(name).register_forward_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                logits(model)
+            hook.remove()
+        assert promises.same(logits(model), plain)
+    assert dist.all_reduce is _PLAIN
+    total = torch.ones(3)
+    dist.all_reduce(total)
+    assert total.tolist() == [2, 2, 2]
+
+
+def not_tensor_parallel():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL)
+    with pytest.raises(ValueError, match="not tensor parallel over two or more ranks: start the script with torchrun"):
+        compress(model)
+    with pytest.raises(ValueError, match="unknown codec 'int9'"):
+        compress(model, "int9")
+
+
+def test_the_oldest_release_is_another_one():
+    assert oldest().run(version)[0].startswith("5.0.")
+    assert newest().run(version)[0] > "5.1"
+
+
+@both
+@pytest.mark.parametrize(
+    "function",
+    [bundled_model, generates, gradients_pass_straight_through, survives_an_exception, not_tensor_parallel],
+    ids=lambda f: f.__name__,
+)
+def test_on_ranks(release, function):
+    release().run(function)
+
+
+@both
+def test_biases_are_added_once(release, tmp_path):
+    release().run(biases_once, str(tmp_path))
+
+
+def test_experts_are_covered(tmp_path):
+    # transformers 5.0 cannot load a mixture of experts on a CPU: it asks torch for a device that is a bare number.
+    assert newest().run(experts, str(tmp_path))[0]
+
+
+def test_importing_the_module_needs_no_transformers():
+    import subprocess
+    import sys
+
+    code = "import sys, flashcomm.integrations.transformers; print('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

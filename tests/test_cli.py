@@ -1,0 +1,200 @@
+"""The command as a user runs it: real processes, real ranks, real signals."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flashcomm.demo import MODEL
+
+COMMAND = [sys.executable, "-m", "flashcomm.cli"]
+
+
+def run(*arguments, timeout=200):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=timeout)
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids below `pid`, from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, frontier = set(), {pid}
+    while frontier:
+        frontier = {child for child, parent in parents.items() if parent in frontier}
+        found |= frontier
+    return found
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {
+        pid
+        for pid in pids
+        if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text().split()[2]
+    }
+
+
+def test_version_and_help():
+    from flashcomm import __version__
+
+    assert run("--version").stdout.strip() == __version__
+    text = run("--help").stdout
+    for command in ("demo", "generate", "bench", "env"):
+        assert command in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("demo", "--codecs", "int9"), "unknown codec 'int9'. Allowed: none, bf16, fp32, int1 to int8"),
+        (("generate", "demo", "--codec", "int9"), "unknown codec 'int9'"),
+        (("bench", "codec", "--codecs", "int9"), "unknown codec 'int9'"),
+        (
+            ("generate", "no/such/model"),
+            "no model in 'no/such/model': a Hugging Face model directory has a config.json",
+        ),
+        (("demo", "--model", "no/such/model"), "no model in"),
+        (("generate", "demo", "--tp", "3"), "--tp 3 does not divide the 8 attention heads and 8 key/value heads"),
+        (("demo", "--tp", "3"), "Allowed: 1, 2, 4, 8"),
+        (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
+        (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
+        (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),
+        (("bench", "all_reduce", "--tp", "one"), "give numbers of ranks of 2 or more"),
+        (("bench", "all_reduce", "--algorithms", "ring"), "unknown algorithm 'ring'"),
+    ],
+)
+def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message):
+    start = time.monotonic()
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_env(tmp_path):
+    done = run("env", "--json", tmp_path / "env.json")
+    assert done.returncode == 0
+    assert "CPU codecs" in done.stdout
+    document = json.loads((tmp_path / "env.json").read_text())
+    assert document["paths"]["CPU codecs"]["state"] == "numba"
+    assert document["versions"]["torch"]
+
+
+def test_bench_codec(tmp_path):
+    done = run(
+        "bench", "codec", "--codecs", "int8g128,int3g32,bf16", "--mib", 1, "--repeats", 2, "--json", tmp_path / "c.json"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [row["codec"] for row in rows] == ["int8g128", "int3g32", "bf16"]
+    assert all(row["bytes_equal_specification"] for row in rows)
+    assert rows[0]["bits_per_value"] == 8.25
+    assert 40 < rows[0]["sqnr_db"] < 50
+
+
+def test_bench_all_reduce(tmp_path):
+    done = run("bench", "all_reduce", "--tp", 2, "--sizes", "64k,1000", "--repeats", 2, "--codecs", "int4g128", "--algorithms",
+               "one_step,two_step", "--json", tmp_path / "a.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["codec"], row["algorithm"]) for row in rows[:3]] == [
+        ("none", "plain"), ("int4g128", "one_step"), ("int4g128", "two_step"),
+    ]  # fmt: skip
+    assert rows[2]["wire_bytes"] == (64 << 10) * 4.25 / 16
+
+
+def test_generate(tmp_path):
+    done = run(
+        "generate", "demo", "--tp", 2, "--codec", "int4g32", "--max-new-tokens", 8, "--json", tmp_path / "g.json"
+    )
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "g.json").read_text())
+    assert document["new_tokens"] == 8
+    assert document["text"]
+    assert document["text"] in done.stdout
+    assert "Warning" not in done.stderr
+
+
+def test_demo(tmp_path):
+    done = run("demo", "--tp", 4, "--codecs", "int8g128,int2g32", "--tokens", 2048, "--repeats", 2, "--new-tokens", 8, "--out",
+               tmp_path, "--json", tmp_path / "d.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    document = json.loads((tmp_path / "d.json").read_text())
+    assert document == json.loads((tmp_path / "report.json").read_text())
+    plain, int8, int2 = document["rows"]
+    assert [plain["codec"], int8["codec"], int2["codec"]] == ["none", "int8g128", "int2g32"]
+    assert all(row["ranks_identical"] for row in document["rows"])
+    assert plain["kl"] == 0
+    assert plain["perplexity_change"] == 0
+    assert 0 < int8["kl"] < 0.01 < int2["kl"]
+    assert abs(int8["perplexity_change"]) < 0.01
+    assert 8 < plain["perplexity"] < 14
+    # Sixteen row-parallel sums and the embedding, 256 values each; a rank sends 2 (R - 1) / R of them.
+    assert plain["wire_bytes_per_token"] == 17 * 256 * 2 * 1.5
+    assert int8["wire_bytes_per_token"] == 17 * 256 * 8.25 / 8 * 1.5
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    assert "http" not in page.replace("http-equiv", "")
+
+
+@pytest.fixture
+def running_demo(tmp_path):
+    """A demo with two ranks in the middle of measuring."""
+    process = subprocess.Popen(
+        [*COMMAND, "demo", "--tp", "2", "--tokens", "65536", "--out", str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    with process:
+        for line in process.stderr:
+            if "measuring accuracy" in line:
+                break
+        yield process
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def ranks_of(process) -> list[int]:
+    return sorted(pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def wait_until_gone(pids, seconds=20):
+    end = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < end:
+        time.sleep(0.1)
+    assert not alive(pids)
+
+
+def test_a_killed_rank_is_a_sentence_and_leaves_nothing_running(running_demo):
+    process, family = running_demo, descendants(running_demo.pid)
+    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "was killed by signal 9 (SIGKILL); the other ranks have been stopped" in errors
+    assert "Traceback" not in errors
+    wait_until_gone(family)
+
+
+def test_interrupt_leaves_nothing_running(running_demo):
+    process, family = running_demo, descendants(running_demo.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; all ranks have been stopped" in errors
+    assert "Traceback" not in errors
+    wait_until_gone(family)
+
+
+def test_the_bundled_model_is_small_enough():
+    assert (MODEL / "model.safetensors").stat().st_size <= 16_000_000

@@ -1,0 +1,76 @@
+"""Habits that decay unless a test holds them: imports, names, versions, documents, examples."""
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import flashcomm
+
+ROOT = Path(__file__).parents[1]
+HEAVY = {"numba", "triton", "transformers", "vllm", "matplotlib", "rich", "typer"}
+
+
+def imported_by(code: str) -> set[str]:
+    script = f"import sys; {code}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+def test_import_brings_nothing_heavy():
+    assert not imported_by("import flashcomm") & HEAVY
+
+
+def test_the_import_check_can_fail():
+    assert imported_by("import rich") & HEAVY
+
+
+def test_public_names_exist():
+    for name in flashcomm.__all__:
+        assert getattr(flashcomm, name).__doc__, f"{name} has no docstring"
+
+
+def modules():
+    for info in pkgutil.walk_packages(flashcomm.__path__, "flashcomm."):
+        if not info.name.endswith(".simd"):
+            yield info.name
+
+
+@pytest.mark.parametrize("name", modules())
+def test_every_module_imports_says_what_it_is_and_its_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    assert doctest.testmod(module).failed == 0
+
+
+def test_changelog_has_this_version():
+    newest = re.search(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest
+    assert newest[1] == flashcomm.__version__
+
+
+def documents():
+    return sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "results").glob("*.md"))
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+def test_examples_in_documents_run_and_links_lead_somewhere(path):
+    text = path.read_text()
+    assert len(text) > 200
+    assert doctest.testfile(str(path), module_relative=False).failed == 0
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", text):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_examples_run(path):
+    assert len(path.read_text().splitlines()) < 60
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
