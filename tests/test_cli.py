@@ -104,8 +104,22 @@ def test_bench_codec(tmp_path):
 
 
 def test_bench_all_reduce(tmp_path):
-    done = run("bench", "all_reduce", "--tp", 2, "--sizes", "64k,1000", "--repeats", 2, "--codecs", "int4g128", "--algorithms",
-               "one_step,two_step", "--json", tmp_path / "a.json")  # fmt: skip
+    done = run(
+        "bench",
+        "all_reduce",
+        "--tp",
+        2,
+        "--sizes",
+        "64k,1000",
+        "--repeats",
+        2,
+        "--codecs",
+        "int4g128",
+        "--algorithms",
+        "one_step,two_step",
+        "--json",
+        tmp_path / "a.json",
+    )
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert [(row["codec"], row["algorithm"]) for row in rows[:3]] == [
@@ -127,8 +141,23 @@ def test_generate(tmp_path):
 
 
 def test_demo(tmp_path):
-    done = run("demo", "--tp", 4, "--codecs", "int8g128,int2g32", "--tokens", 2048, "--repeats", 2, "--new-tokens", 8, "--out",
-               tmp_path, "--json", tmp_path / "d.json")  # fmt: skip
+    done = run(
+        "demo",
+        "--tp",
+        4,
+        "--codecs",
+        "int8g128,int2g32",
+        "--tokens",
+        2048,
+        "--repeats",
+        2,
+        "--new-tokens",
+        8,
+        "--out",
+        tmp_path,
+        "--json",
+        tmp_path / "d.json",
+    )
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     document = json.loads((tmp_path / "d.json").read_text())
@@ -154,8 +183,11 @@ def running_demo(tmp_path):
     """A demo with two ranks in the middle of measuring."""
     process = subprocess.Popen(
         [*COMMAND, "demo", "--tp", "2", "--tokens", "65536", "--out", str(tmp_path)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     with process:
         for line in process.stderr:
             if "measuring accuracy" in line:

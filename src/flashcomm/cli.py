@@ -22,7 +22,8 @@ app = typer.Typer(
 bench_app = typer.Typer(help="Measure on this machine, always against plain.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
-_out = Console()
+# Tables keep their shape where there is no terminal to fit.
+_out = Console(width=None if sys.stdout.isatty() else 110)
 _err = Console(stderr=True)
 
 DEMO_CODECS = "none,int8g128,int6g128,int5g128,int4g32,int4g128:int8g128,int4g128,int3g32,int2g32"
@@ -166,9 +167,9 @@ def bench_codec(
         rows = codec.run(specs, mib=mib, dtype=getattr(torch, dtype), repeats=repeats, device=device)
     table = _table(f"{mib} MiB of {dtype}, {threads} thread(s), medians of {repeats}")
     table.add_column("codec", no_wrap=True)
-    table.add_column("backend")
+    table.add_column("backend", no_wrap=True)
     for name in ("bits", "SQNR dB", "copy ms", "encode ms", "x copy", "decode ms", "x copy"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.copy_ms:.2f}",
@@ -207,11 +208,11 @@ def bench_all_reduce(
             rows += all_reduce.run(specs, ranks=ranks, sizes=byte_sizes, algorithms=chosen, repeats=repeats)
     table = _table(f"bf16 all-reduce, {launch.backend()} on this machine, medians of {repeats}")
     for name in ("ranks", "message"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for name in ("codec", "algorithm"):
         table.add_column(name, no_wrap=True)
     for name in ("ms", "p20", "p80", "x plain", "MiB sent", "SQNR dB"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             str(row.ranks), _human(row.message_bytes), row.codec, row.algorithm, f"{row.p50_ms:.2f}",
@@ -261,7 +262,15 @@ def env(json_file: Json = None):
 
 
 def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        show_edge=False,
+    )
 
 
 def _presence(module: str, remedy: str) -> tuple[str, str]:

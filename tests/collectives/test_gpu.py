@@ -1,11 +1,11 @@
 """The same collectives on CUDA tensors: over gloo, and over NCCL where it accepts the ranks that there are GPUs for."""
 
-import promises
 import pytest
 import torch
 import torch.distributed as dist
 
 import flashcomm
+import promises
 import ranks
 import values
 

@@ -1,8 +1,8 @@
 """Promises 1 to 7 of docs/design.md for every world size, and the proof that each check can fail."""
 
-import promises
 import pytest
 
+import promises
 import ranks
 
 WORLD_SIZES = (1, 2, 3, 4, 5, 7)

@@ -14,6 +14,8 @@ import torch.distributed as dist
 _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
+# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
+_TAG = 0xFC
 
 
 class GroupState:
@@ -24,6 +26,8 @@ class GroupState:
         self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
+        self._global_ranks = dist.get_process_group_ranks(group)
+        self._gloo = dist.get_backend(group) == "gloo"
         self._contracts: set[tuple] = set()
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._async_group: dist.ProcessGroup | None = None
@@ -73,6 +77,30 @@ class GroupState:
             with torch.inference_mode(False):
                 held = self._buffers[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
         return held[:size].view(shape)
+
+    def direct(self, device: torch.device) -> bool:
+        """Whether to send each rank its part by itself, so that encoding and decoding overlap with the transfers.
+
+        On gloo that is also the faster gather: its own is a ring of R - 1 rounds, one after the other. Other backends
+        have one good operation for the whole.
+        """
+        return self._gloo and device.type == "cpu"
+
+    def peers(self) -> list[int]:
+        """The other ranks, the next one first, so that not everybody starts with rank 0."""
+        return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
+
+    def send(self, part: torch.Tensor, peer: int) -> dist.Work:
+        """Start sending a contiguous `part`, which must stay as it is until ``wait()``."""
+        work = dist.isend(part, self._global_ranks[peer], group=self.group, tag=_TAG)
+        assert work is not None
+        return work
+
+    def receive(self, part: torch.Tensor, peer: int) -> dist.Work:
+        """Start receiving into a contiguous `part`."""
+        work = dist.irecv(part, self._global_ranks[peer], group=self.group, tag=_TAG)
+        assert work is not None
+        return work
 
     def async_lane(self) -> tuple["GroupState", ThreadPoolExecutor]:
         """A process group of the same ranks for asynchronous calls, and the one thread that uses it, in order.

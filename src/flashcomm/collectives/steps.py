@@ -13,6 +13,7 @@ Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 241
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -51,9 +52,9 @@ def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     """Sum of every rank's x[T, H] into out[T, H]. Returns the bytes that this rank sent."""
     rows, cols = x.shape
     width = codec.payload_bytes(cols, x.dtype)
-    sent = kernels.encode(x, codec, out=state.buffer("sent", x.device, rows, width))
     received = state.buffer("received", x.device, state.ranks, rows, width)
-    gather(received, sent, state.group)
+    mine = kernels.encode(x, codec, out=received[state.rank])
+    _gather(received, mine, state)
     kernels.decode_sum(received, codec, cols=cols, dtype=x.dtype, out=out)
     return (state.ranks - 1) * rows * width
 
@@ -62,31 +63,42 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     """Sum of every rank's x[T, H] into out[T, H]. Returns the bytes that this rank sent."""
     first, second = codec.steps
     rows, cols = cut(x.shape[0], x.shape[1], codec, state.ranks)
+    stripes = Stripes(rows, state)
+    received = _scatter(x.reshape(rows, cols), first, stripes, state)
     width = second.payload_bytes(cols, x.dtype)
-    received, stripe, mine = _scatter(x.reshape(rows, cols), first, state)
-    reduced = state.buffer("reduced", x.device, stripe, width)
-    kernels.decode_sum_encode(received[:, :mine], first, second, cols=cols, out=reduced[:mine])
-    gathered = state.buffer("gathered", x.device, state.ranks * stripe, width)
-    gather(gathered, reduced, state.group)
-    kernels.decode(gathered[:rows], second, cols=cols, dtype=x.dtype, out=out.view(rows, cols))
-    return (state.ranks - 1) * stripe * (received.shape[-1] + width)
+    gathered = state.buffer("gathered", x.device, state.ranks, stripes.length, width)
+    mine = stripes.real(state.rank)
+    kernels.decode_sum_encode(received[:, :mine], first, second, cols=cols, out=gathered[state.rank, :mine])
+    into = out.view(rows, cols)
+
+    def decode(rank: int):
+        part = into[stripes.of(rank)]
+        kernels.decode(gathered[rank, : part.shape[0]], second, cols=cols, dtype=x.dtype, out=part)
+
+    _gather(gathered, gathered[state.rank], state, decode)
+    return (state.ranks - 1) * stripes.length * (received.shape[-1] + width)
 
 
 def reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
     """out[S, H] = sum over ranks of their x[R * S, H] rows that belong to this rank. Returns the bytes sent."""
-    received, stripe, mine = _scatter(x, codec, state)
-    kernels.decode_sum(received[:, :mine], codec, cols=x.shape[1], dtype=x.dtype, out=out)
-    return (state.ranks - 1) * stripe * received.shape[-1]
+    stripes = Stripes(x.shape[0], state)
+    received = _scatter(x, codec, stripes, state)
+    kernels.decode_sum(received, codec, cols=x.shape[1], dtype=x.dtype, out=out)
+    return (state.ranks - 1) * stripes.length * received.shape[-1]
 
 
 def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
     """out[R * T, H] = every rank's x[T, H], each as its payload decodes, our own too. Returns the bytes sent."""
     rows, cols = x.shape
     width = codec.payload_bytes(cols, x.dtype)
-    sent = kernels.encode(x, codec, out=state.buffer("sent", x.device, rows, width))
-    received = state.buffer("received", x.device, state.ranks * rows, width)
-    gather(received, sent, state.group)
-    kernels.decode(received, codec, cols=cols, dtype=x.dtype, out=out)
+    received = state.buffer("received", x.device, state.ranks, rows, width)
+    mine = kernels.encode(x, codec, out=received[state.rank])
+    into = out.view(state.ranks, rows, cols)
+
+    def decode(rank: int):
+        kernels.decode(received[rank], codec, cols=cols, dtype=x.dtype, out=into[rank])
+
+    _gather(received, mine, state, decode)
     return (state.ranks - 1) * rows * width
 
 
@@ -103,14 +115,60 @@ def all_to_all(
     return (x.shape[0] - in_rows[state.rank]) * width
 
 
-def _scatter(x: torch.Tensor, codec: Codec, state: GroupState) -> tuple[torch.Tensor, int, int]:
-    """Send each rank its stripe of x[T, H]: (received[R, S, P], S, how many of the S rows are real on this rank)."""
-    rows, cols = x.shape
-    stripe = -(-rows // state.ranks)
-    width = codec.payload_bytes(cols, x.dtype)
-    # The last stripes may be short; their missing rows travel as whatever the buffer held and nobody decodes them.
-    sent = state.buffer("sent", x.device, state.ranks * stripe, width)
-    kernels.encode(x, codec, out=sent[:rows])
-    received = state.buffer("received", x.device, state.ranks, stripe, width)
-    exchange(received, sent, state.group)
-    return received, stripe, min(max(rows - state.rank * stripe, 0), stripe)
+class Stripes:
+    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none.
+
+    Missing rows travel as whatever the buffer held, and nobody decodes them.
+    """
+
+    def __init__(self, rows: int, state: GroupState):
+        self.rows, self.length = rows, -(-rows // state.ranks)
+
+    def of(self, rank: int) -> slice:
+        """The rows of `rank`."""
+        return slice(min(rank * self.length, self.rows), min((rank + 1) * self.length, self.rows))
+
+    def real(self, rank: int) -> int:
+        """How many rows `rank` has."""
+        return self.of(rank).stop - self.of(rank).start
+
+
+def _scatter(x: torch.Tensor, codec: Codec, stripes: Stripes, state: GroupState) -> torch.Tensor:
+    """Send each rank its stripe of x[T, H]; returns received[R, S, P], what every rank sent to this one."""
+    width = codec.payload_bytes(x.shape[1], x.dtype)
+    sent = state.buffer("sent", x.device, state.ranks, stripes.length, width)
+    received = state.buffer("received", x.device, state.ranks, stripes.length, width)
+    direct = state.direct(x.device)
+    pending = [state.receive(received[peer], peer) for peer in state.peers()] if direct else []
+    for peer in state.peers():
+        kernels.encode(x[stripes.of(peer)], codec, out=sent[peer, : stripes.real(peer)])
+        if direct:
+            pending.append(state.send(sent[peer], peer))
+    # Our own stripe last: the others are on their way meanwhile, and it needs no copy.
+    mine = received if direct else sent
+    kernels.encode(x[stripes.of(state.rank)], codec, out=mine[state.rank, : stripes.real(state.rank)])
+    if not direct:
+        exchange(received, sent, state.group)
+    for work in pending:
+        work.wait()
+    return received[:, : stripes.real(state.rank)]
+
+
+def _gather(
+    received: torch.Tensor, mine: torch.Tensor, state: GroupState, arrived: Callable[[int], None] = lambda rank: None
+):
+    """received[R, ...] = every rank's `mine`, which lies in its place already; `arrived(r)` once rank r's is there."""
+    if not state.direct(received.device):
+        # The source must not overlap the destination.
+        gather(received, mine.clone(), state.group)
+        for rank in range(state.ranks):
+            arrived(rank)
+        return
+    coming = [(peer, state.receive(received[peer], peer)) for peer in reversed(state.peers())]
+    going = [state.send(mine, peer) for peer in state.peers()]
+    arrived(state.rank)
+    for peer, work in coming:
+        work.wait()
+        arrived(peer)
+    for work in going:
+        work.wait()

@@ -3,18 +3,21 @@
     with flashcomm.integrations.transformers.compressed(model, "int8g128"):
         model.generate(...)
 
-How: forward hooks mark, per thread, which module is running; while a marked module runs, a summing
-`torch.distributed.all_reduce` over the model's own tensor-parallel group becomes `flashcomm.all_reduce`. So nothing in
-the model is replaced, other models and other groups are untouched, biases stay where transformers adds them (once,
-after the sum), and `undo` removes two hooks per module.
+How: each module that reduces is marked, per thread, while it runs; a summing `torch.distributed.all_reduce` over the
+model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest (biases are
+added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
 
 Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
-is read from the loaded model, not from a version: transformers 5.0 to 5.15 note the style on the module, 5.16 and
-later replace the module's forward and keep the plan on the model. Both send the sum through `dist.all_reduce`, or
-through a DTensor, which ends in the functional collective; those two names are what is patched, and only while a
-model is compressed.
+is read from the loaded model, not from a version:
 
-Hazard: inside `torch.compile` the compressed sum is a graph break, so ``fullgraph=True`` fails.
+    5.0 to 5.15   the style is noted on the module, the sum made in its forward hooks    marked by hooks around them
+    5.16 and on   the plan is on the model, the module's forward replaced                marked by wrapping forward
+
+All of them send the sum through `dist.all_reduce`, or through a DTensor, which ends in the functional collective; those
+two names are what is patched, and only while a model is compressed. A marked module that turns out to send no sum is
+counted in `flashcomm.stats()`.
+
+Not supported yet: `torch.compile`, where sums may stay uncompressed.
 """
 
 import functools
@@ -106,26 +109,46 @@ class Compression:
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
-        self._hooks = []
-        for name, (module, _) in reducing.items():
-            self._hooks.append(module.register_forward_pre_hook(functools.partial(self._enter, name), prepend=True))
-            self._hooks.append(module.register_forward_hook(functools.partial(self._leave, name), always_call=True))
+        self._undo = [self._mark(name, module) for name, (module, _) in reducing.items()]
         _handles.append(self)
         _patch()
 
     def undo(self):
         """Take the hooks out again; the model is as it was. Harmless when repeated."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._undo:
+            self._undo.pop()()
         if self in _handles:
             _handles.remove(self)
-        _unpatch()
+            _unpatch()
 
-    def _enter(self, name: str, module: torch.nn.Module, args: Any):
+    def _mark(self, name: str, module: torch.nn.Module) -> Callable[[], None]:
+        """Note on the stack when `module` runs; returns what takes the mark away."""
+        if hasattr(module, "_hf_tp_plan"):
+            before = module.register_forward_pre_hook(lambda *_: self._enter(name), prepend=True)
+            after = module.register_forward_hook(lambda *_: self._leave(name), always_call=True)
+
+            def unhook():
+                before.remove()
+                after.remove()
+
+            return unhook
+        inner = module.forward
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any):
+            self._enter(name)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self._leave(name)
+
+        module.forward = forward
+        return lambda: setattr(module, "forward", inner)
+
+    def _enter(self, name: str):
         _stack().append((self, name, self.calls[name]))
 
-    def _leave(self, name: str, module: torch.nn.Module, args: Any, output: Any):
+    def _leave(self, name: str):
         # Above our entry there can be those of modules that raised before their own hook.
         while (entry := _stack().pop())[:2] != (self, name):
             pass
@@ -152,7 +175,8 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
     if mesh is None or mesh.size() < 2:
         raise ValueError(
             "this model is not tensor parallel over two or more ranks: start the script with "
-            'torchrun --nproc-per-node N and load it with from_pretrained(..., tp_plan="auto")'
+            'torchrun --nproc-per-node N, load it with from_pretrained(..., tp_plan="auto"), and give the object '
+            "that from_pretrained returned"
         )
     return mesh.get_group()
 
@@ -174,12 +198,17 @@ def _stack() -> list:
     return _running.stack
 
 
-def _marked(x: torch.Tensor, op: Any, group: Any) -> "tuple[Compression, str] | None":
-    """The compression and module that this sum belongs to, if any."""
-    if not _stack() or _stack()[-1] is None or x.dtype not in codecs.FLOAT_DTYPES or "sum" not in str(op).lower():
+def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
+    """Whether an all-reduce with these arguments is a sum that the caller waits for, and over which group."""
+    return op == dist.ReduceOp.SUM and not async_op, group
+
+
+def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
+    """The compression and module that this all-reduce belongs to, if any."""
+    if not is_sum or not _stack() or _stack()[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
         return None
     handle, name, _ = _stack()[-1]
-    return (handle, name) if group == handle._group else None
+    return (handle, name) if _resolve(group) == handle._group else None
 
 
 @torch.compiler.disable
@@ -201,20 +230,20 @@ def _patch():
         plain_functional: Any = functional.all_reduce
         _originals.update(plain=plain, functional=plain_functional)
 
-        @functools.wraps(plain)  # pyright: ignore[reportCallIssue]
-        def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-            marked = None if async_op else _marked(tensor, op, _resolve(group))
+        @functools.wraps(plain)
+        def all_reduce(tensor, *args, **kwargs):
+            marked = _marked(tensor, *_sum_and_group(*args, **kwargs))
             if marked is None:
-                return plain(tensor, op, group, async_op)
-            _compressed_sum(marked, tensor, tensor)
+                return plain(tensor, *args, **kwargs)
+            _compressed_sum(marked, tensor, tensor)  # pyright: ignore[reportCallIssue]
             return None
 
-        @functools.wraps(plain_functional)  # pyright: ignore[reportCallIssue]
+        @functools.wraps(plain_functional)
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
-            marked = _marked(self, reduceOp, _resolve(group))
+            marked = _marked(self, reduceOp.lower() == "sum", group)
             if marked is None:
                 return plain_functional(self, reduceOp, group, tag)
-            return _compressed_sum(marked, self, None)
+            return _compressed_sum(marked, self, None)  # pyright: ignore[reportCallIssue]
 
         dist.all_reduce, functional.all_reduce = all_reduce, functional_all_reduce
 

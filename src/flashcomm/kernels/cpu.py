@@ -264,6 +264,43 @@ def _encode_row(src, kind, cols, bits, symmetric, group, dst, codes):
 
 
 @_inline
+def _next_block(offset, shift, m, width):
+    """The (byte, bit) at which a plane of m bytes keeps the sixteen codes after those at (offset, shift)."""
+    offset += _addr(16)
+    if offset == m:
+        return _addr(0), _u32(shift + width)
+    return offset, shift
+
+
+@_inline
+def _decode_planes(src, n, bits, scales, zeros, add, dst, kind):
+    """Codes to values without a detour over memory; every plane must be a multiple of sixteen bytes."""
+    size = _itemsize(kind)
+    m4, m2, m1 = n >> _addr(1), n >> _addr(2), n >> _addr(3)
+    src2 = src + m4 if bits & 4 else src
+    src1 = src2 + m2 if bits & 2 else src2
+    weight2 = _f32(16) if bits & 4 else _f32(1)
+    weights2, weights1 = simd.splat(weight2), simd.splat(weight2 * _f32(4) if bits & 2 else weight2)
+    at4 = at2 = at1 = _addr(0)
+    shift4 = shift2 = shift1 = _u32(0)
+    for i in range(_addr(0), n, _addr(16)):
+        codes = simd.splat(_f32(0))
+        if bits & 4:
+            codes = simd.load_bits(src + at4, shift4, _u32(15))
+            at4, shift4 = _next_block(at4, shift4, m4, _u32(4))
+        if bits & 2:
+            codes = codes + simd.load_bits(src2 + at2, shift2, _u32(3)) * weights2
+            at2, shift2 = _next_block(at2, shift2, m2, _u32(2))
+        if bits & 1:
+            codes = codes + simd.load_bits(src1 + at1, shift1, _u32(1)) * weights1
+            at1, shift1 = _next_block(at1, shift1, m1, _u32(1))
+        v = codes * scales + zeros
+        if add:
+            v = simd.load_fp32(dst + i * size) + v
+        _store(dst + i * size, kind, v)
+
+
+@_inline
 def _decode_group(src, meta, n, bits, symmetric, add, dst, kind, codes):
     size = _itemsize(kind)
     scale = simd.from_bits(_u32(_u32(simd.load_half(meta)) << _u32(16)))
@@ -271,12 +308,15 @@ def _decode_group(src, meta, n, bits, symmetric, add, dst, kind, codes):
         zero = _last_code(bits, symmetric) * _f32(-0.5) * scale
     else:
         zero = simd.from_bits(_u32(_u32(simd.load_half(meta + _addr(2))) << _u32(16)))
+    scales, zeros = simd.splat(scale), simd.splat(zero)
     if bits == 8:
         codes = src
+    elif n % _addr(128 // (bits & -bits)) == _addr(0):
+        _decode_planes(src, n, bits, scales, zeros, add, dst, kind)
+        return
     else:
         _unpack(src, n, bits, codes)
     full = n & ~_addr(15)
-    scales, zeros = simd.splat(scale), simd.splat(zero)
     for i in range(_addr(0), full, _addr(16)):
         v = simd.load_u8(codes + i) * scales + zeros
         if add:

@@ -137,6 +137,20 @@ store1_bf16, store1_fp16, store1_fp32, store1_code = (_make_store(k, 1) for k in
 
 
 @intrinsic
+def load_bits(typingctx, address, shift, mask):
+    """fp32 lanes of (byte >> shift) & mask, for sixteen bytes at `address`."""
+
+    def codegen(context, builder, sig, args):
+        source, shift, mask = args
+        loaded = builder.load(_at(builder, source, _I8, LANES))
+        loaded.align = 1
+        wide = builder.lshr(builder.zext(loaded, _VI32), _splat(builder, shift, _VI32))
+        return builder.uitofp(builder.and_(wide, _splat(builder, mask, _VI32)), _VF32)
+
+    return signature(lanes, types.uintp, types.uint32, types.uint32), codegen
+
+
+@intrinsic
 def splat(typingctx, scalar):
     """All sixteen lanes equal to one fp32."""
 

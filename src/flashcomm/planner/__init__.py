@@ -10,9 +10,11 @@ from flashcomm.codecs import Codec, Pair, Plain
 
 ALGORITHMS = ("auto", "one_step", "two_step", "plain")
 
-# Below this many bytes per rank, encoding and the second transfer cost more than the bytes they save.
-# Measured with `flashcomm bench all_reduce`, see results/all_reduce_cpu_202611.md.
+# Message sizes at which another way is faster: 2 and 4 gloo ranks on 2 cores, 2026-11-20, results/all_reduce_cpu.md.
 MIN_COMPRESSED_BYTES = 64 << 10
+"""Below, encoding costs more than the bytes that it saves."""
+MAX_ONE_STEP_BYTES = 256 << 10
+"""Up to here more than two ranks are better served by one transfer of more bytes than by two of fewer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,10 @@ def choose(
     if message_bytes < MIN_COMPRESSED_BYTES and not batch_invariant:
         reason = f"message under {MIN_COMPRESSED_BYTES >> 10} KiB"
         return Plan(algorithm="plain", reason=reason, declined=True)
-    # With two ranks both algorithms send the same bytes, and one_step rounds once instead of twice.
-    if ranks == 2 and not isinstance(codec, Pair):
-        return Plan(algorithm="one_step", reason="two ranks")
+    if not isinstance(codec, Pair):
+        # With two ranks both algorithms send the same bytes, and one_step rounds once instead of twice.
+        if ranks == 2:
+            return Plan(algorithm="one_step", reason="two ranks")
+        if message_bytes <= MAX_ONE_STEP_BYTES and not batch_invariant:
+            return Plan(algorithm="one_step", reason=f"message up to {MAX_ONE_STEP_BYTES >> 10} KiB")
     return Plan(algorithm="two_step", reason="fewest bytes")
