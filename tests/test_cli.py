@@ -66,6 +66,8 @@ def test_version_and_help():
         (("demo", "--model", "no/such/model"), "no model in"),
         (("generate", "demo", "--tp", "3"), "--tp 3 does not divide the 8 attention heads and 8 key/value heads"),
         (("demo", "--tp", "3"), "Allowed: 1, 2, 4, 8"),
+        (("demo", "--algorithm", "ring"), "unknown algorithm 'ring'. Allowed: auto, one_step, two_step, plain"),
+        (("generate", "demo", "--codec", "int4:int8", "--algorithm", "one_step"), "one_step sends once"),
         (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
         (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),

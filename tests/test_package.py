@@ -36,13 +36,20 @@ def test_public_names_exist():
         assert getattr(flashcomm, name).__doc__, f"{name} has no docstring"
 
 
+def test_parts_are_loaded_when_named():
+    code = "import flashcomm; flashcomm.integrations.transformers.compress; flashcomm.bench"
+    assert "transformers" not in imported_by(code)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        flashcomm.nonsense  # noqa: B018
+
+
 def modules():
     for info in pkgutil.walk_packages(flashcomm.__path__, "flashcomm."):
         if not info.name.endswith(".simd"):
             yield info.name
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_every_module_imports_says_what_it_is_and_its_examples_run(name):
     module = importlib.import_module(name)
     assert module.__doc__
@@ -71,6 +78,14 @@ def test_examples_in_documents_run_and_links_lead_somewhere(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_run(path):
     assert len(path.read_text().splitlines()) < 60
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_result_tables_are_those_of_their_rows():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "make_docs.py"), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout

@@ -6,6 +6,8 @@
 process what the ranks would get, `stats` tells what happened. `flashcomm.integrations` compresses whole models.
 """
 
+import importlib
+
 from flashcomm import simulate
 from flashcomm.codecs import Codec
 from flashcomm.codecs import parse as codec
@@ -13,6 +15,14 @@ from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, redu
 from flashcomm.kernels import decode, encode
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # Loaded when first named, so that `import flashcomm` stays cheap.
+    if name in ("bench", "demo", "integrations"):
+        return importlib.import_module(f"flashcomm.{name}")
+    raise AttributeError(f"module 'flashcomm' has no attribute {name!r}")
+
 
 __all__ = [
     "Codec",

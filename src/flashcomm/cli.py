@@ -31,6 +31,7 @@ DEMO_PROMPT = "def read_config(path):\n    "
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", dir_okay=False)]
 Ranks = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks, all on this machine.", min=1)]
+Algorithm = Annotated[str, typer.Option(help="auto, one_step or two_step; see docs/algorithms.md.")]
 Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
 
 
@@ -48,6 +49,7 @@ def _top(
 def demo(
     tp: Ranks = 2,
     codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain is always measured.")] = DEMO_CODECS,
+    algorithm: Algorithm = "auto",
     prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face model directory instead of the bundled model.")
@@ -70,7 +72,8 @@ def demo(
     _check_dtype(dtype)
     _need("matplotlib", "plot")
     _warm_up()
-    arguments = (directory, specs, prompt, tokens, new_tokens, repeats, dtype)
+    _check_algorithm(algorithm, specs, tp)
+    arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype)
     from flashcomm.demo import measure, report
 
     _err.print(f"loading the model on {tp} ranks ...", style="dim")
@@ -116,6 +119,7 @@ def generate(
     model: Annotated[Path, typer.Argument(help="A Hugging Face model directory, or 'demo' for the bundled model.")],
     tp: Ranks = 2,
     codec: Annotated[str, typer.Option(help="Wire format of the all-reduces; none for plain.")] = "int8g128",
+    algorithm: Algorithm = "auto",
     prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     dtype: Dtype = "bfloat16",
@@ -130,7 +134,10 @@ def generate(
     spec = _codec_list(codec)[0]
     _check_dtype(dtype)
     _warm_up()
-    result = launch.run(generating.rank_main, (directory, spec, prompt, max_new_tokens, dtype, True), ranks=tp)[0]
+    _check_algorithm(algorithm, [spec], tp)
+    result = launch.run(
+        generating.rank_main, (directory, spec, algorithm, prompt, max_new_tokens, dtype, True), ranks=tp
+    )[0]
     stats = result["stats"]
     saved = f", {stats['wire_bytes']:,} bytes sent instead of {stats['plain_bytes']:,}" if tp > 1 else ""
     rate = f", {result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else ""
@@ -301,6 +308,17 @@ def _model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:
     except ValueError as error:
         _fail(str(error))
     return directory
+
+
+def _check_algorithm(algorithm: str, specs: list[str], ranks: int):
+    from flashcomm import planner
+
+    try:
+        for spec in specs:
+            if spec != "none":
+                planner.choose(0, ranks, flashcomm.codec(spec), algorithm=algorithm)
+    except ValueError as error:
+        _fail(str(error))
 
 
 def _check_dtype(dtype: str):

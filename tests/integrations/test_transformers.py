@@ -100,6 +100,11 @@ def bundled_model():
     assert handle.calls == calls
     handle.undo()
     handle.undo()
+    with compressed(model, "int4g32", modules=r"layers\.[01]\..*o_proj", algorithm="two_step") as some:
+        assert list(some.modules) == ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj"]
+        assert not torch.equal(logits(model), plain)
+    with pytest.raises(ValueError, match="no module to compress: .* matches 'nothing'"):
+        compress(model, modules="nothing")
     assert promises.same(logits(model), plain)
     assert handle.calls == calls
     assert dist.all_reduce is _PLAIN

@@ -59,6 +59,12 @@ def _tensor_parallel_argument() -> dict[str, Any]:
     return {"tp_plan": "auto"}
 
 
+def switch(handle: Compression, spec: str, algorithm: str):
+    """Make the next forward passes use `spec`; an algorithm that was asked for says nothing about plain sums."""
+    handle.codec = flashcomm.codec(spec)
+    handle.algorithm = "plain" if spec == "none" else algorithm
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
     """What a codec does to a model, teacher-forced over the same tokens as plain."""
@@ -84,6 +90,7 @@ def accuracy(
     handle: Compression,
     specs: Sequence[str],
     windows: Sequence[torch.Tensor],
+    algorithm: str = "auto",
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Accuracy]:
     """Compare each codec with the plain sums on windows of token ids.
@@ -93,6 +100,7 @@ def accuracy(
         handle: its compression; the codec is switched between forward passes.
         specs: codecs.
         windows: token ids, each [tokens]; a token is judged by its predecessors in the window.
+        algorithm: of the compressed sums.
         progress: called after each forward pass.
 
     Returns:
@@ -107,7 +115,7 @@ def accuracy(
         targets = window[1:][mine, None]
         plain = None
         for spec in sums:
-            handle.codec = flashcomm.codec(spec)
+            switch(handle, spec, algorithm)
             logits = model(window[None], use_cache=False).logits[0]
             digest = hashlib.blake2b(logits.view(torch.uint8).cpu().numpy().tobytes(), digest_size=16).digest()
             digests = [b""] * ranks
@@ -148,6 +156,7 @@ def prefill(
     specs: Sequence[str],
     prompt: torch.Tensor,
     repeats: int,
+    algorithm: str = "auto",
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, tuple[Times, float, str]]:
     """Time to first token of each codec, all taking turns in one run.
@@ -157,7 +166,7 @@ def prefill(
     """
 
     def first_token(spec: str):
-        handle.codec = flashcomm.codec(spec)
+        switch(handle, spec, algorithm)
         model(prompt[None], use_cache=True, logits_to_keep=1).logits.argmax(-1)
 
     facts = {}

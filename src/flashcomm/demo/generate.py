@@ -28,7 +28,9 @@ class _Clock:
             self.inner.end()
 
 
-def rank_main(directory: Path, spec: str, prompt: str, new_tokens: int, dtype: str, stream: bool) -> dict:
+def rank_main(
+    directory: Path, spec: str, algorithm: str, prompt: str, new_tokens: int, dtype: str, stream: bool
+) -> dict:
     """Generate greedily; rank 0 prints the text as it comes. Returns the figures."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
     inner = None
@@ -39,7 +41,7 @@ def rank_main(directory: Path, spec: str, prompt: str, new_tokens: int, dtype: s
     clock = _Clock(inner)
     flashcomm.reset_stats()
     if dist.get_world_size() > 1:
-        with compressed(model, spec):
+        with compressed(model, spec, algorithm="plain" if spec == "none" else algorithm):
             start = time.perf_counter()
             text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
     else:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-import flashcomm
 from flashcomm.bench import model as bench
 from flashcomm.demo import text
 from flashcomm.integrations.transformers import compressed
@@ -44,7 +43,14 @@ class DemoRow:
 
 
 def rank_main(
-    directory: Path, specs: Sequence[str], prompt: str, eval_tokens: int, new_tokens: int, repeats: int, dtype: str
+    directory: Path,
+    specs: Sequence[str],
+    algorithm: str,
+    prompt: str,
+    eval_tokens: int,
+    new_tokens: int,
+    repeats: int,
+    dtype: str,
 ) -> list[DemoRow]:
     """Run on every rank; all return the same rows, but for times, which are rank 0's (it waits for the slowest)."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
@@ -54,19 +60,21 @@ def rank_main(
     windows = spread_windows(ids, eval_tokens)
     with compressed(model, "none") as handle, _progress() as step:
         total = len(windows) * (len(specs) + 1)
-        accuracy = bench.accuracy(model, handle, specs, windows, step("accuracy", total))
-        prefill = bench.prefill(model, handle, specs, windows[0], repeats, step("time to first token", repeats + 1))
+        accuracy = bench.accuracy(model, handle, specs, windows, algorithm, step("accuracy", total))
+        prefill = bench.prefill(
+            model, handle, specs, windows[0], repeats, algorithm, step("time to first token", repeats + 1)
+        )
         advance = step("text", len(specs))
         rows = []
         for spec in specs:
-            handle.codec = flashcomm.codec(spec)
+            bench.switch(handle, spec, algorithm)
             continuation = bench.generate(model, tokenizer, prompt, new_tokens)
             advance()
-            times, wire, algorithm = prefill[spec]
+            times, wire, ran = prefill[spec]
             rows.append(
                 DemoRow(
                     codec=spec,
-                    algorithm=algorithm,
+                    algorithm=ran,
                     bits_per_value=handle.codec.bits_per_value(hidden, model.dtype),
                     wire_bytes_per_token=wire,
                     ttft_ms=times.p50_ms,

@@ -51,6 +51,7 @@ def compress(
     model: Any,
     codec: str | Codec = "int8g128",
     *,
+    modules: str = "",
     algorithm: str = "auto",
     strict: bool = False,
     batch_invariant: bool = False,
@@ -59,6 +60,7 @@ def compress(
 
     Args:
         model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
         codec, algorithm, strict, batch_invariant: as for `flashcomm.all_reduce`.
 
     Returns:
@@ -73,7 +75,8 @@ def compress(
         model(input_ids)
         handle.undo()
     """
-    return Compression(model, codecs.parse(codec), algorithm=algorithm, strict=strict, batch_invariant=batch_invariant)
+    options = {"strict": strict, "batch_invariant": batch_invariant}
+    return Compression(model, codecs.parse(codec), modules=modules, algorithm=algorithm, **options)
 
 
 @contextmanager
@@ -91,20 +94,24 @@ class Compression:
 
     codec: Codec
     """The wire format. May be assigned to between forward passes, on all ranks alike."""
+    algorithm: str
+    """As for `flashcomm.all_reduce`; may be assigned to like `codec`."""
     modules: dict[str, str]
     """The style in transformers' plan, by the name of each module whose sum is compressed."""
     calls: dict[str, int]
     """Sums that went through flashcomm so far, by module."""
 
-    def __init__(self, model: Any, codec: Codec, **options: Any):
-        self.codec, self._options = codec, options
+    def __init__(self, model: Any, codec: Codec, *, modules: str, algorithm: str, **options: Any):
+        self.codec, self.algorithm, self._options = codec, algorithm, options
         self._group = tensor_parallel_group(model)
         if any(handle._model is model for handle in _handles):
             raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
         reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
+        if modules:
+            reducing = {name: found for name, found in reducing.items() if re.search(modules, name)}
         if not reducing:
             raise ValueError(
-                "no module of this model reduces over ranks: its tensor-parallel plan has no row-parallel style"
+                f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
@@ -157,7 +164,8 @@ class Compression:
 
     def _reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self.calls[name] += 1
-        result = collectives.all_reduce(x, self.codec, self._group, out=out, **self._options)
+        options = {"algorithm": self.algorithm, **self._options}
+        result = collectives.all_reduce(x, self.codec, self._group, out=out, **options)
         assert isinstance(result, torch.Tensor)
         return result
 

@@ -33,7 +33,14 @@ _NAN_BF16 = _u32(0x7FC0)
 _AHEAD = _addr(2048)
 
 _inline = njit(forceinline=True, error_model="numpy")
-_kernel = njit(nogil=True, error_model="numpy", cache=True)
+
+
+def _kernel(function):
+    """Compile at the first call and keep the result on disk, or in this process where no folder can be written to."""
+    try:
+        return njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True, error_model="numpy")(function)
 
 
 @_inline

@@ -1,0 +1,62 @@
+"""Which sums of the bundled model suffer from a codec: compress some modules only, and compare with plain.
+
+python tools/sensitivity.py [--tp 4] [--tokens 8192] [--json results/sensitivity_cpu.json]
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+
+from flashcomm.bench import launch, machine, model
+from flashcomm.demo import MODEL, text
+from flashcomm.demo.measure import spread_windows
+from flashcomm.integrations.transformers import compressed
+
+PARTS = {
+    "all": "",
+    "embedding": "embed_tokens",
+    "attention": "o_proj",
+    "mlp": "down_proj",
+    **{f"layer {i}": rf"layers\.{i}\." for i in range(8)},
+}
+CODECS = ("int4g128", "int4g32", "int5g128", "int8g128")
+
+
+def rank_main(tokens: int) -> list[dict]:
+    """Rows of one part and one codec each."""
+    llama, tokenizer = model.load(MODEL, torch.bfloat16)
+    windows = spread_windows(torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"]), tokens)
+    rows = []
+    for part, pattern in PARTS.items():
+        with compressed(llama, "none", modules=pattern) as handle:
+            found = model.accuracy(llama, handle, CODECS, windows)
+            for codec, figures in found.items():
+                row = {"part": part, "sums": len(handle.modules), "codec": codec}
+                rows.append(row | {"perplexity_change": figures.perplexity_change, "kl": figures.kl})
+        if dist.get_rank() == 0:
+            print(
+                part,
+                {row["codec"]: f"{100 * row['perplexity_change']:+.3f} %" for row in rows[-len(CODECS) :]},
+                flush=True,
+            )
+    return rows
+
+
+def main(
+    tp: Annotated[int, typer.Option(help="Ranks.")] = 4,
+    tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 8192,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+):
+    """Measure every part with every codec."""
+    rows = launch.run(rank_main, (tokens,), ranks=tp)[0]
+    if json_file is not None:
+        document = {"ranks": tp, "tokens": tokens, "machine": machine.describe(), "rows": rows}
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
