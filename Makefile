@@ -32,9 +32,9 @@ docs: $(STAMP)  ## regenerate the parts of docs/ that code knows better
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing flashcomm and its development tools into $(VENV) (one to three minutes) ..."
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	# The oldest transformers that is supported, beside the newest: tests/integrations runs on both.
-	$(BIN)/pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/transformers-oldest \
+	$(BIN)/pip install -qq --disable-pip-version-check --upgrade --target $(VENV)/transformers-oldest \
 	  transformers==5.0.0 'numpy<=2.4.6'
 	touch $@
 

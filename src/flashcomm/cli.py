@@ -100,10 +100,9 @@ def demo(
         )  # fmt: skip
     _out.print(table)
     _out.print("Ranks share this machine, so there is no slow link here for compression to speed up.", style="dim")
-    for row in rows:
-        if row.codec in ("none", "int8g128", "int4g128") or len(rows) <= 4:
-            _out.print(f"\n[bold]{row.codec}[/bold] continues [italic]{prompt!r}[/italic]")
-            _out.print(row.text, markup=False, highlight=False)
+    for text, writers in report.by_text(rows).items():
+        _out.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
+        _out.print(text, markup=False, highlight=False)
     document = {**facts, "rows": [row.as_dict() for row in rows]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(report.render(rows, facts))

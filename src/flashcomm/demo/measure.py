@@ -58,7 +58,8 @@ def rank_main(
     # Special tokens between files are part of the stream, and a long text is no mistake here.
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
     windows = spread_windows(ids, eval_tokens)
-    with compressed(model, "none") as handle, _progress() as step:
+    # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
+    with compressed(model, "none", batch_invariant=True) as handle, _progress() as step:
         total = len(windows) * (len(specs) + 1)
         accuracy = bench.accuracy(model, handle, specs, windows, algorithm, step("accuracy", total))
         prefill = bench.prefill(

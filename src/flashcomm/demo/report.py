@@ -13,7 +13,7 @@ from flashcomm.demo.measure import DemoRow
 _BLUE, _GREY, _RED = "#2563eb", "#9ca3af", "#b91c1c"
 
 _STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:68rem;margin:2.5rem auto;padding:0 1.25rem}
+body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:74rem;margin:2.5rem auto;padding:0 1.25rem}
 h1{font-size:1.7rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{max-width:46rem}
 .note{color:#4b5563}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{padding:.4rem .6rem;border-bottom:1px solid #e5e7eb;text-align:right;white-space:nowrap}
@@ -35,14 +35,18 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
     machine = facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     plots = "".join(f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in _plots(rows))
-    texts = "".join(f"<h3><code>{html.escape(r.codec)}</code></h3><pre>{html.escape(r.text)}</pre>" for r in rows)
+    texts = "".join(
+        f"<h3>{', '.join(f'<code>{html.escape(codec)}</code>' for codec in codecs)}</h3><pre>{html.escape(text)}</pre>"
+        for text, codecs in by_text(rows).items()
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>flashcomm demo</title><style>{_STYLE}</style></head><body>
 <h1>flashcomm demo</h1>
 <p class="note">{html.escape(str(facts["model"]))}, tensor parallel over {facts["ranks"]} ranks on
 {html.escape(machine["gpu"] or machine["cpu"])} ({machine["cores"]} cores), {machine["date"]}.</p>
-<p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. <b>Bits</b> count scales
+<p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. Every sum is compressed
+here, also the small ones that <code>auto</code> would leave plain. <b>Bits</b> count scales
 and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b> is the median time from a prompt of
 {facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns; the ranks share this machine's memory,
 so there is no slow link here for compression to speed up. <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
@@ -56,10 +60,18 @@ so there is no slow link here for compression to speed up. <b>Perplexity</b>, <b
 """
 
 
+def by_text(rows: Sequence[DemoRow]) -> dict[str, list[str]]:
+    """The codecs by what they made the model write, in the order of the rows."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        texts.setdefault(row.text, []).append(row.codec)
+    return texts
+
+
 def _table(rows: Sequence[DemoRow]) -> str:
     head = (
         '<tr><th class="l">codec</th><th class="l">algorithm</th><th>bits</th><th>wire B/token</th><th>TTFT ms</th>'
-        "<th>speed</th><th>perplexity</th><th>change</th><th>KL</th><th>top-1</th><th>ranks identical</th></tr>"
+        "<th>speed</th><th>perplexity</th><th>change</th><th>KL</th><th>top-1</th><th>same bits</th></tr>"
     )
     body = "".join(
         f'<tr><td><code>{html.escape(r.codec)}</code></td><td class="l">{r.algorithm}</td><td>{r.bits_per_value:.2f}</td>'
@@ -74,14 +86,21 @@ def _table(rows: Sequence[DemoRow]) -> str:
 def _plots(rows: Sequence[DemoRow]):
     compressed = [r for r in rows if r.kl > 0]
     figure, axes = _figure("Accuracy: KL against plain, by bits on the wire")
-    for row in compressed:
+    for place, row in enumerate(sorted(compressed, key=lambda r: r.kl)):
         axes.scatter(row.bits_per_value, row.kl, color=_BLUE, s=28, zorder=3)
-        axes.annotate(row.codec, (row.bits_per_value, row.kl), xytext=(6, 3), textcoords="offset points", fontsize=8)
+        # Neighbours in KL write to the left and to the right of their dots, so that they do not write over each other.
+        at, side = ((6, 3), "left") if place % 2 else ((-6, -9), "right")
+        axes.annotate(
+            row.codec, (row.bits_per_value, row.kl), xytext=at, textcoords="offset points", fontsize=8, ha=side
+        )
     axes.set_xlabel("bits per value")
     axes.set_ylabel("KL (nats)")
-    axes.margins(x=0.22)
+    axes.margins(x=0.4, y=0.12)
     if compressed:
         axes.set_yscale("log")
+        axes.set_xscale("log", base=2)
+        ticks = [t for t in (2, 3, 4, 5, 6, 8, 16, 32) if t <= 1.2 * max(r.bits_per_value for r in compressed)]
+        axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.grid(True, color="#f0f0f0")
     yield "KL against bits per value", figure
 
