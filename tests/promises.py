@@ -130,14 +130,32 @@ def any_shape(all_reduce) -> list[str]:
     """Promise 5: any numel, hidden size and stride; the input stays as it was."""
     bad = []
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    shapes = [(0,), (0, 128), (4, 0), (), (1,), (7,), (1, 1), (3, 100), (2, 127), (2, 3, 5), (1, 4096), (2, 4096)]
+    shapes = [
+        (0,),
+        (0, 128),
+        (4, 0),
+        (),
+        (1,),
+        (7,),
+        (1, 1),
+        (3, 1),
+        (3, 100),
+        (2, 127),
+        (2, 3, 5),
+        (1, 4096),
+        (2, 4096),
+    ]
     views = {
         "transposed": lambda x: x.T,
         "every other column": lambda x: x[:, ::2],
         "window": lambda x: x[1:4, 3:17],
         "expanded": lambda x: x[:1].expand(6, -1),
     }
-    cases = [(f"shape {list(s)}", lambda r, s=s: tensor(r, s, seed=3)) for s in shapes]
+    cases = [
+        (f"{dtype} {list(shape)}", lambda r, shape=shape, dtype=dtype: tensor(r, shape, dtype, seed=3))
+        for shape in shapes
+        for dtype in values.DTYPES
+    ]
     cases += [(name, lambda r, view=view: view(tensor(r, (6, 20), seed=4))) for name, view in views.items()]
     for spec in ("int8g128", "int4g32", "int5g100:int8g3"):
         for algorithm in algorithms(spec):

@@ -134,6 +134,7 @@ def generate(
     _check_dtype(dtype)
     _warm_up()
     _check_algorithm(algorithm, [spec], tp)
+    _err.print(f"loading the model on {tp} rank(s) ...", style="dim")
     result = launch.run(
         generating.rank_main, (directory, spec, algorithm, prompt, max_new_tokens, dtype, True), ranks=tp
     )[0]

@@ -9,6 +9,7 @@ import promises
 import ranks
 import values
 from flashcomm import kernels
+from flashcomm.codecs import Codec
 
 
 def decoded(x, spec):
@@ -169,6 +170,39 @@ ERRORS = [
 ]
 
 
+class Own(Codec):
+    """A format without a kernel: fp32 under another name."""
+
+    def __str__(self):
+        return "own"
+
+    def payload_bytes(self, cols, dtype=torch.bfloat16):
+        return 4 * cols
+
+    def encode(self, x):
+        return x.float().view(torch.uint8)
+
+    def decode(self, payload, cols, dtype):
+        return payload.contiguous().view(torch.float32).to(dtype)
+
+    def step(self, x):
+        return torch.zeros_like(x)
+
+
+def a_codec_of_ones_own_on_ranks():
+    """It works everywhere at once, at the speed of torch, which is counted, and which strict refuses."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    xs = [promises.tensor(r, (5, 64)) for r in range(size)]
+    flashcomm.reset_stats()
+    for algorithm in ("one_step", "two_step"):
+        total = flashcomm.all_reduce(xs[rank], Own(), algorithm=algorithm)
+        assert promises.same(total, flashcomm.all_reduce(xs[rank], "fp32", algorithm=algorithm))
+    if size > 1:
+        assert flashcomm.stats()["slow_kernels"] == {"no CPU kernel for own": 2}
+        with pytest.raises(RuntimeError, match="strict: .* in own would run without a kernel: no CPU kernel for own"):
+            flashcomm.all_reduce(xs[rank], Own(), algorithm="two_step", strict=True)
+
+
 def errors_on_ranks():
     x = promises.tensor(dist.get_rank(), (4, 6))
     for call, message in ERRORS:
@@ -191,6 +225,7 @@ def errors_on_ranks():
         asynchronous_on_ranks,
         out_on_ranks,
         modes_on_ranks,
+        a_codec_of_ones_own_on_ranks,
     ],
     ids=lambda f: f.__name__,
 )

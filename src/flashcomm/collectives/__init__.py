@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.distributed as dist
 
-from flashcomm import codecs, planner
+from flashcomm import codecs, kernels, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
 from flashcomm.collectives import steps
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
-from flashcomm.collectives.stats import record, record_plain, reset_stats, stats
+from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "reduce_scatter", "reset_stats", "stats"]
 
@@ -69,7 +69,7 @@ def all_reduce(
         algorithm: ``auto``, ``one_step``, ``two_step`` or ``plain``; `flashcomm.planner.choose` explains ``auto``.
         out: tensor of x's shape, dtype and device for the result; may be `x`.
         async_op: return a `Work`, whose ``wait()`` gives the result.
-        strict: raise where ``auto`` would run uncompressed although a codec was asked for.
+        strict: raise where ``auto`` would run uncompressed although a codec was asked for, or a codec without a kernel.
         batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
             on the size of its batch.
 
@@ -78,7 +78,7 @@ def all_reduce(
 
     Raises:
         ValueError: a wrong argument; raised before any communication.
-        RuntimeError: ranks that disagree about the call, a lost peer, or `strict` and no compression.
+        RuntimeError: ranks that disagree about the call, a lost peer, or what `strict` refuses.
 
     Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
     """
@@ -87,8 +87,8 @@ def all_reduce(
     plan = planner.choose(
         x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
     )
-    if strict and plan.declined:
-        raise RuntimeError(f"strict: all_reduce of {list(x.shape)} {x.dtype} would run uncompressed: {plan.reason}")
+    if strict:
+        _refuse_compromise(x, codec, plan)
     out = _result(x, tuple(x.shape), out)
     run = {"plain": _plain_all_reduce, "one_step": steps.one_step, "two_step": steps.two_step}[plan.algorithm]
     contract = _contract("all_reduce", plan.algorithm, codec, x, x.shape)
@@ -239,6 +239,15 @@ def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -
     return state_of(group)
 
 
+def _refuse_compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan):
+    what = f"strict: all_reduce of {list(x.shape)} {x.dtype}"
+    if plan.declined:
+        raise RuntimeError(f"{what} would run uncompressed: {plan.reason}")
+    for step in codec.steps:
+        if plan.algorithm != "plain" and (reason := kernels.missing(step, x.device.type)):
+            raise RuntimeError(f"{what} in {step} would run without a kernel: {reason}")
+
+
 def _result(x: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
     if out is None:
         return torch.empty(shape, dtype=x.dtype, device=x.device)
@@ -317,6 +326,8 @@ def _run(
         record(op, plan.algorithm, str(codec), wire_bytes=sent, plain_bytes=plain_bytes)
         if plan.algorithm == "plain":
             record_plain(op, plan.reason)
+        elif reason := next(filter(None, (kernels.missing(step, out.device.type) for step in codec.steps)), None):
+            record_slow(op, reason)
 
     if not async_op:
         collective(state)

@@ -8,6 +8,7 @@ _log = logging.getLogger("flashcomm")
 _lock = threading.Lock()
 _calls: Counter[str] = Counter()
 _plain: Counter[str] = Counter()
+_slow: Counter[str] = Counter()
 _bytes: Counter[str] = Counter()
 _logged: set[str] = set()
 
@@ -22,12 +23,21 @@ def record(op: str, algorithm: str, codec: str, *, wire_bytes: int, plain_bytes:
 
 def record_plain(op: str, reason: str):
     """Count a call that ran uncompressed, and log the reason the first time."""
+    _count(_plain, reason, f"{op} ran uncompressed")
+
+
+def record_slow(op: str, reason: str):
+    """Count a call whose codec has no kernel on its device, and log the reason the first time."""
+    _count(_slow, reason, f"{op} encoded and decoded without a kernel")
+
+
+def _count(counter: "Counter[str]", reason: str, what: str):
     with _lock:
-        _plain[reason] += 1
+        counter[reason] += 1
         first = reason not in _logged
         _logged.add(reason)
     if first:
-        _log.info("%s ran uncompressed: %s (counted in flashcomm.stats(), logged once)", op, reason)
+        _log.info("%s: %s (counted in flashcomm.stats(), logged once)", what, reason)
 
 
 def stats() -> dict:
@@ -35,12 +45,14 @@ def stats() -> dict:
 
     Returns:
         ``calls``: number of collectives by ``op/algorithm/codec``; ``plain``: number that ran uncompressed, by reason;
+        ``slow_kernels``: number whose codec ran on the torch specification, by reason;
         ``wire_bytes``: bytes this rank sent to other ranks; ``plain_bytes``: what plain collectives would have sent.
     """
     with _lock:
         return {
             "calls": dict(_calls),
             "plain": dict(_plain),
+            "slow_kernels": dict(_slow),
             "wire_bytes": _bytes["wire_bytes"],
             "plain_bytes": _bytes["plain_bytes"],
         }
@@ -49,5 +61,5 @@ def stats() -> dict:
 def reset_stats():
     """Set every count of `stats()` to zero; reasons that were logged stay logged."""
     with _lock:
-        for counter in (_calls, _plain, _bytes):
+        for counter in (_calls, _plain, _slow, _bytes):
             counter.clear()

@@ -35,14 +35,15 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
     return "numba", "compiled for this CPU"
 
 
+def missing(codec: Codec, device_type: str) -> str | None:
+    """Why `codec` runs on the specification although it is more than a cast; None where it has a kernel."""
+    backend, why = route(codec, device_type)
+    return why if backend == "torch" and not isinstance(codec, Plain | Cast) else None
+
+
 @cache
 def _backend(codec: Codec, device_type: str):
-    backend, why = route(codec, device_type)
-    if backend == "torch":
-        if isinstance(codec, Affine):
-            _log.info("codec %s on %s runs on the torch specification: %s", codec, device_type, why)
-        return None
-    return warm_up()
+    return warm_up() if route(codec, device_type)[0] == "numba" else None
 
 
 @cache
