@@ -68,6 +68,8 @@ def test_version_and_help():
         (("demo", "--tp", "3"), "Allowed: 1, 2, 4, 8"),
         (("demo", "--algorithm", "ring"), "unknown algorithm 'ring'. Allowed: auto, one_step, two_step, plain"),
         (("generate", "demo", "--codec", "int4:int8", "--algorithm", "one_step"), "one_step sends once"),
+        (("bench", "codec", "--codecs", "int4:int8"), "is a pair of formats: measure its steps, int4g128 and int8g128"),
+        (("generate", "demo", "--codec", "int8,int4"), "give one codec"),
         (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
         (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),

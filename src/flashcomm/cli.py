@@ -77,12 +77,12 @@ def demo(
     from flashcomm.demo import measure, report
 
     _err.print(f"loading the model on {tp} ranks ...", style="dim")
-    rows = launch.run(measure.rank_main, arguments, ranks=tp)[0]
+    rows, eval_tokens = launch.run(measure.rank_main, arguments, ranks=tp)[0]
     facts = {
         "model": "the bundled model" if model is None else str(model),
         "ranks": tp,
         "dtype": dtype,
-        "eval_tokens": max(1, tokens // 1024) * 1024,
+        "eval_tokens": eval_tokens,
         "prompt_tokens": 1024,
         "prompt": prompt,
         "machine": machine.describe(),
@@ -130,6 +130,8 @@ def generate(
     from flashcomm.demo import generate as generating
 
     directory = _model_directory(MODEL if str(model) == "demo" else model, tp)
+    if "," in codec:
+        _fail(f"--codec {codec!r}: give one codec")
     spec = _codec_list(codec)[0]
     _check_dtype(dtype)
     _warm_up()
@@ -165,6 +167,9 @@ def bench_codec(
     from flashcomm.bench import codec
 
     specs = _codec_list(codecs)
+    for spec in specs:
+        if ":" in spec:
+            _fail(f"{spec} is a pair of formats: measure its steps, {spec.replace(':', ' and ')}")
     _check_dtype(dtype)
     if device == "cuda" and not torch.cuda.is_available():
         _fail("no CUDA device on this machine: use --device cpu")
@@ -198,7 +203,7 @@ def bench_all_reduce(
     json_file: Json = None,
 ):
     """Compressed all-reduces against the backend's own, interleaved, bf16, ranks on this machine."""
-    from flashcomm.bench import all_reduce, launch
+    from flashcomm.bench import all_reduce
     from flashcomm.planner import ALGORITHMS
 
     specs = _codec_list(codecs)
@@ -213,7 +218,7 @@ def bench_all_reduce(
     for ranks in worlds:
         with _err.status(f"measuring on {ranks} ranks"):
             rows += all_reduce.run(specs, ranks=ranks, sizes=byte_sizes, algorithms=chosen, repeats=repeats)
-    table = _table(f"bf16 all-reduce, {launch.backend()} on this machine, medians of {repeats}")
+    table = _table(f"bf16 all-reduce, {rows[0].backend} on this machine, medians of {repeats}")
     for name in ("ranks", "message"):
         table.add_column(name, justify="right", no_wrap=True)
     for name in ("codec", "algorithm"):

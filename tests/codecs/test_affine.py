@@ -50,6 +50,9 @@ def test_a_range_beyond_fp32_is_nan_and_1e38_is_not():
         codec = parse(spec)
         wide = torch.tensor([[3.3e38, -3.3e38, 0.0, 1.0]])
         assert codec.decode(codec.encode(wide), 4, torch.float32).isnan().all()
+        for upper_end in (torch.linspace(1e38, 3.4028e38, 128)[None], torch.full((1, 8), 3.38e38)):
+            decoded = codec.decode(codec.encode(upper_end), upper_end.shape[1], torch.float32)
+            assert not decoded.isinf().any()
         large = torch.tensor([[1e38, -1e38, 0.0, 1.0]])
         decoded = codec.decode(codec.encode(large), 4, torch.float32)
         assert torch.isfinite(decoded).all()

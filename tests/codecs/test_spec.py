@@ -49,6 +49,8 @@ def test_broken_pairs_are_refused(spelling):
 def test_not_a_string_is_refused():
     with pytest.raises(ValueError, match="a codec is a string such as 'int8g128', not 8"):
         parse(8)
+    with pytest.raises(ValueError, match=r"a codec is a string such as 'int8g128', not \['int8'\]"):
+        parse(["int8"])
 
 
 def test_pair_is_two_formats_and_encodes_nothing_itself():

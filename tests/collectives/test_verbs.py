@@ -70,6 +70,15 @@ def all_to_all_on_ranks():
             if spec != "none" and size > 1 and want.numel():
                 want = decoded(want.reshape(-1, 65), spec).view(want.shape)
             assert promises.same(got, want), (spec, dtype)
+    # Rank 0 gets everything, the others nothing.
+    to_first = [3 if peer == 0 else 0 for peer in range(size)]
+    from_each = [3] * size if rank == 0 else [0] * size
+    sizes = {"input_split_sizes": to_first, "output_split_sizes": from_each}
+    got = flashcomm.all_to_all(torch.full((3, 4), float(rank)), "fp32", **sizes)
+    assert got.shape == (sum(from_each), 4)
+    assert got.unique().tolist() == (list(range(size)) if rank == 0 else [])
+    empty = flashcomm.all_to_all(torch.zeros(size, 0), "int8g128")
+    assert empty.shape == (size, 0)
     even = flashcomm.all_to_all(torch.full((size, 4), float(rank)), "fp32")
     assert promises.same(even, torch.arange(float(size))[:, None].expand(size, 4))
 
@@ -85,6 +94,8 @@ def asynchronous_on_ranks():
     for work, want in zip(reversed(works), reversed(expected), strict=True):
         assert promises.same(work.wait(), want)
         assert work.is_completed()
+    plain = flashcomm.all_reduce(xs[0], "none", async_op=True)
+    assert promises.same(plain.wait(), flashcomm.all_reduce(xs[0], "none"))
     gathered = flashcomm.all_gather(xs[0], "int8g128", async_op=True)
     scattered = flashcomm.reduce_scatter(xs[0].repeat(size, 1), "int8g128", async_op=True)
     swapped = flashcomm.all_to_all(xs[0].repeat(size, 1), "int8g128", async_op=True)
@@ -199,7 +210,7 @@ def a_codec_of_ones_own_on_ranks():
         assert promises.same(total, flashcomm.all_reduce(xs[rank], "fp32", algorithm=algorithm))
     if size > 1:
         assert flashcomm.stats()["slow_kernels"] == {"no CPU kernel for own": 2}
-        with pytest.raises(RuntimeError, match="strict: .* in own would run without a kernel: no CPU kernel for own"):
+        with pytest.raises(RuntimeError, match="strict: .* would run own without a kernel: no CPU kernel for own"):
             flashcomm.all_reduce(xs[rank], Own(), algorithm="two_step", strict=True)
 
 
@@ -277,6 +288,31 @@ def test_ranks_that_disagree_all_raise_and_name_both_sides(case):
         assert "ranks disagree about this collective: rank 0 calls op=" in message
         assert "; rank 1 calls op=" in message
         assert total == 2
+
+
+def stall():
+    """Rank 1 never joins an asynchronous call."""
+    import time
+
+    x = torch.ones(64, 1024)
+    if dist.get_rank() == 1:
+        time.sleep(12)
+        return None
+    start = time.monotonic()
+    work = flashcomm.all_reduce(x, "fp32", algorithm="two_step", async_op=True)
+    with pytest.raises(RuntimeError, match="all_reduce over 2 ranks failed on rank 0"):
+        work.wait()
+    return time.monotonic() - start
+
+
+def agree_then_stall():
+    flashcomm.all_reduce(torch.ones(64, 1024), "fp32", algorithm="two_step")
+    return stall()
+
+
+def test_an_asynchronous_call_keeps_the_timeout_of_its_group(fresh_ranks):
+    waited = fresh_ranks(2, timeout_s=4).run(agree_then_stall)[0]
+    assert 3 < waited < 10
 
 
 def call_until_a_rank_dies(victim):

@@ -99,7 +99,10 @@ def test_threads_change_no_byte():
         (lambda: kernels.encode(torch.zeros(4, 4, dtype=torch.int32), "int4"), "int32"),
         (lambda: kernels.encode([1.0], "int4"), "list"),
         (lambda: kernels.encode(torch.zeros(2, 4), "int4:int8"), "is a pair"),
-        (lambda: kernels.encode(torch.zeros(2, 4), "int4g4", out=torch.zeros(2, 5)), r"out must be uint8 \[2, 6\]"),
+        (
+            lambda: kernels.encode(torch.zeros(2, 4), "int4g4", out=torch.zeros(2, 5)),
+            r"out must be torch.uint8 \[2, 6\]",
+        ),
         (
             lambda: kernels.decode(torch.zeros(2, 5, dtype=torch.uint8), "int4g4", cols=4, dtype=torch.float32),
             "rows of 6 bytes",
@@ -118,6 +121,52 @@ def test_threads_change_no_byte():
 def test_wrong_arguments_say_what_is_allowed(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_what_kernels_write_into_is_checked():
+    codec = codecs.parse("int4g4")
+    payload = kernels.encode(torch.randn(4, 8), codec)
+    wide = torch.zeros(4, 16)
+    for out in (wide[:, ::2], torch.zeros(5, 8), torch.zeros(4, 8, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"out must be torch.float32 \[4, 8\] on cpu with contiguous rows"):
+            kernels.decode(payload, codec, cols=8, dtype=torch.float32, out=out)
+    assert not wide.any()
+    with pytest.raises(ValueError, match="out must be torch.uint8"):
+        kernels.decode_sum_encode(payload[None], codec, codec, cols=8, out=torch.zeros(4, 3, dtype=torch.uint8))
+    transposed = payload.T.contiguous().T
+    assert transposed.stride(1) != 1
+    expected = kernels.decode(payload, codec, cols=8, dtype=torch.float32)
+    assert same_bytes(kernels.decode(transposed, codec, cols=8, dtype=torch.float32), expected)
+
+
+def test_tensors_without_memory_are_refused():
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    with pytest.raises(ValueError, match="AsyncCollectiveTensor has no memory of its own"):
+        kernels.encode(AsyncCollectiveTensor(torch.zeros(2, 4)), "int4g4")
+
+
+def test_scratch_memory_lives_as_long_as_the_kernel():
+    """With this setting a freed array is unmapped, so a kernel that works in freed memory crashes."""
+    import os
+    import subprocess
+    import sys
+
+    code = """
+import torch
+from flashcomm import codecs, kernels
+codec = codecs.parse("int5g40000")
+x = torch.randn(2, 100_000)
+payload = kernels.encode(x, codec)
+payloads = torch.stack([payload, payload])
+assert torch.equal(payload, codec.encode(x))
+got = kernels.decode_sum_encode(payloads, codec, codec, cols=100_000)
+assert torch.equal(got, codecs.decode_sum_encode(payloads, codec, codec, 100_000))
+total = kernels.decode_sum(payloads, codec, cols=100_000, dtype=torch.bfloat16)
+assert torch.equal(total, codecs.decode_sum(payloads, codec, 100_000, torch.bfloat16))
+"""
+    settings = os.environ | {"MALLOC_MMAP_THRESHOLD_": "32768"}
+    assert subprocess.run([sys.executable, "-c", code], env=settings).returncode == 0
 
 
 @pytest.mark.gpu

@@ -112,6 +112,7 @@ def accuracy(
     for window in windows:
         # Each rank judges its share of the tokens, so no core idles while rank 0 computes softmaxes.
         mine = slice(rank, len(window) - 1, ranks)
+        window = window.to(model.device)
         targets = window[1:][mine, None]
         plain = None
         for spec in sums:
@@ -123,18 +124,19 @@ def accuracy(
             log_p = logits[:-1][mine].float().log_softmax(-1)
             if plain is None:
                 plain = log_p
-            sums[spec] += torch.stack(
-                [
-                    -log_p.gather(1, targets).double().sum(),
-                    (plain.exp() * (plain - log_p)).sum(1).double().sum(),
-                    (plain.argmax(1) == log_p.argmax(1)).double().sum(),
-                    torch.tensor(float(len(set(digests)) > 1), dtype=torch.float64),
-                    torch.tensor(float(len(targets)), dtype=torch.float64),
-                ]
-            )
+            figures = [
+                -log_p.gather(1, targets).double().sum(),
+                (plain.exp() * (plain - log_p)).sum(1).double().sum(),
+                (plain.argmax(1) == log_p.argmax(1)).double().sum(),
+                len(set(digests)) > 1,
+                len(targets),
+            ]
+            sums[spec] += torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
             progress()
-    for total in sums.values():
+    for spec in sums:
+        total = sums[spec].to(model.device)
         dist.all_reduce(total)
+        sums[spec] = total.cpu()
     base = sums["none"][0] / sums["none"][4]
     results = {}
     for spec in specs:
@@ -167,8 +169,10 @@ def prefill(
 
     def first_token(spec: str):
         switch(handle, spec, algorithm)
-        model(prompt[None], use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        # The host reads the token, so on a GPU the time ends when it is there.
+        model(prompt[None], use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
 
+    prompt = prompt.to(model.device)
     facts = {}
     for spec in specs:
         flashcomm.reset_stats()

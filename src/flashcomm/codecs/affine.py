@@ -15,7 +15,7 @@ Per group of n values, all in fp32, no fused multiply-add, division correctly ro
     value = code * scale + zero
 
 Rounding outward means that nothing clips: the largest value lands on the last code or below. A group that holds a NaN
-or an Inf, or whose zero point or range last * scale is beyond the largest finite number, is all NaN after decoding.
+or an Inf, or whose zero point, range last * scale or largest value is beyond the finite numbers, decodes to NaN.
 
 Source: Flash Communication (arXiv 2412.04964, section 3), with bf16 metadata and outward rounding our own.
 """
@@ -103,7 +103,8 @@ class Affine(Codec):
         scale = _from_bf16_bits(scale_bits)
         if self.symmetric:
             zero = -steps * scale
-        finite = low.isfinite() & high.isfinite() & (self._last * scale).isfinite() & zero.isfinite()
+        top = self._last * scale
+        finite = low.isfinite() & high.isfinite() & top.isfinite() & (top + zero).isfinite() & zero.isfinite()
         return scale, zero, ~finite
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:

@@ -66,7 +66,6 @@ class Pair(Codec):
         )
 
 
-@lru_cache(maxsize=1024)
 def parse(spec: "str | Codec") -> Codec:
     """The codec that `spec` names.
 
@@ -83,6 +82,11 @@ def parse(spec: "str | Codec") -> Codec:
         return spec
     if not isinstance(spec, str):
         raise ValueError(f"a codec is a string such as 'int8g128', not {spec!r}. Allowed: {ALLOWED}")
+    return _parse(spec)
+
+
+@lru_cache(maxsize=1024)
+def _parse(spec: str) -> Codec:
     if ":" in spec:
         parts = spec.split(":")
         if len(parts) != 2 or "none" in parts:

@@ -9,6 +9,8 @@ Not supported: autograd (these are for inference), integer and fp64 tensors exce
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,7 +32,7 @@ class Work:
     Example: ``work = flashcomm.all_reduce(x, async_op=True); ...; y = work.wait()``.
     """
 
-    def __init__(self, out: torch.Tensor, future=None, event=None):
+    def __init__(self, out: torch.Tensor, future: "Future | None" = None, event: Any = None):
         self._out, self._future, self._event = out, future, event
 
     def wait(self) -> torch.Tensor:
@@ -68,7 +70,8 @@ def all_reduce(
         group: process group; None for the default one.
         algorithm: ``auto``, ``one_step``, ``two_step`` or ``plain``; `flashcomm.planner.choose` explains ``auto``.
         out: tensor of x's shape, dtype and device for the result; may be `x`.
-        async_op: return a `Work`, whose ``wait()`` gives the result.
+        async_op: return a `Work`, whose ``wait()`` gives the result. On gloo compressed calls then run on a thread of
+            their own, on CUDA on a stream; uncompressed ones and other CPU backends finish before they return.
         strict: raise where ``auto`` would run uncompressed although a codec was asked for, or a codec without a kernel.
         batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
             on the size of its batch.
@@ -87,14 +90,15 @@ def all_reduce(
     plan = planner.choose(
         x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
     )
-    if strict:
-        _refuse_compromise(x, codec, plan)
     out = _result(x, tuple(x.shape), out)
     run = {"plain": _plain_all_reduce, "one_step": steps.one_step, "two_step": steps.two_step}[plan.algorithm]
     contract = _contract("all_reduce", plan.algorithm, codec, x, x.shape)
+    refusal = _compromise(x, codec, plan) if strict else None
+    if strict:
+        contract = (*contract, ("strict", refusal or "yes"))
     rows = _as_rows(x)
     sent = 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
-    return _run("all_reduce", plan, run, rows, codec, state, out, contract, sent, async_op)
+    return _run("all_reduce", plan, run, rows, codec, state, out, contract, sent, async_op, refusal=refusal)
 
 
 def reduce_scatter(
@@ -184,7 +188,8 @@ def all_to_all(
     """Rows of `x` to every rank in turn, and theirs back, as `torch.distributed.all_to_all_single` does.
 
     Args:
-        x: ``[rows, ...]``, at least 2-D; the shape may differ between ranks in dimension 0 only.
+        x: ``[rows, ...]``, at least 2-D; the shape may differ between ranks in dimension 0 only. Split sizes vary from
+            call to call, so ranks do not compare them; sizes that do not fit together are the backend's error.
         codec: wire format, not a pair.
         output_split_sizes: rows to receive from each rank; equal parts of x's rows if None.
         input_split_sizes: rows to send to each rank; equal parts if None.
@@ -236,16 +241,19 @@ def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+    kernels.check_storage(x)
     return state_of(group)
 
 
-def _refuse_compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan):
-    what = f"strict: all_reduce of {list(x.shape)} {x.dtype}"
+def _compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan) -> str | None:
+    """What `strict` refuses about a plan, if anything."""
     if plan.declined:
-        raise RuntimeError(f"{what} would run uncompressed: {plan.reason}")
-    for step in codec.steps:
-        if plan.algorithm != "plain" and (reason := kernels.missing(step, x.device.type)):
-            raise RuntimeError(f"{what} in {step} would run without a kernel: {reason}")
+        return f"would run uncompressed: {plan.reason}"
+    if plan.algorithm != "plain":
+        for step in codec.steps:
+            if reason := kernels.missing(step, x.device.type):
+                return f"would run {step} without a kernel: {reason}"
+    return None
 
 
 def _result(x: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
@@ -304,15 +312,19 @@ def _run(
     plain_bytes: int,
     async_op: bool,
     even_if_empty: bool = False,
+    refusal: str | None = None,
 ) -> torch.Tensor | Work:
     state.agree(contract, out.device)
+    if refusal:
+        # After the agreement, since a missing kernel may be one rank's problem and must be everybody's error.
+        raise RuntimeError(f"strict: {op} of {list(out.shape)} {out.dtype} {refusal}")
 
     def collective(state: GroupState):
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         sent = 0
         if state.ranks == 1:
             target.copy_(rows.view(out.shape) if rows.is_contiguous() else rows.reshape(out.shape))
-        elif rows.numel() or even_if_empty:
+        elif rows.numel() or (even_if_empty and rows.shape[1]):
             try:
                 sent = run(rows, codec, state, target.view(-1, rows.shape[1]))
             except RuntimeError as error:
@@ -340,10 +352,11 @@ def _run(
         for tensor in (rows, out):
             tensor.record_stream(stream)
         return Work(out, event=stream.record_event())
-    if state.ranks == 1:
+    if state.ranks == 1 or plan.algorithm == "plain" or not state.direct(out.device):
+        # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
         collective(state)
         return Work(out)
-    lane_state, lane = state.async_lane()
+    lane_state, lane = state.lane()
     # Inference mode and grad mode are per thread.
     return Work(out, future=lane.submit(torch.inference_mode()(collective), lane_state))
 

@@ -5,6 +5,7 @@ So before the first transfer of every new combination of operation, codec, dtype
 are about to do, and all of them raise if they differ.
 """
 
+import math
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,24 +16,24 @@ _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 # Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
-_TAG = 0xFC
+_TAG, _LANE_TAG = 0xFC, 0xFD
 
 
 class GroupState:
     """State of one process group on this rank."""
 
-    def __init__(self, group: dist.ProcessGroup):
+    def __init__(self, group: dist.ProcessGroup, tag: int = _TAG):
         # Weak, because this object is the value under the group's own weak key.
         self._group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
-        self._gloo = dist.get_backend(group) == "gloo"
+        self._tag = tag
+        self._gloo = _cpu_backend(group) == "gloo"
         self._contracts: set[tuple] = set()
         self._buffers: dict[tuple, torch.Tensor] = {}
-        self._async_group: dist.ProcessGroup | None = None
-        self._async_lane: ThreadPoolExecutor | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -68,14 +69,14 @@ class GroupState:
 
     def buffer(self, name: str, device: torch.device, *shape: int) -> torch.Tensor:
         """An uninitialised uint8 buffer, reused by the next call of the same name; it only ever grows."""
-        size = 1
-        for extent in shape:
-            size *= extent
-        held = self._buffers.get((name, device))
+        size = math.prod(shape)
+        # Calls on different streams overlap, so they must not share.
+        stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+        held = self._buffers.get((name, device, stream))
         if held is None or held.numel() < size:
             # A buffer born in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                held = self._buffers[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
+                held = self._buffers[name, device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
         return held[:size].view(shape)
 
     def direct(self, device: torch.device) -> bool:
@@ -92,36 +93,39 @@ class GroupState:
 
     def send(self, part: torch.Tensor, peer: int) -> dist.Work:
         """Start sending a contiguous `part`, which must stay as it is until ``wait()``."""
-        work = dist.isend(part, self._global_ranks[peer], group=self.group, tag=_TAG)
+        work = dist.isend(part, self._global_ranks[peer], group=self.group, tag=self._tag)
         assert work is not None
         return work
 
     def receive(self, part: torch.Tensor, peer: int) -> dist.Work:
         """Start receiving into a contiguous `part`."""
-        work = dist.irecv(part, self._global_ranks[peer], group=self.group, tag=_TAG)
+        work = dist.irecv(part, self._global_ranks[peer], group=self.group, tag=self._tag)
         assert work is not None
         return work
 
-    def async_lane(self) -> tuple["GroupState", ThreadPoolExecutor]:
-        """A process group of the same ranks for asynchronous calls, and the one thread that uses it, in order.
+    def lane(self) -> tuple["GroupState", ThreadPoolExecutor]:
+        """For asynchronous calls on gloo: buffers and a tag of their own, and the one thread that runs them, in order.
 
-        A group of its own, because gloo pairs up messages by the order in which they were started; with one group, a
-        collective of the caller could slip between the two transfers of ours on one rank and not on another.
+        gloo pairs point-to-point messages by rank and tag, in the order in which they were started. With a tag that
+        only this thread uses, that order is the caller's on every rank, whatever else the group does meanwhile.
         """
-        if self._async_lane is None:
-            ranks = dist.get_process_group_ranks(self.group)
-            group = dist.new_group(ranks, use_local_synchronization=True, group_desc="flashcomm async")
-            assert isinstance(group, dist.ProcessGroup)
-            self._async_group = group
-            self._async_lane = ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
-        assert self._async_group is not None
-        return state_of(self._async_group), self._async_lane
+        if self._lane is None:
+            self._lane = GroupState(self.group, _LANE_TAG), ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
+        return self._lane
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
-        """The CUDA stream for asynchronous calls."""
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(device)
-        return self._stream
+        """The CUDA stream for asynchronous calls on `device`."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
+
+
+def _cpu_backend(group: dist.ProcessGroup) -> str:
+    """The backend that serves CPU tensors; `dist.get_backend` does not know it for a group that has several."""
+    try:
+        return group._get_backend(torch.device("cpu")).name().lower()
+    except RuntimeError:
+        return "none"
 
 
 _states: "weakref.WeakKeyDictionary[dist.ProcessGroup, GroupState]" = weakref.WeakKeyDictionary()

@@ -110,7 +110,15 @@ def all_to_all(
     width = codec.payload_bytes(cols, x.dtype)
     sent = kernels.encode(x, codec, out=state.buffer("sent", x.device, x.shape[0], width))
     received = state.buffer("received", x.device, out.shape[0], width)
-    torch.distributed.all_to_all_single(received, sent, out_rows, in_rows, group=state.group)
+    if state.direct(x.device):
+        going, coming = sent.split(in_rows), received.split(out_rows)
+        pending = [state.receive(coming[peer], peer) for peer in state.peers() if out_rows[peer]]
+        pending += [state.send(going[peer], peer) for peer in state.peers() if in_rows[peer]]
+        coming[state.rank].copy_(going[state.rank])
+        for work in pending:
+            work.wait()
+    else:
+        torch.distributed.all_to_all_single(received, sent, out_rows, in_rows, group=state.group)
     kernels.decode(received, codec, cols=cols, dtype=x.dtype, out=out)
     return (x.shape[0] - in_rows[state.rank]) * width
 

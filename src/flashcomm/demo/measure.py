@@ -51,8 +51,8 @@ def rank_main(
     new_tokens: int,
     repeats: int,
     dtype: str,
-) -> list[DemoRow]:
-    """Run on every rank; all return the same rows, but for times, which are rank 0's (it waits for the slowest)."""
+) -> tuple[list[DemoRow], int]:
+    """Run on every rank: the rows and the number of held-out tokens. Times are those of the slowest rank."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
     hidden = model.config.get_text_config().hidden_size
     # Special tokens between files are part of the stream, and a long text is no mistake here.
@@ -84,7 +84,7 @@ def rank_main(
                     **accuracy[spec].as_dict(),
                 )
             )
-    return rows
+    return rows, len(windows) * _WINDOW
 
 
 def spread_windows(ids: torch.Tensor, tokens: int) -> list[torch.Tensor]:

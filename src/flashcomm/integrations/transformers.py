@@ -222,6 +222,8 @@ def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, st
 @torch.compiler.disable
 def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     handle, name = marked
+    if type(x) is not torch.Tensor:
+        x = functional.wait_tensor(x)  # the unfinished result of a functional collective
     _stack().append(None)  # What flashcomm itself sends passes through.
     try:
         return handle._reduce(name, x, out)

@@ -76,6 +76,17 @@ def _check(x: torch.Tensor, what: str):
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
         given = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(type(x))
         raise ValueError(f"{what} takes a [rows, cols] tensor of bf16, fp16 or fp32, not {given}")
+    check_storage(x)
+
+
+def check_storage(x: torch.Tensor):
+    """Refuse wrappers (DTensor, a functional collective's unfinished result), which have no memory of their own.
+
+    Raises:
+        ValueError: `x` is such a wrapper.
+    """
+    if x.numel() and x.data_ptr() == 0:
+        raise ValueError(f"{type(x).__name__} has no memory of its own: pass its local tensor, or wait for it first")
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -98,8 +109,7 @@ def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = 
     codec = codecs.parse(codec)
     _check(x, "encode")
     shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
-    if out is not None and (out.shape != shape or out.dtype != torch.uint8 or out.stride(1) != 1):
-        raise ValueError(f"out must be uint8 {list(shape)} with contiguous rows, not {out.dtype} {list(out.shape)}")
+    _check_out(out, shape, torch.uint8, x.device)
     backend = _backend(codec, x.device.type)
     if backend is None or x.numel() == 0:
         payload = codec.encode(x)
@@ -150,7 +160,8 @@ def decode_sum(
         [rows, cols] of `dtype`.
     """
     codec = codecs.parse(codec)
-    _check_payloads(payloads, codec, cols, dtype)
+    payloads = _checked_payloads(payloads, codec, cols, dtype)
+    _check_out(out, (payloads.shape[1], cols), dtype, payloads.device)
     backend = _backend(codec, payloads.device.type)
     if backend is None or payloads.numel() == 0:
         if isinstance(codec, Plain) and payloads.shape[0] == 1:
@@ -185,7 +196,8 @@ def decode_sum_encode(
         uint8 [rows, payload_bytes(cols)] in `out_codec`.
     """
     codec, out_codec = codecs.parse(codec), codecs.parse(out_codec)
-    _check_payloads(payloads, codec, cols, torch.float32)
+    payloads = _checked_payloads(payloads, codec, cols, torch.float32)
+    _check_out(out, (payloads.shape[1], out_codec.payload_bytes(cols)), torch.uint8, payloads.device)
     backend, out_backend = (_backend(c, payloads.device.type) for c in (codec, out_codec))
     if backend is None or backend is not out_backend or payloads.numel() == 0:
         total = decode_sum(payloads, codec, cols=cols, dtype=torch.float32)
@@ -197,7 +209,18 @@ def decode_sum_encode(
     return out
 
 
-def _check_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype):
+def _check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+    """Kernels write to addresses, so what they write into is checked here or nowhere."""
+    if out is None:
+        return
+    if out.shape != shape or out.dtype != dtype or out.device != device or (out.numel() and out.stride(1) != 1):
+        raise ValueError(
+            f"out must be {dtype} {list(shape)} on {device} with contiguous rows, "
+            f"not {out.dtype} {list(out.shape)} with strides {list(out.stride())} on {out.device}"
+        )
+
+
+def _checked_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype) -> torch.Tensor:
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"values decode to bf16, fp16 or fp32, not {dtype}")
     width = codec.payload_bytes(cols, dtype)
@@ -208,3 +231,4 @@ def _check_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torc
         )
     if payloads.shape[0] == 0:
         raise ValueError("a sum needs the payload of at least one rank")
+    return payloads if payloads.stride(2) == 1 else payloads.contiguous()

@@ -234,7 +234,8 @@ def _encode_group(src, kind, n, bits, symmetric, dst, meta, codes):
         inverse = _f32(1) / scale
     if symmetric:
         zero = -steps * scale
-    if finite and last * scale < _f32(np.inf) and zero > _f32(-np.inf):
+    top = last * scale
+    if finite and top < _f32(np.inf) and top + zero < _f32(np.inf) and zero > _f32(-np.inf):
         zero_bits = simd.bits_of(zero) >> _u32(16)
         if bits == 8:
             _quantise(src, kind, n, zero, inverse, dst)
@@ -399,8 +400,9 @@ def _decode_sum_encode(
 ):  # fmt: skip
     scratch = np.empty(min(max(group, out_group), cols) + 64, np.uint8)
     sums = np.empty(cols, np.float32)
-    codes, into = _addr(scratch.ctypes.data), _addr(sums.ctypes.data)
     for r in range(first, last):
+        # Inside the loop: numba frees an array after the last line that names it.
+        codes, into = _addr(scratch.ctypes.data), _addr(sums.ctypes.data)
         for rank in range(ranks):
             _decode_row(
                 _addr(payload + rank * rank_stride + r * payload_stride), _addr(cols), bits, symmetric, _addr(group),
