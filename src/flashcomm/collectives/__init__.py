@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,7 +99,8 @@ def all_reduce(
         contract = (*contract, ("strict", refusal or "yes"))
     rows = _as_rows(x)
     sent = 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
-    return _run("all_reduce", plan, run, rows, codec, state, out, contract, sent, async_op, refusal=refusal)
+    call = _Call(op="all_reduce", plan=plan, codec=codec, contract=contract, plain_bytes=sent, refusal=refusal)
+    return _run(call, run, rows, state, out, async_op)
 
 
 def reduce_scatter(
@@ -138,7 +140,8 @@ def reduce_scatter(
     run = _plain_reduce_scatter if plan.algorithm == "plain" else steps.reduce_scatter
     contract = _contract("reduce_scatter", plan.algorithm, codec, x, x.shape)
     sent = x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
-    return _run("reduce_scatter", plan, run, rows, codec, state, _result(x, shape, out), contract, sent, async_op)
+    call = _Call(op="reduce_scatter", plan=plan, codec=codec, contract=contract, plain_bytes=sent)
+    return _run(call, run, rows, state, _result(x, shape, out), async_op)
 
 
 def all_gather(
@@ -171,7 +174,8 @@ def all_gather(
     run = _plain_all_gather if plan.algorithm == "plain" else steps.all_gather
     contract = _contract("all_gather", plan.algorithm, codec, x, x.shape)
     sent = x.numel() * x.element_size() * (state.ranks - 1)
-    return _run("all_gather", plan, run, _as_rows(x), codec, state, _result(x, shape, out), contract, sent, async_op)
+    call = _Call(op="all_gather", plan=plan, codec=codec, contract=contract, plain_bytes=sent)
+    return _run(call, run, _as_rows(x), state, _result(x, shape, out), async_op)
 
 
 def all_to_all(
@@ -225,9 +229,8 @@ def all_to_all(
     contract = _contract("all_to_all", plan.algorithm, codec, x, ("*", *x.shape[1:]))
     sent = (sum(in_rows) - in_rows[state.rank]) * x.shape[-1] * x.element_size()
     # Ranks may hold different numbers of rows, so even a rank that has none takes part.
-    return _run(
-        "all_to_all", plan, run, _as_rows(x), codec, state, _result(x, shape, out), contract, sent, async_op, True
-    )
+    call = _Call(op="all_to_all", plan=plan, codec=codec, contract=contract, plain_bytes=sent, even_if_empty=True)
+    return _run(call, run, _as_rows(x), state, _result(x, shape, out), async_op)
 
 
 def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -> GroupState:
@@ -300,46 +303,56 @@ def _split(name: str, sizes: Sequence[int] | None, rows: int | None, ranks: int)
     return sizes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One collective, decided and checked on this rank."""
+
+    op: str
+    plan: planner.Plan
+    codec: Codec
+    contract: tuple
+    """What all ranks must agree on before the first transfer."""
+    plain_bytes: int
+    """What the plain collective would send from this rank."""
+    even_if_empty: bool = False
+    """Whether a rank without rows takes part, because others may have some."""
+    refusal: str | None = None
+    """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
+
+
 def _run(
-    op: str,
-    plan: planner.Plan,
+    call: _Call,
     run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int],
     rows: torch.Tensor,
-    codec: Codec,
     state: GroupState,
     out: torch.Tensor,
-    contract: tuple,
-    plain_bytes: int,
     async_op: bool,
-    even_if_empty: bool = False,
-    refusal: str | None = None,
 ) -> torch.Tensor | Work:
-    state.agree(contract, out.device)
-    if refusal:
-        # After the agreement, since a missing kernel may be one rank's problem and must be everybody's error.
-        raise RuntimeError(f"strict: {op} of {list(out.shape)} {out.dtype} {refusal}")
+    state.agree(call.contract, out.device)
+    if call.refusal:
+        raise RuntimeError(f"strict: {call.op} of {list(out.shape)} {out.dtype} {call.refusal}")
 
     def collective(state: GroupState):
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         sent = 0
         if state.ranks == 1:
             target.copy_(rows.view(out.shape) if rows.is_contiguous() else rows.reshape(out.shape))
-        elif rows.numel() or (even_if_empty and rows.shape[1]):
+        elif rows.numel() or (call.even_if_empty and rows.shape[1]):
             try:
-                sent = run(rows, codec, state, target.view(-1, rows.shape[1]))
+                sent = run(rows, call.codec, state, target.view(-1, rows.shape[1]))
             except RuntimeError as error:
-                call = ", ".join(f"{key}={value}" for key, value in contract)
+                what = ", ".join(f"{key}={value}" for key, value in call.contract)
                 raise RuntimeError(
-                    f"{op} over {state.ranks} ranks failed on rank {state.rank} ({call}): {error}. "
+                    f"{call.op} over {state.ranks} ranks failed on rank {state.rank} ({what}): {error}. "
                     "A peer that is gone, or that does not join within the group's timeout, looks like this"
                 ) from error
         if target is not out:
             out.copy_(target)
-        record(op, plan.algorithm, str(codec), wire_bytes=sent, plain_bytes=plain_bytes)
-        if plan.algorithm == "plain":
-            record_plain(op, plan.reason)
-        elif reason := next(filter(None, (kernels.missing(step, out.device.type) for step in codec.steps)), None):
-            record_slow(op, reason)
+        record(call.op, call.plan.algorithm, str(call.codec), wire_bytes=sent, plain_bytes=call.plain_bytes)
+        if call.plan.algorithm == "plain":
+            record_plain(call.op, call.plan.reason)
+        elif reasons := [r for step in call.codec.steps if (r := kernels.missing(step, out.device.type))]:
+            record_slow(call.op, reasons[0])
 
     if not async_op:
         collective(state)
@@ -352,7 +365,7 @@ def _run(
         for tensor in (rows, out):
             tensor.record_stream(stream)
         return Work(out, event=stream.record_event())
-    if state.ranks == 1 or plan.algorithm == "plain" or not state.direct(out.device):
+    if state.ranks == 1 or call.plan.algorithm == "plain" or not state.direct(out.device):
         # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
         collective(state)
         return Work(out)
