@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 
 from flashcomm import kernels
 from flashcomm.codecs import Codec
@@ -53,8 +54,9 @@ def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     rows, cols = x.shape
     width = codec.payload_bytes(cols, x.dtype)
     received = state.buffer("received", x.device, state.ranks, rows, width)
+    coming = _expect(received, state)
     mine = kernels.encode(x, codec, out=received[state.rank])
-    _gather(received, mine, state)
+    _gather(received, mine, state, coming)
     kernels.decode_sum(received, codec, cols=cols, dtype=x.dtype, out=out)
     return (state.ranks - 1) * rows * width
 
@@ -68,6 +70,8 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     width = second.payload_bytes(cols, x.dtype)
     gathered = state.buffer("gathered", x.device, state.ranks, stripes.length, width)
     mine = stripes.real(state.rank)
+    # gloo sends only once the receiver is ready, so be ready before the sums, not after.
+    coming = _expect(gathered, state)
     kernels.decode_sum_encode(received[:, :mine], first, second, cols=cols, out=gathered[state.rank, :mine])
     into = out.view(rows, cols)
 
@@ -75,7 +79,7 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
         part = into[stripes.of(rank)]
         kernels.decode(gathered[rank, : part.shape[0]], second, cols=cols, dtype=x.dtype, out=part)
 
-    _gather(gathered, gathered[state.rank], state, decode)
+    _gather(gathered, gathered[state.rank], state, coming, decode)
     return (state.ranks - 1) * stripes.length * (received.shape[-1] + width)
 
 
@@ -92,13 +96,14 @@ def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tens
     rows, cols = x.shape
     width = codec.payload_bytes(cols, x.dtype)
     received = state.buffer("received", x.device, state.ranks, rows, width)
+    coming = _expect(received, state)
     mine = kernels.encode(x, codec, out=received[state.rank])
     into = out.view(state.ranks, rows, cols)
 
     def decode(rank: int):
         kernels.decode(received[rank], codec, cols=cols, dtype=x.dtype, out=into[rank])
 
-    _gather(received, mine, state, decode)
+    _gather(received, mine, state, coming, decode)
     return (state.ranks - 1) * rows * width
 
 
@@ -118,7 +123,7 @@ def all_to_all(
         for work in pending:
             work.wait()
     else:
-        torch.distributed.all_to_all_single(received, sent, out_rows, in_rows, group=state.group)
+        dist.all_to_all_single(received, sent, out_rows, in_rows, group=state.group)
     kernels.decode(received, codec, cols=cols, dtype=x.dtype, out=out)
     return (x.shape[0] - in_rows[state.rank]) * width
 
@@ -162,8 +167,19 @@ def _scatter(x: torch.Tensor, codec: Codec, stripes: Stripes, state: GroupState)
     return received[:, : stripes.real(state.rank)]
 
 
+def _expect(received: torch.Tensor, state: GroupState) -> "list[tuple[int, dist.Work]]":
+    """Start receiving every other rank's part of a gather into received[R, ...]; (rank, work) in order of arrival."""
+    if not state.direct(received.device):
+        return []
+    return [(peer, state.receive(received[peer], peer)) for peer in reversed(state.peers())]
+
+
 def _gather(
-    received: torch.Tensor, mine: torch.Tensor, state: GroupState, arrived: Callable[[int], None] = lambda rank: None
+    received: torch.Tensor,
+    mine: torch.Tensor,
+    state: GroupState,
+    coming: "list[tuple[int, dist.Work]]",
+    arrived: Callable[[int], None] = lambda rank: None,
 ):
     """received[R, ...] = every rank's `mine`, which lies in its place already; `arrived(r)` once rank r's is there."""
     if not state.direct(received.device):
@@ -172,7 +188,6 @@ def _gather(
         for rank in range(state.ranks):
             arrived(rank)
         return
-    coming = [(peer, state.receive(received[peer], peer)) for peer in reversed(state.peers())]
     going = [state.send(mine, peer) for peer in state.peers()]
     arrived(state.rank)
     for peer, work in coming:
