@@ -6,7 +6,6 @@ algorithm a token's result depends on that token alone, every rank gets the same
 Not supported: autograd (these are for inference), integer and fp64 tensors except with codec ``none``.
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -23,8 +22,6 @@ from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_o
 from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "reduce_scatter", "reset_stats", "stats"]
-
-_log = logging.getLogger("flashcomm")
 
 
 class Work:
