@@ -10,7 +10,10 @@ import torch.distributed as dist
 import flashcomm
 import values
 
-CODECS = ("int8g128", "int4g32", "int4g128:int8g128", "bf16:int5g100", "int3sg7", "fp32")
+CODECS = (
+    *("int8g128", "int4g32", "int4g128:int8g128", "bf16:int5g100", "int3sg7", "fp32"),
+    *("mxfp4", "nvfp4:fp8g128", "fp4_e2m1g8_e5m0", "int2g32+spike", "int4g128+hadamard", "int3g32+spike+taco"),
+)
 
 
 def tensor(rank: int, shape, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
@@ -157,7 +160,7 @@ def any_shape(all_reduce) -> list[str]:
         for dtype in values.DTYPES
     ]
     cases += [(name, lambda r, view=view: view(tensor(r, (6, 20), seed=4))) for name, view in views.items()]
-    for spec in ("int8g128", "int4g32", "int5g100:int8g3"):
+    for spec in ("int8g128", "int4g32", "int5g100:int8g3", "nvfp4", "int2g32+spike+hadamard"):
         for algorithm in algorithms(spec):
             for name, make in cases:
                 x = make(rank)
@@ -177,7 +180,7 @@ def nothing_hides(all_reduce) -> list[str]:
     """Promise 6, the values: a NaN or Inf makes its own group NaN and no other."""
     bad = []
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    for spec in ("int8g128", "int4g32", "int3sg64"):
+    for spec in ("int8g128", "int4g32", "int3sg64", "mxfp6_e3m2", "nvfp4", "int2g32+spike", "int4g64+taco"):
         group = flashcomm.codec(spec).group
         for algorithm in algorithms(spec):
             for poison in (float("nan"), float("inf"), float("-inf")):

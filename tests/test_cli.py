@@ -49,7 +49,7 @@ def test_version_and_help():
 
     assert run("--version").stdout.strip() == __version__
     text = run("--help").stdout
-    for command in ("demo", "generate", "bench", "env"):
+    for command in ("demo", "generate", "calibrate", "bench", "env"):
         assert command in text
 
 
@@ -70,6 +70,13 @@ def test_version_and_help():
         (("generate", "demo", "--codec", "int4:int8", "--algorithm", "one_step"), "one_step sends once"),
         (("bench", "codec", "--codecs", "int4:int8"), "is a pair of formats: measure its steps, int4g128 and int8g128"),
         (("generate", "demo", "--codec", "int8,int4"), "give one codec"),
+        (("generate", "demo", "--codec", "int4+keep64"), "needs --calibration FILE"),
+        (("generate", "demo", "--codec", "int4+keep64", "--calibration", "none"), "cannot read the calibration 'none'"),
+        (("bench", "codec", "--codecs", "mxfp4+spike"), "spikes are kept on an affine format"),
+        (("bench", "codec", "--codecs", "int4+keep64+spike"), "the order is +spike, then +hadamard or +taco"),
+        (("calibrate", "nowhere"), "no model in 'nowhere'"),
+        (("calibrate", "demo", "--tp", "1"), "one rank sends nothing"),
+        (("calibrate", "demo", "--text", "nothing.txt"), "'nothing.txt': no such file"),
         (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
         (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),
@@ -105,6 +112,20 @@ def test_bench_codec(tmp_path):
     assert all(row["bytes_equal_specification"] for row in rows)
     assert rows[0]["bits_per_value"] == 8.25
     assert 40 < rows[0]["sqnr_db"] < 50
+
+
+def test_calibrate_and_use_it(tmp_path):
+    path = tmp_path / "demo.calibration"
+    done = run("calibrate", "demo", "--tp", 2, "--tokens", 2048, "--out", path)
+    assert done.returncode == 0, done.stderr
+    assert "17 sums, 2 ranks, 2,048 tokens" in done.stdout
+    assert path.stat().st_size < 50_000
+    options = ("--codec", "int4static+keep64", "--calibration", path, "--max-new-tokens", 4)
+    done = run("generate", "demo", "--tp", 2, *options)
+    assert done.returncode == 0, done.stderr
+    done = run("generate", "demo", "--tp", 4, *options)
+    assert done.returncode == 1
+    assert "calibration is of 2 ranks and the group has 4" in done.stderr
 
 
 def test_bench_all_reduce(tmp_path):
@@ -150,7 +171,7 @@ def test_demo(tmp_path):
         "--tp",
         4,
         "--codecs",
-        "int8g128,int2g32",
+        "int8g128,int2g32,int4static+keep64",
         "--tokens",
         2048,
         "--repeats",
@@ -166,8 +187,9 @@ def test_demo(tmp_path):
     assert "Warning" not in done.stderr
     document = json.loads((tmp_path / "d.json").read_text())
     assert document == json.loads((tmp_path / "report.json").read_text())
-    plain, int8, int2 = document["rows"]
-    assert [plain["codec"], int8["codec"], int2["codec"]] == ["none", "int8g128", "int2g32"]
+    plain, int8, int2, static = document["rows"]
+    assert [row["codec"] for row in document["rows"]] == ["none", "int8g128", "int2g32", "int4static+keep64"]
+    assert int8["kl"] < static["kl"] < int2["kl"]
     assert all(row["ranks_identical"] for row in document["rows"])
     assert plain["kl"] == 0
     assert plain["perplexity_change"] == 0

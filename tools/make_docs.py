@@ -1,8 +1,13 @@
-"""Write results/NAME.md from results/NAME.json. `--check` only says whether they agree, with exit status 1 if not."""
+"""Write results/NAME.md from results/NAME.json, and the table of docs/codecs.md from results/codec_cpu.json.
+
+`--check` only says whether they agree, with exit status 1 if not.
+"""
 
 import json
 import sys
 from pathlib import Path
+
+from flashcomm.codecs import Affine, Block, Codec, Hadamard, Keep, Spike, Static, parse
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
@@ -42,12 +47,93 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+CODECS = RESULTS.parent / "docs" / "codecs.md"
+BEGIN, END = "<!-- table: make docs -->", "<!-- end of table -->"
+
+
+def bound(codec: Codec) -> str:
+    """The published bound of one encode and decode, in the group's own terms; `codec.step` has it for each value."""
+    if isinstance(codec, Affine):
+        return f"max abs / {codec.last:.0f}" if codec.symmetric else f"(max - min) / {2 * codec.last:.0f}"
+    if isinstance(codec, Block):
+        element, scale = codec.parts
+        # A power of two may be up to twice of what is needed.
+        least = codec.limit / (1 + scale.power_of_two) / 2.0 ** (element.lowest - element.mantissa - 1)
+        return f"abs / {2 ** (element.mantissa + 1)}, or max abs / {least:.4g}"
+    if isinstance(codec, Spike):
+        return f"(max - min of the others) / {1.75 * 2**codec.base.bits:g}"
+    if isinstance(codec, Hadamard):
+        return "the sum of a group's bounds"
+    if isinstance(codec, Static):
+        return f"reach / {codec.last:.0f}; all that is beyond reach"
+    assert isinstance(codec, Keep)
+    return bound(codec.base)
+
+
+USE = {
+    "int8g128": "the default",
+    "int6g128": "8 bits are too many; costs the bundled model 0.2 %",
+    "int5g128": "the link is the bottleneck; usually better than 4 bits in small groups",
+    "int4g128": "3.8 times fewer bytes, after measuring your model",
+    "int4g32": "4 bits on a model that int4g128 hurts",
+    "int3g32": "very slow links, one_step, after measuring",
+    "int2g32": "not: int2g64+spike has fewer bits and less error",
+    "int1g32": "not: its error exceeds the signal; here for completeness",
+    "int8sg128": "zero must stay exactly zero",
+    "int4sg32": "zero must stay exactly zero",
+    "mxfp8_e4m3": "bytes that MX hardware reads; int8g128 is more exact",
+    "mxfp8_e5m2": "values of very different magnitude in one group",
+    "mxfp6_e2m3": "bytes that MX hardware reads",
+    "mxfp6_e3m2": "values of very different magnitude in one group",
+    "mxfp4": "bytes that MX hardware reads; the paper's 4.25 bits",
+    "nvfp4": "bytes that NVFP4 hardware reads; better than mxfp4 for a quarter of a bit",
+    "fp8g128": "heavy tails at 8 bits",
+    "fp5_e2m2g32": "the paper's choice at 5.25 bits; int5g128 is more exact on data without tails",
+    "int4g32+spike": "heavy tails",
+    "int3g32+spike": "heavy tails, under 5 bits",
+    "int2g32+spike": "under 4 bits, one_step, after measuring",
+    "int2g64+spike": "under 3 bits",
+    "int4g128+keep64": "models with outlier channels; needs a calibration",
+    "int4static+keep64": "the paper's 4.19 bits; needs a calibration that fits the traffic",
+    "int4g128+hadamard": "outliers in ever other places",
+    "fp8g128+taco": "TACO's format",
+}
+
+
+def codec_table() -> str:
+    """The table of docs/codecs.md."""
+    document = json.loads((RESULTS / "codec_cpu.json").read_text())
+    machine = document["machine"]
+    lines = [
+        BEGIN,
+        "",
+        f"{machine['cpu']}, {machine['date']}, commit {machine['commit']}, bf16, 32 MiB, one thread:",
+        "`OMP_NUM_THREADS=1 flashcomm bench codec --all --repeats 25` ([rows](../results/codec_cpu.md)).",
+        "",
+        "| codec | bits | bound | Gaussian | heavy | model | encode | decode | use it for |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in document["rows"]:
+        codec = parse(row["codec"])
+        lines.append(
+            f"| `{codec}` | {codec.bits_per_value(4096):.2f} | {bound(codec)} | {row['sqnr_db']:.1f} | "
+            f"{row['sqnr_heavy_db']:.1f} | {row['sqnr_model_db']:.1f} | {row['encode_vs_copy']:.2f}x | "
+            f"{row['decode_vs_copy']:.2f}x | {USE.get(row['codec'], '')} |"
+        )
+    return "\n".join([*lines, "", END])
+
+
+def codecs_page() -> str:
+    """docs/codecs.md with today's table."""
+    before, rest = CODECS.read_text().split(BEGIN)
+    return before + codec_table() + rest.split(END)[1]
+
+
 def main() -> int:
     """Write or check every table; returns the exit status."""
     stale = []
-    for path in sorted(RESULTS.glob("*.json")):
-        target = path.with_suffix(".md")
-        text = table(path)
+    texts = {path.with_suffix(".md"): table(path) for path in sorted(RESULTS.glob("*.json"))}
+    for target, text in {**texts, CODECS: codecs_page()}.items():
         if "--check" in sys.argv:
             if not target.exists() or target.read_text() != text:
                 stale.append(target.name)

@@ -13,7 +13,6 @@ import typer
 
 from flashcomm.bench import launch, machine, model
 from flashcomm.demo import MODEL, text
-from flashcomm.demo.measure import spread_windows
 from flashcomm.integrations.transformers import compressed
 
 PARTS = {
@@ -29,7 +28,7 @@ CODECS = ("int4g128", "int4g32", "int5g128", "int8g128")
 def rank_main(tokens: int) -> list[dict]:
     """Rows of one part and one codec each."""
     llama, tokenizer = model.load(MODEL, torch.bfloat16)
-    windows = spread_windows(torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"]), tokens)
+    windows = text.windows(torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"]), tokens)
     rows = []
     for part, pattern in PARTS.items():
         with compressed(llama, "none", modules=pattern) as handle:

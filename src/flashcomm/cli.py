@@ -26,12 +26,18 @@ app.add_typer(bench_app, name="bench")
 _out = Console(width=None if sys.stdout.isatty() else 110)
 _err = Console(stderr=True)
 
-DEMO_CODECS = "none,int8g128,int6g128,int5g128,int4g32,int4g128:int8g128,int4g128,int3g32,int2g32"
+DEMO_CODECS = (
+    "none,int8g128,fp8g128,int6g128,int5g128,fp5_e2m2g32,int4g32,int4g128:int8g128,int4g128+keep64,int4g128,nvfp4,mxfp4,"
+    "int3g32,int2g32+spike,int2g32"
+)
 DEMO_PROMPT = "def read_config(path):\n    "
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", dir_okay=False)]
 Ranks = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks, all on this machine.", min=1)]
 Algorithm = Annotated[str, typer.Option(help="auto, one_step or two_step; see docs/algorithms.md.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="File from 'flashcomm calibrate', for codecs that need one.", dir_okay=False)
+]
 Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
 
 
@@ -71,7 +77,7 @@ def demo(
     directory = _model_directory(model or MODEL, tp, least_ranks=2)
     _check_dtype(dtype)
     _need("matplotlib", "plot")
-    _warm_up()
+    _warm_up(specs)
     _check_algorithm(algorithm, specs, tp)
     arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype)
     from flashcomm.demo import measure, report
@@ -121,6 +127,7 @@ def generate(
     algorithm: Algorithm = "auto",
     prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
+    calibration: Calibration = None,
     dtype: Dtype = "bfloat16",
     json_file: Json = None,
 ):
@@ -134,12 +141,12 @@ def generate(
         _fail(f"--codec {codec!r}: give one codec")
     spec = _codec_list(codec)[0]
     _check_dtype(dtype)
-    _warm_up()
+    _check_calibration(spec, calibration)
+    _warm_up([spec])
     _check_algorithm(algorithm, [spec], tp)
     _err.print(f"loading the model on {tp} rank(s) ...", style="dim")
-    result = launch.run(
-        generating.rank_main, (directory, spec, algorithm, prompt, max_new_tokens, dtype, True), ranks=tp
-    )[0]
+    arguments = (directory, spec, algorithm, prompt, max_new_tokens, dtype, True, calibration)
+    result = launch.run(generating.rank_main, arguments, ranks=tp)[0]
     stats = result["stats"]
     saved = f", {stats['wire_bytes']:,} bytes sent instead of {stats['plain_bytes']:,}" if tp > 1 else ""
     rate = f", {result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else ""
@@ -149,11 +156,41 @@ def generate(
     _write_json(json_file, result)
 
 
+@app.command()
+def calibrate(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face model directory, or 'demo' for the bundled model.")],
+    tp: Ranks = 2,
+    out: Annotated[Path, typer.Option(help="The file to write.", dir_okay=False)] = Path("model.calibration"),
+    text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text like what the model will see; Python source if not given.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to run, in windows of 1,024.", min=1)] = 32768,
+    dtype: Dtype = "bfloat16",
+):
+    """Record how far each feature of a model's sums reaches, for codecs such as int4g128+keep64 and int4static."""
+    from flashcomm.bench import launch
+    from flashcomm.demo import MODEL, calibrating
+
+    directory = _model_directory(MODEL if str(model) == "demo" else model, tp, least_ranks=2)
+    _check_dtype(dtype)
+    if text is not None and not text.is_file():
+        _fail(f"--text {str(text)!r}: no such file")
+    _err.print(f"loading the model on {tp} ranks ...", style="dim")
+    facts = launch.run(calibrating.rank_main, (directory, out, text, tokens, dtype), ranks=tp)[0]
+    _out.print(
+        f"{out}: {facts['modules']} sums, {tp} ranks, {facts['tokens']:,} tokens, {out.stat().st_size:,} bytes",
+        highlight=False,
+    )
+
+
 @bench_app.command("codec")
 def bench_codec(
     codecs: Annotated[
         str, typer.Option(help="Comma-separated codecs.")
     ] = "int8g128,int6g128,int5g128,int4g128,int4g32,int3g32,int2g32",
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every kind of format, also on the bundled model's partial sums.")
+    ] = False,
     mib: Annotated[int, typer.Option(help="Size of the tensor in MiB.", min=1)] = 32,
     dtype: Dtype = "bfloat16",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
@@ -166,7 +203,7 @@ def bench_codec(
 
     from flashcomm.bench import codec
 
-    specs = _codec_list(codecs)
+    specs = list(codec.ALL) if everything else _codec_list(codecs)
     for spec in specs:
         if ":" in spec:
             _fail(f"{spec} is a pair of formats: measure its steps, {spec.replace(':', ' and ')}")
@@ -174,20 +211,47 @@ def bench_codec(
     if device == "cuda" and not torch.cuda.is_available():
         _fail("no CUDA device on this machine: use --device cpu")
     torch.set_num_threads(threads)
-    _warm_up()
-    with _err.status("measuring"):
-        rows = codec.run(specs, mib=mib, dtype=getattr(torch, dtype), repeats=repeats, device=device)
+    sums = None
+    if everything:
+        from flashcomm.demo.partial_sums import partial_sums
+
+        _need("transformers", "transformers")
+        with _err.status("computing the partial sums of the bundled model"):
+            sums = partial_sums()
+    with _err.status("measuring") as status:
+        rows = codec.run(
+            specs,
+            mib=mib,
+            dtype=getattr(torch, dtype),
+            repeats=repeats,
+            device=device,
+            partial_sums=sums,
+            progress=lambda name: status.update(f"measuring {name}"),
+        )
     table = _table(f"{mib} MiB of {dtype}, {threads} thread(s), medians of {repeats}")
     table.add_column("codec", no_wrap=True)
     table.add_column("backend", no_wrap=True)
-    for name in ("bits", "SQNR dB", "copy ms", "encode ms", "x copy", "decode ms", "x copy"):
+    for name in (
+        "bits",
+        "Gaussian\ndB",
+        "heavy\ndB",
+        *(["model\ndB"] * everything),
+        "copy\nms",
+        "encode\nms",
+        "x copy",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in ("decode\nms", "x copy"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.copy_ms:.2f}",
-            f"{row.encode_ms:.2f}", f"{row.encode_vs_copy:.2f}", f"{row.decode_ms:.2f}", f"{row.decode_vs_copy:.2f}",
+            row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.sqnr_heavy_db:.1f}",
+            *([f"{row.sqnr_model_db:.1f}"] if row.sqnr_model_db is not None else []),
+            f"{row.copy_ms:.2f}", f"{row.encode_ms:.2f}", f"{row.encode_vs_copy:.2f}", f"{row.decode_ms:.2f}",
+            f"{row.decode_vs_copy:.2f}",
         )  # fmt: skip
     _out.print(table)
+    _out.print("SQNR in dB: signal to quantisation noise, higher is better. Every byte equals the specification's.")
     _write_rows(json_file, "codec", rows)
 
 
@@ -213,7 +277,7 @@ def bench_all_reduce(
     for name in chosen:
         if name not in ALGORITHMS or name == "plain":
             _fail(f"unknown algorithm {name!r}. Allowed: auto, one_step, two_step (plain is always measured)")
-    _warm_up()
+    _warm_up(specs)
     rows = []
     for ranks in worlds:
         with _err.status(f"measuring on {ranks} ranks"):
@@ -355,12 +419,25 @@ def _human(size: int) -> str:
     return f"{size / 2**20:g} MiB" if size >= 1 << 20 else f"{size / 2**10:g} KiB"
 
 
-def _warm_up():
+def _check_calibration(spec: str, path: Path | None):
+    from flashcomm.calibration import Calibration, needs_calibration
+
+    if path is None and needs_calibration(flashcomm.codec(spec)):
+        _fail(f"--codec {spec} needs --calibration FILE, which 'flashcomm calibrate MODEL' writes")
+    if path is not None:
+        try:
+            Calibration.load(path)
+        except ValueError as error:
+            _fail(str(error))
+
+
+def _warm_up(specs: list[str]):
     """Compile the CPU kernels before the ranks start, so that they find them on disk."""
     from flashcomm import kernels
 
-    with _err.status("loading the CPU kernels (the first time they are compiled, which takes some ten seconds)"):
-        kernels.warm_up()
+    with _err.status("loading the CPU kernels (the first time they are compiled, which takes some seconds)"):
+        for spec in specs:
+            kernels.warm_up(spec)
 
 
 def _write_rows(path: Path | None, op: str, rows: list):

@@ -49,7 +49,10 @@ def all_reduce(
         )
     first, second = codec.steps
     cols = x.shape[-1] if x.dim() else 1
-    payloads = torch.stack([kernels.encode(r.reshape(-1, cols), first) for r in xs])
+    features = getattr(first, "features", None)
+    # Each rank of a calibrated codec encodes in its own way; the payload says whose it is.
+    senders = [first if features is None else first.bind(features, rank) for rank in range(ranks)]
+    payloads = torch.stack([kernels.encode(r.reshape(-1, cols), c) for r, c in zip(xs, senders, strict=True)])
     if plan.algorithm == "one_step":
         return kernels.decode_sum(payloads, first, cols=cols, dtype=x.dtype).view(x.shape)
     # Rows are independent, so owning them all is the same as owning a stripe.

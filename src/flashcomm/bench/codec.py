@@ -1,13 +1,27 @@
 """`flashcomm bench codec`: encode and decode against a copy of the same tensor, after a check of every byte."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.bench.timing import interleaved
+from flashcomm.codecs import Codec, Features
+
+#: What `--all` measures: every kind of format, at the sizes that people use.
+ALL = (
+    *("int8g128", "int6g128", "int5g128", "int4g128", "int4g32", "int3g32", "int2g32", "int1g32"),
+    *("int8sg128", "int4sg32"),
+    *("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", "fp8g128"),
+    *("fp5_e2m2g32", "fp5_e2m2g16_e5m0", "fp5_e2m2g8_e5m0"),
+    *("fp4_e2m1g16_e5m0", "fp4_e2m1g8_e5m0", "fp3_e1m1g32", "fp3_e1m1g16_e5m0", "fp3_e1m1g8_e5m0"),
+    *("int5sg32_e8m0", "int4sg32_e8m0", "int4sg16_e5m0", "int3sg32_e8m0"),
+    *("int4g32+spike", "int3g32+spike", "int2g32+spike", "int2g64+spike"),
+    *("int4g128+keep64", "int4g32+keep64", "int4static+keep64", "int4static"),
+    *("int4g128+hadamard", "int4g32+hadamard", "mxfp4+hadamard", "int4g128+taco", "fp8g128+taco"),
+)
 
 _CHECKED_ROWS = 256
 _ROW = 4096
@@ -15,7 +29,7 @@ _ROW = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CodecRow:
-    """One codec's figures; the fields are the columns of `results/codec_*.jsonl`."""
+    """One codec's figures; the fields are the columns of `results/codec_*.json`."""
 
     codec: str
     backend: str
@@ -24,6 +38,11 @@ class CodecRow:
     threads: int
     bits_per_value: float
     sqnr_db: float
+    """On Gaussian values."""
+    sqnr_heavy_db: float
+    """On values of Student's t distribution with four degrees of freedom."""
+    sqnr_model_db: float | None
+    """On the partial sums of the bundled model on 4 ranks; mean over its sums."""
     encode_ms: float
     decode_ms: float
     copy_ms: float
@@ -43,20 +62,22 @@ def run(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 15,
     device: str = "cpu",
-    progress: Callable[[], object] = lambda: None,
+    partial_sums: Mapping[str, torch.Tensor] | None = None,
+    progress: Callable[[str], object] = lambda codec: None,
 ) -> list[CodecRow]:
-    """Measure each codec on Gaussian rows of 4,096 values.
+    """Measure each codec on rows of 4,096 values.
 
     Args:
-        specs: codecs, no pairs.
+        specs: codecs, no pairs. Those that need a calibration are given one of the same kind of data.
         mib: size of the tensor.
         dtype: of the tensor.
         repeats: timed rounds; encode, decode and the copy take turns in each.
         device: where.
-        progress: called after every round.
+        partial_sums: bf16 [R, T, H] by name, for the figure on real data.
+        progress: called with the name of each codec before it is measured.
 
     Raises:
-        RuntimeError: a kernel's bytes differ from the specification's; no time is given then.
+        RuntimeError: a kernel's bytes or values differ from the specification's; no time is given then.
     """
     rows = mib * (1 << 20) // dtype.itemsize // _ROW
     x = torch.randn(rows, _ROW, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
@@ -64,10 +85,10 @@ def run(
     sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     table = []
     for spec in specs:
-        codec = codecs.parse(spec)
+        progress(spec)
+        codec = bound(codecs.parse(spec), x[:_CHECKED_ROWS])
         payload = kernels.encode(x, codec)
-        if not torch.equal(payload[:_CHECKED_ROWS], codec.encode(x[:_CHECKED_ROWS])):
-            raise RuntimeError(f"{codec}: the kernel's bytes differ from the specification's")
+        check(codec, x[:_CHECKED_ROWS], payload[:_CHECKED_ROWS])
         times = interleaved(
             {
                 "copy": lambda: copy.copy_(x),
@@ -79,9 +100,9 @@ def run(
             repeats=repeats,
             before=sync,
             after=sync,
-            progress=progress,
         )
         encode_ms, decode_ms, copy_ms = (times[name].p50_ms for name in ("encode", "decode", "copy"))
+        gaussian, heavy, model = sqnrs(codecs.parse(spec), partial_sums)
         table.append(
             CodecRow(
                 codec=str(codec),
@@ -90,7 +111,9 @@ def run(
                 mib=mib,
                 threads=torch.get_num_threads(),
                 bits_per_value=codec.bits_per_value(_ROW, dtype),
-                sqnr_db=sqnr_db(x, decoded),
+                sqnr_db=gaussian,
+                sqnr_heavy_db=heavy,
+                sqnr_model_db=model,
                 encode_ms=encode_ms,
                 decode_ms=decode_ms,
                 copy_ms=copy_ms,
@@ -100,6 +123,51 @@ def run(
             )
         )
     return table
+
+
+def check(codec: Codec, x: torch.Tensor, payload: torch.Tensor):
+    """Refuse to measure a kernel that is wrong.
+
+    Raises:
+        RuntimeError: the payload, its size or what it decodes to is not the specification's.
+    """
+    cols = x.shape[1]
+    expected = codec.encode(x)
+    if payload.shape != (x.shape[0], codec.payload_bytes(cols, x.dtype)) or not torch.equal(payload, expected):
+        raise RuntimeError(f"{codec}: the kernel's bytes differ from the specification's")
+    values = kernels.decode(payload, codec, cols=cols, dtype=x.dtype)
+    if not torch.equal(values, codec.decode(expected, cols, x.dtype)):
+        raise RuntimeError(f"{codec}: the kernel's values differ from the specification's")
+
+
+def bound(codec: Codec, x: torch.Tensor) -> Codec:
+    """`codec` with a calibration on the rows of x[T, H] where it needs one, as the only rank."""
+    return codec.bind(Features(x.float().abs().amax(0).expand(2, -1)), 0)
+
+
+def sqnrs(codec: Codec, partial_sums: Mapping[str, torch.Tensor] | None = None) -> tuple[float, float, float | None]:
+    """SQNR in dB on 256 rows of Gaussian values, of heavy-tailed ones, and on partial sums (the mean over the sums)."""
+    generator = torch.Generator().manual_seed(1)
+    gaussian = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator)
+    # Student's t with four degrees of freedom: a Gaussian over the root of a mean of four squares.
+    spread = torch.randn(4, 2 * _CHECKED_ROWS, _ROW, generator=generator).square().mean(0).sqrt()
+    heavy = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator) / spread
+    figures = [_sqnr(codec, samples.bfloat16()[None]) for samples in (gaussian, heavy)]
+    if partial_sums is None:
+        return figures[0], figures[1], None
+    return figures[0], figures[1], sum(_sqnr(codec, parts) for parts in partial_sums.values()) / len(partial_sums)
+
+
+def _sqnr(codec: Codec, parts: torch.Tensor) -> float:
+    """On the second half of parts[R, T, H], calibrated on the first."""
+    known, judged = parts.chunk(2, 1)
+    total = known.float().sum(0, keepdim=True)
+    features = Features(torch.cat([known.float(), total]).abs().amax(1))
+    decoded = []
+    for rank, x in enumerate(judged):
+        mine = codec.bind(features, rank)
+        decoded.append(kernels.decode(kernels.encode(x, mine), mine, cols=x.shape[1], dtype=torch.float32))
+    return sqnr_db(judged, torch.stack(decoded))
 
 
 def sqnr_db(x: torch.Tensor, approximation: torch.Tensor) -> float:

@@ -2,7 +2,14 @@
 
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import FLOAT_DTYPES, Codec, decode_sum, decode_sum_encode
+from flashcomm.codecs.blocks import Block
+from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
+from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.spec import Pair, parse
+from flashcomm.codecs.spike import Spike
 
-__all__ = ["FLOAT_DTYPES", "Affine", "Cast", "Codec", "Pair", "Plain", "decode_sum", "decode_sum_encode", "parse"]
+__all__ = [
+    "FLOAT_DTYPES", "Affine", "Block", "Cast", "Codec", "Features", "Hadamard", "Keep", "Pair", "Plain", "Spike",
+    "Static", "decode_sum", "decode_sum_encode", "parse",
+]  # fmt: skip

@@ -7,6 +7,7 @@ Shape legend: R ranks, T rows (tokens), H columns (hidden size), P = payload_byt
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 
@@ -42,6 +43,28 @@ class Codec(ABC):
         The published bound of one encode and decode is |error| <= step / 2, plus fp32 rounding
         (2**-14 * step + 2**-23 * (|x| + step); see docs/wire-format.md).
         """
+
+    @property
+    def identity(self) -> str:
+        """What ranks compare before they communicate: the spelling, and whatever else changes the bytes."""
+        return str(self)
+
+    def check(self, cols: int):
+        """Refuse rows of `cols` values that this codec cannot encode, before anything is sent.
+
+        Raises:
+            ValueError: what is wrong and what to do.
+        """
+        return
+
+    def bind(self, features: Any, rank: int) -> "Codec":
+        """This codec for one sum of a calibrated model, as `rank` encodes it; formats without calibration are the same.
+
+        Args:
+            features: a `flashcomm.codecs.Features`.
+            rank: of this process in the group.
+        """
+        return self
 
     def segment(self, cols: int) -> int:
         """The shortest divisor of `cols` at whose multiples a row may be cut without changing the decoded values."""

@@ -1,15 +1,17 @@
 """Bit planes: codes of any width from 1 to 8 bits as whole bytes.
 
-A width is split into planes of 4, 2 and 1 bits (8 is a plane of its own), lowest bits first: 7 = 4 + 2 + 1. In a
-plane of width w the codes i, i + m, i + 2m, ... share byte i, where m = ceil(n * w / 8); so a plane is written by a few
-shifts of contiguous runs, which vector units do at memory speed, and neighbours never need to be separated.
+A width is split into planes of 4, 2 and 1 bits (8 is a plane of its own), lowest bits first: 7 = 4 + 2 + 1. Codes are
+packed 128 at a time, whatever their groups. In a plane of width w the codes i, i + m, i + 2m, ... of a pack of n share
+byte i, where m = ceil(n * w / 8); so a plane is written by a few shifts of contiguous runs, which vector units do at
+memory speed, and neighbours never need to be separated.
 
-Source: FlashCommunication V2 (arXiv 2508.03760), bit splitting; the order inside a byte is our own.
+Source: FlashCommunication V2 (arXiv 2508.03760), bit splitting; the packs and the order inside a byte are our own.
 """
 
 import torch
 import torch.nn.functional as F
 
+PACK = 128
 PLANES = {bits: tuple(w for w in (8, 4, 2, 1) if bits & w) for bits in range(1, 9)}
 
 
@@ -19,7 +21,8 @@ def code_bytes(n: int, bits: int) -> int:
     >>> code_bytes(5, 3)  # two for the 2-bit plane, one for the 1-bit plane
     3
     """
-    return sum((n * width + 7) // 8 for width in PLANES[bits])
+    full, rest = divmod(n, PACK)
+    return full * PACK * bits // 8 + sum((rest * width + 7) // 8 for width in PLANES[bits])
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -28,6 +31,20 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     >>> [hex(byte) for byte in pack(torch.tensor([1, 2, 3, 4]), 4)]  # codes 0 and 2 share byte 0
     ['0x31', '0x42']
     """
+    full = codes.shape[-1] // PACK * PACK
+    head = _pack(codes[..., :full].unflatten(-1, (-1, PACK)), bits).flatten(-2)
+    return torch.cat([head, _pack(codes[..., full:], bits)], -1)
+
+
+def unpack(packed: torch.Tensor, n: int, bits: int) -> torch.Tensor:
+    """Inverse of `pack`: [..., code_bytes(n, bits)] uint8 -> [..., n] int32."""
+    full, rest = divmod(n, PACK)
+    cut = full * PACK * bits // 8
+    head = _unpack(packed[..., :cut].unflatten(-1, (-1, PACK * bits // 8)), PACK, bits).flatten(-2)
+    return torch.cat([head, _unpack(packed[..., cut:], rest, bits)], -1)
+
+
+def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     n, shift, planes = codes.shape[-1], 0, []
     for width in PLANES[bits]:
         per_byte, m = 8 // width, (n * width + 7) // 8
@@ -39,8 +56,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.cat(planes, -1)
 
 
-def unpack(packed: torch.Tensor, n: int, bits: int) -> torch.Tensor:
-    """Inverse of `pack`: [..., code_bytes(n, bits)] uint8 -> [..., n] int32."""
+def _unpack(packed: torch.Tensor, n: int, bits: int) -> torch.Tensor:
     codes = torch.zeros(*packed.shape[:-1], n, dtype=torch.int32, device=packed.device)
     shift = start = 0
     for width in PLANES[bits]:

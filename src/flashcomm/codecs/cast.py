@@ -62,6 +62,13 @@ class Cast(Codec):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         if (self.wire.itemsize >= x.dtype.itemsize and x.dtype != torch.float16) or self.wire == torch.float32:
             return torch.zeros_like(x, dtype=torch.float32)
-        # frexp gives |x| = m * 2**e with m in [1/2, 1); bf16 keeps eight significant bits, down to 2**-133.
-        exponent = torch.frexp(x.float())[1]
-        return torch.ldexp(torch.ones_like(x, dtype=torch.float32), (exponent - 8).clamp_min(-133))
+        return bf16_spacing(x)
+
+
+def bf16_spacing(x: torch.Tensor) -> torch.Tensor:
+    """fp32: the distance between neighbouring bf16 numbers around each x; 0 for a tensor that is bf16 itself."""
+    if x.dtype == torch.bfloat16:
+        return torch.zeros_like(x, dtype=torch.float32)
+    # frexp gives |x| = m * 2**e with m in [1/2, 1); bf16 keeps eight significant bits, down to 2**-133.
+    exponent = torch.frexp(x.float())[1]
+    return torch.ldexp(torch.ones_like(x, dtype=torch.float32), (exponent - 8).clamp_min(-133))

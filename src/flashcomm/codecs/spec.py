@@ -1,29 +1,63 @@
 """The one spelling of a codec, and the errors for every other.
 
-none                          the plain collective, in the tensor's own dtype
-bf16, fp32                    values cast
-int4g128, int8                1 to 8 bits, asymmetric, groups of 128 (the default)
-int4sg32                      symmetric
-int4g128:int8g128             the reduce-scatter's format, then the all-gather's
+none                              the plain collective, in the tensor's own dtype
+bf16, fp32                        values cast
+int4g128, int8                    1 to 8 bits, asymmetric, groups of 128 (the default)
+int4sg32                          symmetric
+mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
+fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
+int4sg16_e5m0                     integers that share such a scale
+int4static                        scales from a calibration
+BASE+spike                        each group's smallest and largest value kept
+BASE+hadamard, BASE+taco          transformed first
+BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
+int4g128:int8g128                 the reduce-scatter's format, then the all-gather's
+
+and whatever installed packages add under the entry point ``flashcomm.codecs``.
 """
 
 import difflib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import metadata
+from typing import Any
 
 import torch
 
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
+from flashcomm.codecs.blocks import NAMES, Block
+from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
+from flashcomm.codecs.elements import ELEMENTS
+from flashcomm.codecs.hadamard import Hadamard
+from flashcomm.codecs.scales import SCALES
+from flashcomm.codecs.spike import Spike
 
 DEFAULT_GROUP = 128
-ALLOWED = "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), or a pair FIRST:SECOND"
+DEFAULT_BLOCK = 32
+ENTRY_POINTS = "flashcomm.codecs"
 
-_AFFINE = re.compile(r"int([1-8])(s?)(?:g([1-9][0-9]*))?")
-_FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32)}
-_COMMON = [*_FIXED, *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (32, 64, 128))]
+_GROUP = "(?:g([1-9][0-9]*))?"
+_SCALE = f"(?:_({'|'.join(SCALES)}))"
+_AFFINE = re.compile(f"int([1-8])(s?){_GROUP}")
+_BLOCK = re.compile(f"({'|'.join(name for name in ELEMENTS if name.startswith('fp'))}){_GROUP}{_SCALE}?")
+_INT_BLOCK = re.compile(f"({'|'.join(name for name in ELEMENTS if name.startswith('int'))}){_GROUP}{_SCALE}")
+_FP8 = re.compile(f"fp8{_GROUP}")
+_STATIC = re.compile("int([2-8])static")
+_KEEP = re.compile("keep([1-9][0-9]*)")
+
+_FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES}
+_COMMON = [
+    *_FIXED,
+    *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (32, 64, 128)),
+    *(f"{name}g{g}" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("fp")),
+    *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
+    "fp8g128",
+    "int4static",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +77,17 @@ class Pair(Codec):
     @property
     def steps(self) -> tuple[Codec, Codec]:
         return self.first, self.second
+
+    @property
+    def identity(self) -> str:
+        return f"{self.first.identity}:{self.second.identity}"
+
+    def check(self, cols: int):
+        self.first.check(cols)
+        self.second.check(cols)
+
+    def bind(self, features: Features, rank: int) -> "Pair":
+        return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))
 
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
         return (self.first.bits_per_value(cols, dtype) + self.second.bits_per_value(cols, dtype)) / 2
@@ -81,7 +126,7 @@ def parse(spec: "str | Codec") -> Codec:
     if isinstance(spec, Codec):
         return spec
     if not isinstance(spec, str):
-        raise ValueError(f"a codec is a string such as 'int8g128', not {spec!r}. Allowed: {ALLOWED}")
+        raise ValueError(f"a codec is a string such as 'int8g128', not {spec!r}. Allowed: {allowed()}")
     return _parse(spec)
 
 
@@ -94,10 +139,81 @@ def _parse(spec: str) -> Codec:
                 f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none' (use bf16 or fp32 for a step as it is)"
             )
         return Pair(parse(parts[0]), parse(parts[1]))
+    base, *suffixes = spec.split("+")
+    codec = _base(base)
+    if codec is None:
+        raise _unknown(base, f" in {spec!r}" if suffixes else "")
+    for place, suffix in enumerate(suffixes):
+        wrap = _wrapper(suffix)
+        if wrap is None or isinstance(codec, Plain | Cast):
+            raise ValueError(
+                f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
+                "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
+            )
+        order = [_ORDER[s.rstrip("0123456789")] for s in suffixes[: place + 1]]
+        if sorted(set(order)) != order:
+            raise ValueError(f"codec {spec!r}: the order is +spike, then +hadamard or +taco, then +keepN, each once")
+        codec = wrap(codec)
+    return codec
+
+
+_ORDER = {"spike": 0, "hadamard": 1, "taco": 1, "keep": 2}
+
+
+def _wrapper(suffix: str) -> "Callable[[Any], Codec] | None":
+    if match := _KEEP.fullmatch(suffix):
+        return lambda base: Keep(base, int(match[1]))
+    return {
+        "spike": Spike,
+        "hadamard": Hadamard,
+        "taco": lambda base: Hadamard(base, adaptive=True),
+    }.get(suffix)
+
+
+def _base(spec: str) -> Codec | None:
     if spec in _FIXED:
         return _FIXED[spec]
     if match := _AFFINE.fullmatch(spec):
         bits, symmetric, group = match.groups()
         return Affine(int(bits), symmetric == "s", int(group or DEFAULT_GROUP))
-    near = difflib.get_close_matches(spec, _COMMON, n=1, cutoff=0.0)
-    raise ValueError(f"unknown codec {spec!r}. Allowed: {ALLOWED}. Nearest: {near[0]}")
+    if match := _BLOCK.fullmatch(spec) or _INT_BLOCK.fullmatch(spec):
+        element, group, scale = match.groups()
+        return Block(element, int(group or DEFAULT_BLOCK), scale or "e8m0")
+    if match := _FP8.fullmatch(spec):
+        return Block("fp8_e4m3", int(match[1] or DEFAULT_GROUP), "fp32")
+    if match := _STATIC.fullmatch(spec):
+        return Static(int(match[1]))
+    return _installed(spec) if spec in _entry_points() else None
+
+
+@cache
+def _entry_points() -> dict[str, metadata.EntryPoint]:
+    return {point.name: point for point in metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def _installed(name: str) -> Codec:
+    """The codec of an installed package: what its entry point names, a codec or a class that needs no arguments."""
+    loaded = _entry_points()[name].load()
+    codec = loaded if isinstance(loaded, Codec) else loaded()
+    if not isinstance(codec, Codec) or str(codec) != name:
+        raise ValueError(
+            f"the entry point {name!r} of {ENTRY_POINTS} gives {str(codec)!r}: it must be a flashcomm.codecs.Codec "
+            f"whose str() is {name!r}, so that every rank can find it by name"
+        )
+    return codec
+
+
+def _unknown(spec: str, where: str) -> ValueError:
+    near = difflib.get_close_matches(spec, [*_COMMON, *_entry_points()], n=1, cutoff=0.0)
+    return ValueError(f"unknown codec {spec!r}{where}. Allowed: {allowed()}. Nearest: {near[0]}")
+
+
+def allowed() -> str:
+    """What a codec may be called, in one sentence."""
+    more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
+    return (
+        "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
+        f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
+        f"and _{', _'.join(SCALES)} (scale), int2static to int8static{more}; on them +spike, +hadamard or +taco, "
+        "+keepN; or a pair FIRST:SECOND"
+    )

@@ -239,6 +239,8 @@ def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -
         raise ValueError(
             f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
         )
+    if x.numel():
+        codec.check(x.shape[-1] if x.dim() else 1)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
     kernels.check_storage(x)
@@ -276,7 +278,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> tuple:
-    values = (op, algorithm, str(codec), str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
+    values = (op, algorithm, codec.identity, str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
     return tuple(zip(("op", "algorithm", "codec", "dtype", "shape"), values, strict=True))
 
 

@@ -29,7 +29,14 @@ class _Clock:
 
 
 def rank_main(
-    directory: Path, spec: str, algorithm: str, prompt: str, new_tokens: int, dtype: str, stream: bool
+    directory: Path,
+    spec: str,
+    algorithm: str,
+    prompt: str,
+    new_tokens: int,
+    dtype: str,
+    stream: bool,
+    calibration: Path | None = None,
 ) -> dict:
     """Generate greedily; rank 0 prints the text as it comes. Returns the figures."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
@@ -41,7 +48,8 @@ def rank_main(
     clock = _Clock(inner)
     flashcomm.reset_stats()
     if dist.get_world_size() > 1:
-        with compressed(model, spec, algorithm="plain" if spec == "none" else algorithm):
+        algorithm = "plain" if spec == "none" else algorithm
+        with compressed(model, spec, algorithm=algorithm, calibration=calibration):
             start = time.perf_counter()
             text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
     else:

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flashcomm.bench import model as bench
+from flashcomm.calibration import needs_calibration
+from flashcomm.codecs import parse
 from flashcomm.demo import text
-from flashcomm.integrations.transformers import compressed
-
-_WINDOW = 1024
+from flashcomm.integrations.transformers import calibrate, compressed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +57,12 @@ def rank_main(
     hidden = model.config.get_text_config().hidden_size
     # Special tokens between files are part of the stream, and a long text is no mistake here.
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
-    windows = spread_windows(ids, eval_tokens)
+    windows = text.windows(ids, eval_tokens)
+    calibration = None
+    if any(needs_calibration(parse(spec)) for spec in specs):
+        calibration = calibrate(model, text.calibration_windows(tokenizer), origin="the demo")
     # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
-    with compressed(model, "none", batch_invariant=True) as handle, _progress() as step:
+    with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:
         total = len(windows) * (len(specs) + 1)
         accuracy = bench.accuracy(model, handle, specs, windows, algorithm, step("accuracy", total))
         prefill = bench.prefill(
@@ -84,14 +87,7 @@ def rank_main(
                     **accuracy[spec].as_dict(),
                 )
             )
-    return rows, len(windows) * _WINDOW
-
-
-def spread_windows(ids: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """Windows of 1,024 ids, about `tokens` in all, spread evenly so that every held-out module has its part."""
-    count = max(1, min(tokens, len(ids)) // _WINDOW)
-    starts = torch.linspace(0, len(ids) - _WINDOW, count).long().tolist()
-    return [ids[start : start + _WINDOW] for start in starts]
+    return rows, len(windows) * text.WINDOW
 
 
 def _progress():

@@ -23,8 +23,9 @@ Not supported yet: `torch.compile`, where sums may stay uncompressed.
 import functools
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +34,8 @@ import torch.distributed._functional_collectives as functional
 from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
-from flashcomm.codecs import Codec
+from flashcomm.calibration import Calibration, MovingReach
+from flashcomm.codecs import Codec, Features
 from flashcomm.collectives.stats import record_plain
 
 # Styles of transformers' plans that shard a module but leave no sum to make after it.
@@ -53,6 +55,7 @@ def compress(
     *,
     modules: str = "",
     algorithm: str = "auto",
+    calibration: "Calibration | str | Path | None" = None,
     strict: bool = False,
     batch_invariant: bool = False,
 ) -> "Compression":
@@ -61,13 +64,15 @@ def compress(
     Args:
         model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
         modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
+        calibration: for codecs that need one (``+keep64``, ``int4static``): what `calibrate` returned, or its file.
         codec, algorithm, strict, batch_invariant: as for `flashcomm.all_reduce`.
 
     Returns:
         A `Compression`.
 
     Raises:
-        ValueError: unknown codec, or a model that is not tensor parallel, or is compressed already.
+        ValueError: unknown codec, or one that lacks its calibration, or a model that is not tensor parallel, or is
+            compressed already.
 
     Example::
 
@@ -76,7 +81,12 @@ def compress(
         handle.undo()
     """
     options = {"strict": strict, "batch_invariant": batch_invariant}
-    return Compression(model, codecs.parse(codec), modules=modules, algorithm=algorithm, **options)
+    if isinstance(calibration, str | Path):
+        calibration = Calibration.load(calibration)
+    parsed = codecs.parse(codec)
+    if calibration is None:
+        parsed.check(1)
+    return Compression(model, parsed, modules=modules, algorithm=algorithm, calibration=calibration, **options)
 
 
 @contextmanager
@@ -87,6 +97,52 @@ def compressed(model: Any, codec: str | Codec = "int8g128", **options: Any):
         yield handle
     finally:
         handle.undo()
+
+
+@torch.inference_mode()
+def calibrate(
+    model: Any,
+    batches: Iterable[torch.Tensor],
+    *,
+    gamma: float = 0.01,
+    modules: str = "",
+    origin: str = "",
+) -> Calibration:
+    """Run `model` on real text, its sums as they are, and record how far each feature reaches.
+
+    Args:
+        model: tensor parallel, not compressed.
+        batches: token ids, each [tokens]; the same on every rank. A few dozen of a thousand tokens do.
+        gamma: weight of a new batch in the moving averages.
+        modules: as for `compress`.
+        origin: a remark for the file.
+
+    Returns:
+        The same `Calibration` on every rank.
+
+    Raises:
+        ValueError: no batches, or what `compress` raises.
+    """
+    seen: dict[str, tuple[MovingReach, MovingReach]] = {}
+
+    def observe(name: str, part: torch.Tensor, total: torch.Tensor):
+        averages = seen.setdefault(name, (MovingReach(gamma), MovingReach(gamma)))
+        for average, x in zip(averages, (part, total), strict=True):
+            average.add(x)
+
+    with compressed(model, "none", modules=modules) as handle:
+        handle._observe = observe
+        for ids in batches:
+            model(ids[None].to(model.device), use_cache=False)
+        group = handle._group
+    if not seen:
+        raise ValueError("calibration needs at least one batch of text")
+    features = {}
+    for name, (part, total) in seen.items():
+        rows = [torch.empty_like(part.result()) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(rows, part.result(), group=group)
+        features[name] = Features(torch.stack([*rows, total.result()]))
+    return Calibration(features, origin)
 
 
 class Compression:
@@ -101,9 +157,23 @@ class Compression:
     calls: dict[str, int]
     """Sums that went through flashcomm so far, by module."""
 
-    def __init__(self, model: Any, codec: Codec, *, modules: str, algorithm: str, **options: Any):
-        self.codec, self.algorithm, self._options = codec, algorithm, options
+    calibration: Calibration | None
+    """What calibrated codecs are bound with."""
+
+    def __init__(
+        self,
+        model: Any,
+        codec: Codec,
+        *,
+        modules: str,
+        algorithm: str,
+        calibration: Calibration | None = None,
+        **options: Any,
+    ):
+        self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
         self._group = tensor_parallel_group(model)
+        self._bound: dict[tuple[Codec, str], Codec] = {}
+        self._observe: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         if any(handle._model is model for handle in _handles):
             raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
         reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
@@ -165,9 +235,22 @@ class Compression:
     def _reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self.calls[name] += 1
         options = {"algorithm": self.algorithm, **self._options}
-        result = collectives.all_reduce(x, self.codec, self._group, out=out, **options)
+        part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
+        result = collectives.all_reduce(x, self._codec_of(name), self._group, out=out, **options)
         assert isinstance(result, torch.Tensor)
+        if self._observe and part is not None:
+            self._observe(name, part, result.reshape(part.shape))
         return result
+
+    def _codec_of(self, name: str) -> Codec:
+        """The codec, bound to what calibration knows about this module."""
+        if self.calibration is None:
+            return self.codec
+        key = (self.codec, name)
+        if key not in self._bound:
+            rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+            self._bound[key] = self.calibration.bind(self.codec, name, rank=rank, ranks=ranks)
+        return self._bound[key]
 
 
 def tensor_parallel_group(model: Any) -> dist.ProcessGroup:

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 
 from flashcomm import codecs
-from flashcomm.codecs import FLOAT_DTYPES, Affine, Cast, Codec, Plain
+from flashcomm.codecs import FLOAT_DTYPES, Cast, Codec, Plain
 
 _log = logging.getLogger("flashcomm.kernels")
 
@@ -28,10 +28,12 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
         return "torch", "a cast is one torch operation"
     if device_type != "cpu":
         return "torch", f"no {device_type} kernels yet: the torch specification runs on the device"
-    if not isinstance(codec, Affine):
-        return "torch", f"no CPU kernel for {codec}"
     if importlib.util.find_spec("numba") is None:
         return "torch", "numba is not installed (pip install numba)"
+    from flashcomm.kernels import cpu
+
+    if not cpu.supports(codec):
+        return "torch", f"no CPU kernel for {codec}"
     return "numba", "compiled for this CPU"
 
 
@@ -43,33 +45,41 @@ def missing(codec: Codec, device_type: str) -> str | None:
 
 @cache
 def _backend(codec: Codec, device_type: str):
-    return warm_up() if route(codec, device_type)[0] == "numba" else None
+    if route(codec, device_type)[0] == "torch":
+        return None
+    warm_up(codec)
+    from flashcomm.kernels import cpu
+
+    return cpu
 
 
-@cache
-def warm_up():
-    """Load the CPU kernels, or compile them where this machine has not yet, which takes some ten seconds.
+def warm_up(codec: "str | Codec" = "int8g128"):
+    """Load what `codec` needs on the CPU, or compile it where this machine has not yet, which takes a second or two.
 
     The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
     """
-    if importlib.util.find_spec("numba") is None:
-        return None
+    for step in codecs.parse(codec).steps:
+        if route(step, "cpu")[0] == "numba":
+            _warm_up(step)
+
+
+@cache
+def _warm_up(codec: Codec):
     notice = threading.Timer(
-        1.0, _log.warning, ["flashcomm is compiling its CPU kernels (once; numba keeps them on disk)"]
+        1.0, _log.warning, [f"flashcomm is compiling its CPU kernels for {codec} (once; numba keeps them on disk)"]
     )
     notice.daemon = True
     notice.start()
     from flashcomm.kernels import cpu
 
-    # One value compiles each kernel for every dtype, width and group size.
-    codec = Affine(4, False, 32)
-    x = torch.zeros(1, 1)
-    payload = torch.empty(1, 1, codec.payload_bytes(1), dtype=torch.uint8)
+    features = getattr(codec, "features", None) or codecs.Features(torch.ones(2, 256))
+    codec, cols = codec.bind(features, 0), features.cols
+    x = torch.zeros(1, cols, dtype=torch.bfloat16)
+    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8)
     cpu.encode(x, codec, payload[0])
     cpu.decode_sum(payload, codec, x)
-    cpu.decode_sum_encode(payload, codec, codec, 1, payload[0])
+    cpu.decode_sum_encode(payload, codec, codec, cols, payload[0])
     notice.cancel()
-    return cpu
 
 
 def _check(x: torch.Tensor, what: str):

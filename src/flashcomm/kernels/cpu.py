@@ -1,414 +1,523 @@
-"""The affine codecs on the CPU: numba, sixteen lanes at a time, the same bytes as `flashcomm.codecs.affine`.
+"""The codecs on the CPU: programs of `steps`, run on every row of a message, on several threads.
 
-Separate from the specification because this is the speed and that is the meaning. Every function below takes addresses,
-never arrays: one compiled kernel then serves every dtype, bit width, group size and stride, and the first call of a
-process costs one compilation (kept on disk by numba) instead of one per format.
+A program is a table: per step its address and its operands. An operand is a number, or an offset from one of four
+registers: where the row comes from, where it goes to, the thread's scratch memory, and whether to add to what is there.
+Python writes a program once per codec, row length and type, by the rules of that codec (`_encode`, `_decode`), and
+keeps it; one compiled loop, `_run`, executes all of them. So a format costs no compilation of its own, and a wrapper
+such as Hadamard is a few steps before those of its base.
 
 Hazard: nothing here checks its arguments; `flashcomm.kernels` does.
 
-Shape legend: n values of one group, `group` its nominal length, `cols` values in a row, `kind` the dtype (see `KINDS`).
-
-Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
+Source: our own.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, singledispatch
+from struct import pack as to_struct
+from struct import unpack as from_struct
 
 import numpy as np
 import torch
 from numba import njit
 
-from flashcomm.kernels import simd
+from flashcomm.codecs import bits as planes
+from flashcomm.codecs import groups
+from flashcomm.codecs.affine import Affine
+from flashcomm.codecs.base import Codec
+from flashcomm.codecs.blocks import Block
+from flashcomm.codecs.calibrated import Keep, Static
+from flashcomm.codecs.hadamard import Hadamard, pieces
+from flashcomm.codecs.spike import Spike
+from flashcomm.kernels import simd, steps
+from flashcomm.kernels.steps import BF16, FP16, FP32, Step
 
-KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
-_f32, _u8, _u16, _u32, _u64, _addr = np.float32, np.uint8, np.uint16, np.uint32, np.uint64, np.uintp
-
-# Adding 1.5 * 2^23 to a small non-negative fp32 rounds it half to even and leaves the integer in its lowest bits.
-_ROUND = _f32(12582912.0)
-_TINY = _f32(2.0**-126)
-_NAN_BF16 = _u32(0x7FC0)
-# How far ahead the input is fetched. The hardware stops at 4 KiB pages, and waiting there costs a third of the time;
-# anything from 1 to 4 KiB measured the same.
-_AHEAD = _addr(2048)
-
-_inline = njit(forceinline=True, error_model="numpy")
-
-
-def _kernel(function):
-    """Compile at the first call and keep the result on disk, or in this process where no folder can be written to."""
-    try:
-        return njit(nogil=True, error_model="numpy", cache=True)(function)
-    except RuntimeError:
-        return njit(nogil=True, error_model="numpy")(function)
+_NUMBER, _SOURCE, _TARGET, _SCRATCH, _ADD = range(5)
 
 
-@_inline
-def _load(address, kind):
-    if kind == 0:
-        return simd.load_bf16(address)
-    elif kind == 1:
-        return simd.load_fp16(address)
-    return simd.load_fp32(address)
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """A number, or an offset from a register."""
+
+    register: int
+    offset: int = 0
+
+    def __add__(self, more: int) -> "_Operand":
+        return _Operand(self.register, self.offset + more)
 
 
-@_inline
-def _load1(address, kind):
-    if kind == 0:
-        return simd.load1_bf16(address)
-    elif kind == 1:
-        return simd.load1_fp16(address)
-    return simd.load1_fp32(address)
+_IN, _OUT, _ADDING, _SUMS = (_Operand(register) for register in (_SOURCE, _TARGET, _ADD, _SCRATCH))
 
 
-@_inline
-def _store(address, kind, value):
-    if kind == 0:
-        simd.store_bf16(address, value)
-    elif kind == 1:
-        simd.store_fp16(address, value)
-    else:
-        simd.store_fp32(address, value)
+@dataclass(frozen=True, slots=True)
+class _Values:
+    """A row of values: where it is, of which kind, and whether whole vectors may reach beyond its end."""
+
+    at: _Operand
+    kind: int
+    roomy: bool
 
 
-@_inline
-def _store1(address, kind, value):
-    if kind == 0:
-        simd.store1_bf16(address, value)
-    elif kind == 1:
-        simd.store1_fp16(address, value)
-    else:
-        simd.store1_fp32(address, value)
+class _Program:
+    """Steps for one row of `cols` values. The first scratch array holds sums over ranks and outlives the program."""
+
+    def __init__(self, cols: int):
+        self.cols = cols
+        self._array_bytes = 4 * (cols + 160)
+        self._arrays = 1
+        self._steps: list[tuple[Step, list[_Operand]]] = []
+        self.constants: list[np.ndarray] = []
+
+    def array(self) -> _Operand:
+        """Scratch memory for an fp32 per value, and whole vectors beyond it."""
+        self._arrays += 1
+        return _Operand(_SCRATCH, (self._arrays - 1) * self._array_bytes)
+
+    def row(self) -> _Values:
+        """A row of fp32 in scratch memory."""
+        return _Values(self.array(), FP32, True)
+
+    def constant(self, array: np.ndarray) -> int:
+        """The address of an array that lives as long as the program."""
+        self.constants.append(np.ascontiguousarray(array))
+        return self.constants[-1].ctypes.data
+
+    @contextmanager
+    def shortened(self, by: int):
+        """Steps added in this block see a row that is shorter by so many values."""
+        self.cols -= by
+        yield
+        self.cols += by
+
+    def add(self, step: Step, *operands: "_Operand | int"):
+        """Append a step."""
+        assert len(operands) == step.operands, (step, operands)
+        self._steps.append((step, [o if isinstance(o, _Operand) else _Operand(_NUMBER, int(o)) for o in operands]))
+
+    def table(self) -> np.ndarray:
+        """[steps, 2 + 2 * operands] int64: address, count, then the operands' registers and offsets."""
+        table = np.zeros((len(self._steps), 2 + 2 * simd.MAX_OPERANDS), np.int64)
+        for row, (step, operands) in zip(table, self._steps, strict=True):
+            row[:2] = step.address, len(operands)
+            row[2 : 2 + len(operands)] = [o.register for o in operands]
+            row[2 + simd.MAX_OPERANDS :][: len(operands)] = [o.offset for o in operands]
+        return table
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the arrays take."""
+        return self._arrays * self._array_bytes
 
 
-@_inline
-def _itemsize(kind):
-    return _addr(4) if kind == 2 else _addr(2)
+def _bits(value: float) -> int:
+    return from_struct("<i", to_struct("<f", value))[0]
 
 
-@_inline
-def _range(src, kind, n):
-    """Smallest and largest of n values, and whether all are finite."""
-    size = _itemsize(kind)
-    full = n & ~_addr(15)
-    low, high, poison = _f32(np.inf), _f32(-np.inf), _f32(0)
-    if full > _addr(0):
-        first = _load(src, kind)
-        lows, highs, zeros = first, first, simd.splat(_f32(0))
-        # x * 0 is NaN for NaN and Inf alone; the comparisons below would lose them.
-        poisons = first * zeros
-        for i in range(_addr(16), full, _addr(16)):
-            v = _load(src + i * size, kind)
-            lows, highs = simd.lane_min(v, lows), simd.lane_max(v, highs)
-            poisons = poisons + v * zeros
-        low, high, poison = simd.reduce_min(lows), simd.reduce_max(highs), simd.reduce_add(poisons)
-    for i in range(full, n):
-        v = _load1(src + i * size, kind)
-        low = v if v < low else low
-        high = v if v > high else high
-        poison += v * _f32(0)
-    return low, high, poison == _f32(0)
+def _readable(p: _Program, x: _Values, group: int) -> _Values:
+    """`x` as the steps can read it: as it is, or widened."""
+    in_pairs = x.kind == BF16 and p.cols % 32 == p.cols % group == 0 and (group % 32 == 0 or group in (8, 16))
+    if x.roomy or in_pairs or (x.kind == FP32 and p.cols % 16 == 0):
+        return x
+    return _wide(p, x)
 
 
-@_inline
-def _quantise(src, kind, n, zero, inverse, codes):
-    size = _itemsize(kind)
-    full = n & ~_addr(15)
-    zeros, inverses, rounds = simd.splat(zero), simd.splat(inverse), simd.splat(_ROUND)
-    for i in range(_addr(0), full, _addr(16)):
-        simd.store_code(codes + i, (_load(src + i * size, kind) - zeros) * inverses + rounds)
-    for i in range(full, n):
-        simd.store1_code(codes + i, (_load1(src + i * size, kind) - zero) * inverse + _ROUND)
+def _wide(p: _Program, x: _Values) -> _Values:
+    """`x` as fp32 in scratch memory."""
+    if x.roomy:
+        return x
+    row = p.row()
+    p.add(steps.widen, x.at, x.kind, p.cols, row.at)
+    return row
 
 
-@_inline
-def _plane_bytes(n, width):
-    return (n * _addr(width) + _addr(7)) >> _addr(3)
+def _writable(p: _Program, y: _Values, group: int) -> _Values:
+    """`y`, or the row to write in its place, which `_deliver` brings there."""
+    in_pairs = y.kind == BF16 and p.cols % 32 == group % 2 == 0
+    return y if y.roomy or in_pairs or (y.kind == FP32 and p.cols % 16 == 0) else p.row()
 
 
-@_inline
-def _pack_plane(codes, n, width, shift, dst):
-    """Bits shift..shift+width of every code; code i and codes i + m, i + 2m, ... share byte i of the m bytes."""
-    m = _plane_bytes(n, width)
-    byte_mask = _u64((1 << width) - 1)
-    mask = byte_mask * _u64(0x0101010101010101)
-    full = m & ~_addr(7)
-    for i in range(_addr(0), full, _addr(8)):
-        word = (simd.load_word64(codes + i) >> shift) & mask
-        for t in range(1, 8 // width):
-            word |= ((simd.load_word64(codes + i + m * _addr(t)) >> shift) & mask) << _u64(t * width)
-        simd.store_word64(dst + i, word)
-    for i in range(full, m):
-        word = _u64(0)
-        for t in range(8 // width):
-            j = i + m * _addr(t)
-            if j < n:
-                word |= ((_u64(simd.load_byte(codes + j)) >> shift) & byte_mask) << _u64(t * width)
-        simd.store_byte(dst + i, _u8(word))
-    return dst + m
-
-
-@_inline
-def _pack(codes, n, bits, dst):
-    shift = _u64(0)
-    if bits & 4:
-        dst = _pack_plane(codes, n, 4, shift, dst)
-        shift += _u64(4)
-    if bits & 2:
-        dst = _pack_plane(codes, n, 2, shift, dst)
-        shift += _u64(2)
-    if bits & 1:
-        _pack_plane(codes, n, 1, shift, dst)
-
-
-@_inline
-def _unpack_plane(src, n, width, shift, codes):
-    """Inverse of `_pack_plane`; ORs into codes unless this is the first plane (shift 0)."""
-    m = _plane_bytes(n, width)
-    byte_mask = _u64((1 << width) - 1)
-    mask = byte_mask * _u64(0x0101010101010101)
-    full = m & ~_addr(7)
-    for i in range(_addr(0), full, _addr(8)):
-        word = simd.load_word64(src + i)
-        for t in range(8 // width):
-            at = codes + i + m * _addr(t)
-            part = ((word >> _u64(t * width)) & mask) << shift
-            simd.store_word64(at, part if shift == _u64(0) else part | simd.load_word64(at))
-    for i in range(full, m):
-        word = _u64(simd.load_byte(src + i))
-        for t in range(8 // width):
-            j = i + m * _addr(t)
-            if j < n:
-                part = ((word >> _u64(t * width)) & byte_mask) << shift
-                old = _u64(0) if shift == _u64(0) else _u64(simd.load_byte(codes + j))
-                simd.store_byte(codes + j, _u8(part | old))
-    return src + m
-
-
-@_inline
-def _unpack(src, n, bits, codes):
-    shift = _u64(0)
-    if bits & 4:
-        src = _unpack_plane(src, n, 4, shift, codes)
-        shift += _u64(4)
-    if bits & 2:
-        src = _unpack_plane(src, n, 2, shift, codes)
-        shift += _u64(2)
-    if bits & 1:
-        _unpack_plane(src, n, 1, shift, codes)
-
-
-@_inline
-def _code_bytes(n, bits):
-    total = _addr(0)
-    for width in (8, 4, 2, 1):
-        if bits & width:
-            total += _plane_bytes(n, width)
-    return total
-
-
-@_inline
-def _last_code(bits, symmetric):
-    return _f32((1 << bits) - 2) if symmetric and bits > 1 else _f32((1 << bits) - 1)
-
-
-@_inline
-def _encode_group(src, kind, n, bits, symmetric, dst, meta, codes):
-    low, high, finite = _range(src, kind, n)
-    last = _last_code(bits, symmetric)
-    if symmetric:
-        span, steps = max(-low, high), last * _f32(0.5)
-        zero = _f32(0)
-    else:
-        pattern = simd.bits_of(low)
-        if low < _f32(0):
-            pattern += _u32(0xFFFF)
-        # Down to bf16; + 0 turns -0 into +0, so that the order of equal values leaves no trace in the bytes.
-        zero = simd.from_bits(_u32(pattern & _u32(0xFFFF0000))) + _f32(0)
-        span, steps = high - zero, last
-    scale_bits, scale, inverse = _u32(0), _f32(0), _f32(0)
-    if span > _f32(0):
-        scale = max(span / steps, _TINY)
-        scale_bits = _u32((simd.bits_of(scale) + _u32(0xFFFF)) >> _u32(16))
-        scale = simd.from_bits(_u32(scale_bits << _u32(16)))
-        inverse = _f32(1) / scale
-    if symmetric:
-        zero = -steps * scale
-    top = last * scale
-    if finite and top < _f32(np.inf) and top + zero < _f32(np.inf) and zero > _f32(-np.inf):
-        zero_bits = simd.bits_of(zero) >> _u32(16)
-        if bits == 8:
-            _quantise(src, kind, n, zero, inverse, dst)
-        else:
-            _quantise(src, kind, n, zero, inverse, codes)
-            # A plane's last byte may have room for codes that do not exist; they are 0.
-            simd.store_word64(codes + n, _u64(0))
-            _pack(codes, n, bits, dst)
-    else:
-        scale_bits = zero_bits = _NAN_BF16
-        for i in range(_code_bytes(n, bits)):
-            simd.store_byte(dst + _addr(i), _u8(0))
-    simd.store_half(meta, _u16(scale_bits))
-    if not symmetric:
-        simd.store_half(meta + _addr(2), _u16(zero_bits))
-
-
-@_inline
-def _encode_row(src, kind, cols, bits, symmetric, group, dst, codes):
-    size, meta_bytes = _itemsize(kind), _addr(2) if symmetric else _addr(4)
-    full = cols // group
-    rest = cols - full * group
-    group_bytes = _code_bytes(group, bits)
-    meta = dst + full * group_bytes + _code_bytes(rest, bits)
-    for j in range(full):
-        for ahead in range(_addr(0), group * size, _addr(64)):
-            simd.prefetch(src + ahead + _AHEAD)
-        _encode_group(src, kind, group, bits, symmetric, dst, meta, codes)
-        src += group * size
-        dst += group_bytes
-        meta += meta_bytes
-    if rest:
-        _encode_group(src, kind, rest, bits, symmetric, dst, meta, codes)
-
-
-@_inline
-def _next_block(offset, shift, m, width):
-    """The (byte, bit) at which a plane of m bytes keeps the sixteen codes after those at (offset, shift)."""
-    offset += _addr(16)
-    if offset == m:
-        return _addr(0), _u32(shift + width)
-    return offset, shift
-
-
-@_inline
-def _decode_planes(src, n, bits, scales, zeros, add, dst, kind):
-    """Codes to values without a detour over memory; every plane must be a multiple of sixteen bytes."""
-    size = _itemsize(kind)
-    m4, m2, m1 = n >> _addr(1), n >> _addr(2), n >> _addr(3)
-    src2 = src + m4 if bits & 4 else src
-    src1 = src2 + m2 if bits & 2 else src2
-    weight2 = _f32(16) if bits & 4 else _f32(1)
-    weights2, weights1 = simd.splat(weight2), simd.splat(weight2 * _f32(4) if bits & 2 else weight2)
-    at4 = at2 = at1 = _addr(0)
-    shift4 = shift2 = shift1 = _u32(0)
-    for i in range(_addr(0), n, _addr(16)):
-        codes = simd.splat(_f32(0))
-        if bits & 4:
-            codes = simd.load_bits(src + at4, shift4, _u32(15))
-            at4, shift4 = _next_block(at4, shift4, m4, _u32(4))
-        if bits & 2:
-            codes = codes + simd.load_bits(src2 + at2, shift2, _u32(3)) * weights2
-            at2, shift2 = _next_block(at2, shift2, m2, _u32(2))
-        if bits & 1:
-            codes = codes + simd.load_bits(src1 + at1, shift1, _u32(1)) * weights1
-            at1, shift1 = _next_block(at1, shift1, m1, _u32(1))
-        v = codes * scales + zeros
-        if add:
-            v = simd.load_fp32(dst + i * size) + v
-        _store(dst + i * size, kind, v)
-
-
-@_inline
-def _decode_group(src, meta, n, bits, symmetric, add, dst, kind, codes):
-    size = _itemsize(kind)
-    scale = simd.from_bits(_u32(_u32(simd.load_half(meta)) << _u32(16)))
-    if symmetric:
-        zero = _last_code(bits, symmetric) * _f32(-0.5) * scale
-    else:
-        zero = simd.from_bits(_u32(_u32(simd.load_half(meta + _addr(2))) << _u32(16)))
-    scales, zeros = simd.splat(scale), simd.splat(zero)
-    if bits == 8:
-        codes = src
-    elif n % _addr(128 // (bits & -bits)) == _addr(0):
-        _decode_planes(src, n, bits, scales, zeros, add, dst, kind)
+def _deliver(p: _Program, row: _Values, y: _Values):
+    """Bring what lies in `row` to `y`."""
+    if row is y:
         return
+    if y.at == _SUMS:
+        p.add(steps.accumulate, row.at, p.cols, _ADDING, y.at)
     else:
-        _unpack(src, n, bits, codes)
-    full = n & ~_addr(15)
-    for i in range(_addr(0), full, _addr(16)):
-        v = simd.load_u8(codes + i) * scales + zeros
-        if add:
-            v = simd.load_fp32(dst + i * size) + v
-        _store(dst + i * size, kind, v)
-    for i in range(full, n):
-        v1 = simd.load1_u8(codes + i) * scale + zero
-        if add:
-            v1 = simd.load1_fp32(dst + i * size) + v1
-        _store1(dst + i * size, kind, v1)
+        p.add(steps.narrow, row.at, p.cols, y.at, y.kind)
 
 
-@_inline
-def _decode_row(src, cols, bits, symmetric, group, add, dst, kind, codes):
-    size, meta_bytes = _itemsize(kind), _addr(2) if symmetric else _addr(4)
-    full = cols // group
-    rest = cols - full * group
-    group_bytes = _code_bytes(group, bits)
-    meta = src + full * group_bytes + _code_bytes(rest, bits)
-    for j in range(full):
-        for ahead in range(_addr(0), group_bytes, _addr(64)):
-            simd.prefetch(src + ahead + _AHEAD)
-        _decode_group(src, meta, group, bits, symmetric, add, dst, kind, codes)
-        src += group_bytes
-        dst += group * size
-        meta += meta_bytes
-    if rest:
-        _decode_group(src, meta, rest, bits, symmetric, add, dst, kind, codes)
+def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int, list[_Operand]]:
+    """The unit of the steps that read or write values of `kind`, and the numbers per group spread to it."""
+    wide, narrow = (32, 2) if kind == BF16 else (16, 1)
+    unit = wide if group % wide == 0 else narrow
+    if group == unit:
+        return unit, list(arrays)
+    spread = [p.array() for _ in arrays]
+    for per_group, out in zip(arrays, spread, strict=True):
+        p.add(steps.spread, per_group, group // unit, -(-p.cols // unit), out)
+    return unit, spread
 
 
-@_inline
-def _convert_row(src, cols, dst, kind):
-    size = _itemsize(kind)
-    full = cols & ~_addr(15)
-    for i in range(_addr(0), full, _addr(16)):
-        _store(dst + i * size, kind, simd.load_fp32(src + i * _addr(4)))
-    for i in range(full, cols):
-        _store1(dst + i * size, kind, simd.load1_fp32(src + i * _addr(4)))
+def _pack(p: _Program, codes: _Operand, n: int, bits: int, target: _Operand):
+    full, rest = n // 128 * 128, n % 128
+    if bits == 8:
+        p.add(steps.copy_bytes, codes, n, target)
+        return
+    if full:
+        p.add(steps.pack, codes, full, bits, target)
+    target, shift = target + full * bits // 8, 0
+    for width in planes.PLANES[bits] if rest else ():
+        p.add(steps.pack_rest, codes + full, rest, width, shift, target)
+        target, shift = target + (rest * width + 7) // 8, shift + width
 
 
-@_kernel
-def _encode(x, x_stride, kind, payload, payload_stride, first, last, cols, bits, symmetric, group):
-    scratch = np.empty(min(group, cols) + 64, np.uint8)
-    for r in range(first, last):
-        _encode_row(
-            _addr(x + r * x_stride), kind, _addr(cols), bits, symmetric, _addr(group),
-            _addr(payload + r * payload_stride), _addr(scratch.ctypes.data),
-        )  # fmt: skip
+def _unpack(p: _Program, source: _Operand, n: int, bits: int) -> _Operand:
+    """Where the codes are, a byte each."""
+    codes = p.array()
+    full, rest = n // 128 * 128, n % 128
+    if bits == 8:
+        if n % 16 == 0:
+            return source
+        p.add(steps.copy_bytes, source, n, codes)
+        return codes
+    if full:
+        p.add(steps.unpack, source, full, bits, codes)
+    source, shift = source + full * bits // 8, 0
+    for width in planes.PLANES[bits] if rest else ():
+        p.add(steps.unpack_rest, source, rest, width, shift, codes + full)
+        source, shift = source + (rest * width + 7) // 8, shift + width
+    return codes
 
 
-@_kernel
-def _decode_sum(
-    payload, rank_stride, ranks, payload_stride, y, y_stride, kind, first, last, cols, bits, symmetric, group
-):
-    scratch = np.empty(min(group, cols) + 64, np.uint8)
-    sums = np.empty(cols if ranks > 1 and kind != 2 else 0, np.float32)
-    for r in range(first, last):
-        target = _addr(y + r * y_stride)
-        into, into_kind = (target, kind) if ranks == 1 or kind == 2 else (_addr(sums.ctypes.data), 2)
-        for rank in range(ranks):
-            _decode_row(
-                _addr(payload + rank * rank_stride + r * payload_stride), _addr(cols), bits, symmetric, _addr(group),
-                rank > 0, into, into_kind, _addr(scratch.ctypes.data),
-            )  # fmt: skip
-        if into != target:
-            _convert_row(into, _addr(cols), target, kind)
+def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
+    low, high = p.array(), p.array()
+    if x.kind == BF16:
+        least, most = p.array(), p.array()
+        p.add(steps.shrink_bf16, x.at, p.cols, group, least, most)
+        p.add(steps.ranges_bf16, least, most, p.cols // group, low, high)
+    else:
+        least, most = p.array(), p.array()
+        if group % 16 == 0 and p.cols >= group:
+            p.add(steps.shrink_fp32, x.at, p.cols, group, least, most)
+        p.add(steps.ranges_fp32, least, most, x.at, p.cols, group, low, high)
+    return low, high
 
 
-@_kernel
-def _decode_sum_encode(
-    payload, rank_stride, ranks, payload_stride, bits, symmetric, group,
-    out, out_stride, out_bits, out_symmetric, out_group, first, last, cols,
-):  # fmt: skip
-    scratch = np.empty(min(max(group, out_group), cols) + 64, np.uint8)
-    sums = np.empty(cols, np.float32)
+def _magnitudes(p: _Program, x: _Values, group: int) -> _Operand:
+    amax = p.array()
+    if x.kind == BF16:
+        most = p.array()
+        p.add(steps.shrink_magnitudes, x.at, p.cols, group, most)
+        p.add(steps.magnitudes_bf16, most, p.cols // group, amax)
+    else:
+        p.add(steps.magnitudes_fp32, x.at, p.cols, group, amax)
+    return amax
+
+
+@singledispatch
+def _encode(codec: Codec, p: _Program, x: _Values, target: _Operand) -> None:
+    """Append the steps that encode the row `x` into the payload at `target`."""
+    raise NotImplementedError(f"no CPU kernel for {codec}")
+
+
+@singledispatch
+def _decode(codec: Codec, p: _Program, source: _Operand, y: _Values) -> None:
+    """Append the steps that decode the payload at `source` into `y`, or add it to `y` if that is the sums."""
+    raise NotImplementedError(f"no CPU kernel for {codec}")
+
+
+@_encode.register
+def _encode_affine(codec: Affine, p: _Program, x: _Values, target: _Operand):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    x = _readable(p, x, group)
+    low, high = _ranges(p, x, group)
+    zero, inverse, flag, meta = (p.array() for _ in range(4))
+    last = _bits(codec.last)
+    p.add(steps.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
+    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
+    codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
+    p.add(steps.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
+    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    if codes is not target:
+        _pack(p, codes, p.cols, codec.bits, target)
+    p.add(steps.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
+
+
+@_decode.register
+def _decode_affine(codec: Affine, p: _Program, source: _Operand, y: _Values):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    meta, zero, scale = (p.array() for _ in range(3))
+    p.add(steps.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
+    p.add(steps.affine_meta, meta, count, codec.symmetric, _bits(codec.last), zero, scale)
+    codes = _unpack(p, source, p.cols, codec.bits)
+    row = _writable(p, y, group)
+    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    adding = _ADDING if row.at == _SUMS else 0
+    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+@_encode.register
+def _encode_block(codec: Block, p: _Program, x: _Values, target: _Operand):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    element, _ = codec.parts
+    x = _readable(p, x, group)
+    amax = _magnitudes(p, x, group)
+    inverse, flag, meta = (p.array() for _ in range(3))
+    behind = target + planes.code_bytes(p.cols, element.bits)
+    operands = (amax, count, _bits(codec.limit), inverse, flag, meta)
+    if codec.scale == "e8m0":
+        p.add(steps.scales_e8m0, *operands)
+        p.add(steps.copy_bytes, meta, count, behind)
+    elif codec.scale == "fp32":
+        p.add(steps.scales_fp32, *operands)
+        p.add(steps.copy_bytes, meta, 4 * count, behind)
+    elif codec.scale == "e4m3":
+        p.add(steps.scales_e4m3, *operands, behind + count)
+        p.add(steps.copy_bytes, meta, count, behind)
+    else:
+        p.add(steps.scales_e5m0, *operands, behind + planes.code_bytes(count, 5))
+        _pack(p, meta, count, 5, behind)
+    unit, (inverses,) = _spread(p, x.kind, group, inverse)
+    codes = target if element.bits == 8 and p.cols % 16 == 0 else p.array()
+    form = (element.bits, element.mantissa, element.lowest, element.last)
+    p.add(steps.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
+    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    if codes is not target:
+        _pack(p, codes, p.cols, element.bits, target)
+
+
+@_decode.register
+def _decode_block(codec: Block, p: _Program, source: _Operand, y: _Values):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    element, _ = codec.parts
+    behind = source + planes.code_bytes(p.cols, element.bits)
+    meta, scale = p.array(), p.array()
+    if codec.scale == "e5m0":
+        below = _unpack(p, behind, count, 5)
+        p.add(steps.meta_e5m0, below, behind + planes.code_bytes(count, 5), count, scale)
+    elif codec.scale == "fp32":
+        p.add(steps.copy_bytes, behind, 4 * count, scale)
+    else:
+        p.add(steps.copy_bytes, behind, count, meta)
+        if codec.scale == "e8m0":
+            p.add(steps.meta_e8m0, meta, count, scale)
+        else:
+            p.add(steps.meta_e4m3, meta, behind + count, count, scale)
+    codes = _unpack(p, source, p.cols, element.bits)
+    row = _writable(p, y, group)
+    unit, (scales,) = _spread(p, row.kind, group, scale)
+    form = (element.bits, element.mantissa, element.lowest, _ADDING if row.at == _SUMS else 0)
+    p.add(steps.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+@_encode.register
+def _encode_spike(codec: Spike, p: _Program, x: _Values, target: _Operand):
+    base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    x = _wide(p, x)
+    places, low, high, a, b, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(11))
+    if group % 16 == 0 and p.cols >= group:
+        p.add(steps.shrink_spikes, x.at, p.cols, group, low, a, high, b)
+        p.add(steps.two_smallest, low, a, p.cols // group)
+        p.add(steps.two_largest, high, b, p.cols // group)
+    p.add(steps.find_spikes, x.at, p.cols, group, places, low, high, a, b)
+    form = (count, base.bits, base.symmetric)
+    p.add(steps.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
+    unit, (zeros, inverses) = _spread(p, FP32, group, zero, inverse)
+    p.add(steps.quantise, x.at, FP32, p.cols, unit, zeros, inverses, _bits(base.last), codes)
+    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    sections = codec.sections(p.cols)
+    _pack(p, codes, p.cols, base.bits, target)
+    p.add(steps.copy_bytes, spikes, sections[1], target + sections[0])
+    p.add(steps.copy_bytes, meta, sections[2], target + sum(sections[:2]))
+    p.add(steps.copy_bytes, meta + count + 16, sections[3], target + sum(sections[:3]))
+    _pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
+
+
+@_decode.register
+def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
+    base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    spikes, scale_codes, centres, zero, scale, low, high = (p.array() for _ in range(7))
+    sections = codec.sections(p.cols)
+    for i, array in ((1, spikes), (2, scale_codes), (3, centres)):
+        p.add(steps.copy_bytes, source + sum(sections[:i]), sections[i], array)
+    form = (count, base.bits, base.symmetric)
+    p.add(steps.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
+    codes = _unpack(p, source, p.cols, base.bits)
+    unit, (scales, zeros) = _spread(p, FP32, group, scale, zero)
+    row = y if y.roomy and y.at != _SUMS else p.row()
+    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, FP32)
+    places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
+    p.add(steps.put_spikes, places, low, high, p.cols, group, row.at)
+    _deliver(p, row, y)
+
+
+def _transform(p: _Program, row: _Values, group: int, factors: "_Operand | int", *, forward: bool):
+    full, rest = p.cols // group, p.cols % group
+    for n, blocks, first in ((group, full, 0), (rest, 1, full)):
+        for start, size in pieces(n) if blocks else ():
+            at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
+            p.add(steps.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own)
+
+
+@_encode.register
+def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand):
+    count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
+    p.add(steps.widen, x.at, x.kind, p.cols, row.at)
+    if codec.adaptive:
+        alpha = p.array()
+        p.add(steps.adapt, row.at, p.cols, codec.group, alpha)
+        p.add(steps.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
+    _transform(p, row, codec.group, alpha, forward=True)
+    _encode(codec.base, p, row, target)
+
+
+@_decode.register
+def _decode_hadamard(codec: Hadamard, p: _Program, source: _Operand, y: _Values):
+    count, alpha = groups.count(p.cols, codec.group), 0
+    row = y if y.roomy and y.at != _SUMS else p.row()
+    _decode(codec.base, p, source, row)
+    if codec.adaptive:
+        alpha = p.array()
+        p.add(steps.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
+        p.add(steps.invert, alpha, count)
+    _transform(p, row, codec.group, alpha, forward=False)
+    _deliver(p, row, y)
+
+
+@_encode.register
+def _encode_keep(codec: Keep, p: _Program, x: _Values, target: _Operand):
+    codec.check(p.cols)
+    x, rest, features = _wide(p, x), p.row(), np.array(codec.kept, np.int64)
+    sent = target + codec.base.payload_bytes(p.cols - len(features))
+    p.add(steps.take_out, x.at, p.cols, p.constant(features), len(features), rest.at, sent)
+    with p.shortened(len(features)):
+        _encode(codec.base, p, rest, target)
+
+
+@_decode.register
+def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
+    codec.check(p.cols)
+    rest, features = p.row(), np.array(codec.kept, np.int64)
+    with p.shortened(len(features)):
+        _decode(codec.base, p, source, rest)
+    row = y if y.roomy and y.at != _SUMS else p.row()
+    sent = source + codec.base.payload_bytes(p.cols - len(features))
+    p.add(steps.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at)
+    _deliver(p, row, y)
+
+
+def _tables(codec: Static, cols: int) -> np.ndarray:
+    """The scales, each row with room for a whole vector more."""
+    scales = codec.tables().numpy()
+    return np.pad(scales, ((0, 0), (0, 16)))
+
+
+@_encode.register
+def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
+    codec.check(p.cols)
+    x, codes = _wide(p, x), p.array()
+    scale = _tables(codec, p.cols)[codec.table]
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    operands = p.constant(scale * np.float32(-codec.last / 2)), p.constant(inverse)
+    p.add(steps.quantise, x.at, FP32, p.cols, 1, *operands, _bits(codec.last), codes)
+    p.add(steps.mark_nan, x.at, p.cols, int(codec.last) + 1, codes)
+    _pack(p, codes, p.cols, codec.bits, target)
+    p.add(steps.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
+
+
+@_decode.register
+def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
+    codec.check(p.cols)
+    tables, scale, zero = _tables(codec, p.cols), p.array(), p.array()
+    number = source + planes.code_bytes(p.cols, codec.bits)
+    factor = _bits(-codec.last / 2)
+    p.add(steps.pick_table, number, p.constant(tables), tables.strides[0], factor, p.cols, scale, zero)
+    codes = _unpack(p, source, p.cols, codec.bits)
+    row = y if y.roomy and y.at != _SUMS else p.row()
+    p.add(steps.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
+    p.add(steps.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
+    _deliver(p, row, y)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """A program per rank and one after the last rank, ready to run on rows."""
+
+    each: np.ndarray
+    after: np.ndarray
+    scratch_bytes: int
+    constants: list[np.ndarray]
+    """Kept alive for the steps."""
+
+
+def _ready(each: _Program, after: _Program | None = None) -> _Run:
+    after = after or _Program(each.cols)
+    return _Run(
+        each.table(), after.table(), max(each.scratch_bytes, after.scratch_bytes), each.constants + after.constants
+    )
+
+
+@cache
+def _encoder(codec: Codec, cols: int, kind: int) -> _Run:
+    p = _Program(cols)
+    _encode(codec, p, _Values(_IN, kind, False), _OUT)
+    return _ready(p)
+
+
+@cache
+def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
+    each, out = _Program(cols), _Values(_OUT, kind, False)
+    if not several:
+        _decode(codec, each, _IN, out)
+        return _ready(each)
+    sums, after = _Values(_SUMS, FP32, True), _Program(cols)
+    _decode(codec, each, _IN, sums)
+    after.add(steps.narrow, _SUMS, cols, _OUT, kind)
+    return _ready(each, after)
+
+
+@cache
+def _reducer(codec: Codec, out_codec: Codec, cols: int) -> _Run:
+    sums, each, after = _Values(_SUMS, FP32, True), _Program(cols), _Program(cols)
+    _decode(codec, each, _IN, sums)
+    _encode(out_codec, after, sums, _OUT)
+    return _ready(each, after)
+
+
+def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch_bytes, first, last):
+    scratch = np.empty(scratch_bytes, np.uint8)
+    operands = np.empty(simd.MAX_OPERANDS, np.int64)
+    registers = np.zeros(5, np.int64)
     for r in range(first, last):
         # Inside the loop: numba frees an array after the last line that names it.
-        codes, into = _addr(scratch.ctypes.data), _addr(sums.ctypes.data)
-        for rank in range(ranks):
-            _decode_row(
-                _addr(payload + rank * rank_stride + r * payload_stride), _addr(cols), bits, symmetric, _addr(group),
-                rank > 0, into, 2, codes,
-            )  # fmt: skip
-        _encode_row(into, 2, _addr(cols), out_bits, out_symmetric, _addr(out_group), _addr(out + r * out_stride), codes)
+        at = operands.ctypes.data
+        registers[_SCRATCH] = scratch.ctypes.data
+        registers[_TARGET] = target + r * target_stride
+        for rank in range(ranks + 1):
+            table = each if rank < ranks else after
+            registers[_SOURCE] = source + rank * rank_stride + r * source_stride
+            registers[_ADD] = rank > 0
+            for s in range(table.shape[0]):
+                count = table[s, 1]
+                for i in range(count):
+                    operands[i] = registers[table[s, 2 + i]] + table[s, 2 + simd.MAX_OPERANDS + i]
+                simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
+
+
+_run = steps.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
+
+
+def supports(codec: Codec) -> bool:
+    """Whether there are steps for `codec` and all that it wraps."""
+    if isinstance(codec, Hadamard | Keep):
+        return supports(codec.base)
+    return _encode.dispatch(type(codec)) is not _encode.dispatch(object)
 
 
 @cache
@@ -420,38 +529,33 @@ def _pool(threads):
 _VALUES_PER_THREAD = 1 << 16
 
 
-def _over_rows(run, rows, cols):
-    """Call run(first, last) over all rows, on as many threads as torch is set to use."""
-    threads = max(1, min(torch.get_num_threads(), rows, rows * cols // _VALUES_PER_THREAD))
+def _over_rows(run: _Run, ranks, rank_stride, source: torch.Tensor, target: torch.Tensor, cols: int):
+    """Run over all rows of `target`, on as many threads as torch is set to use."""
+    rows = target.shape[0]
+    from_stride, to_stride = (t.stride(-2) * t.element_size() for t in (source, target))
+    fixed = (run.each, ranks, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
+    threads = max(1, min(torch.get_num_threads(), rows, rows * cols * ranks // _VALUES_PER_THREAD))
     if threads == 1:
-        run(0, rows)
+        _run(*fixed, run.scratch_bytes, 0, rows)
         return
     edges = [rows * t // threads for t in range(threads + 1)]
-    list(_pool(threads).map(run, edges[:-1], edges[1:]))
+    list(_pool(threads).map(lambda first, last: _run(*fixed, run.scratch_bytes, first, last), edges[:-1], edges[1:]))
 
 
 def encode(x, codec, out):
     """[rows, cols] bf16, fp16 or fp32 with unit stride in a row -> out[rows, payload_bytes(cols)] uint8."""
-    rows, cols = x.shape
-    fixed = (x.data_ptr(), x.stride(0) * x.element_size(), KINDS[x.dtype], out.data_ptr(), out.stride(0))
-    form = (cols, codec.bits, codec.symmetric, codec.group)
-    _over_rows(lambda first, last: _encode(*fixed, first, last, *form), rows, cols)
+    cols = x.shape[1]
+    _over_rows(_encoder(codec, cols, KINDS[x.dtype]), 1, 0, x, out, cols)
 
 
 def decode_sum(payloads, codec, out):
     """payloads[ranks, rows, payload_bytes(cols)] -> out[rows, cols], summed in fp32 in rank order."""
-    rows, cols = out.shape
-    ranks = payloads.shape[0]
-    fixed = (payloads.data_ptr(), payloads.stride(0), ranks, payloads.stride(1))
-    target = (out.data_ptr(), out.stride(0) * out.element_size(), KINDS[out.dtype])
-    form = (cols, codec.bits, codec.symmetric, codec.group)
-    _over_rows(lambda first, last: _decode_sum(*fixed, *target, first, last, *form), rows, cols * ranks)
+    ranks, cols = payloads.shape[0], out.shape[1]
+    run = _decoder(codec, cols, KINDS[out.dtype], ranks > 1)
+    _over_rows(run, ranks, payloads.stride(0), payloads, out, cols)
 
 
 def decode_sum_encode(payloads, codec, out_codec, cols, out):
     """payloads[ranks, rows, bytes] in `codec` -> out[rows, bytes] in `out_codec`; the sum itself stays in fp32."""
-    ranks, rows = payloads.shape[:2]
-    fixed = (payloads.data_ptr(), payloads.stride(0), ranks, payloads.stride(1))
-    form = (codec.bits, codec.symmetric, codec.group)
-    target = (out.data_ptr(), out.stride(0), out_codec.bits, out_codec.symmetric, out_codec.group)
-    _over_rows(lambda first, last: _decode_sum_encode(*fixed, *form, *target, first, last, cols), rows, cols * ranks)
+    run = _reducer(codec, out_codec, cols)
+    _over_rows(run, payloads.shape[0], payloads.stride(0), payloads, out, cols)

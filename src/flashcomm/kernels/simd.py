@@ -1,8 +1,11 @@
-"""Sixteen fp32 lanes as a numba value, with the loads and stores that the wire formats need.
+"""Sixteen lanes as a numba value, with the loads, stores and bit operations that the wire formats need.
 
 Separate from the kernels because it is the only place that speaks LLVM. numba's own vectoriser leaves loops of fewer
 than 64 trips scalar, which makes groups of 32 four times slower than groups of 128; a value that *is* a vector has no
 such cliff, and LLVM splits it into whatever registers the CPU has (AVX-512, AVX2, NEON).
+
+There are `lanes` (sixteen fp32) and `words` (sixteen int32), with Python's operators between two of them or with a
+scalar on the right; `>>` on words fills with zeros. `words8` and `halves` (32 int16) exist to find ranges.
 
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
@@ -21,45 +24,63 @@ from numba.extending import intrinsic, lower_builtin, models, register_model
 LANES = 16
 
 _F32, _I32, _I16, _I8 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(8)
-_VF32, _VI32 = ir.VectorType(_F32, LANES), ir.VectorType(_I32, LANES)
 
 
-class _Lanes(types.Type):
-    def __init__(self):
-        super().__init__(name="fp32x16")
+class _Vector(types.Type):
+    def __init__(self, name, element, count):
+        self.ir_type = ir.VectorType(element, count)
+        super().__init__(name=name)
 
 
-lanes = _Lanes()
+lanes = _Vector("fp32x16", _F32, LANES)
+words = _Vector("int32x16", _I32, LANES)
+words8 = _Vector("int32x8", _I32, 8)
+halves = _Vector("int16x32", _I16, 32)
 
 
-@register_model(_Lanes)
-class _LanesModel(models.PrimitiveModel):
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
     def __init__(self, dmm, fe_type):
-        super().__init__(dmm, fe_type, _VF32)
-
-
-def _declare_operator(op, instruction):
-    @infer_global(op)
-    class _Typing(ConcreteTemplate):
-        cases = [signature(lanes, lanes, lanes)]
-
-    @lower_builtin(op, lanes, lanes)
-    def _lower(context, builder, sig, args):
-        return getattr(builder, instruction)(*args)
-
-
-for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
-    _declare_operator(_op, _instruction)
+        super().__init__(dmm, fe_type, fe_type.ir_type)
 
 
 def _splat(builder, scalar, vector_type):
     one = builder.insert_element(ir.Constant(vector_type, ir.Undefined), scalar, ir.Constant(_I32, 0))
-    zeros = ir.Constant(ir.VectorType(_I32, LANES), [ir.Constant(_I32, 0)] * LANES)
+    zeros = ir.Constant(ir.VectorType(_I32, vector_type.count), [ir.Constant(_I32, 0)] * vector_type.count)
     return builder.shuffle_vector(one, ir.Constant(vector_type, ir.Undefined), zeros)
 
 
-def _constant(value):
-    return ir.Constant(_VI32, [ir.Constant(_I32, value)] * LANES)
+def _constant(vector_type, value):
+    return ir.Constant(vector_type, [ir.Constant(vector_type.element, value)] * vector_type.count)
+
+
+def _declare_operator(op, vector, scalars, instruction):
+    @infer_global(op)
+    class _Typing(ConcreteTemplate):
+        cases = [signature(vector, vector, right) for right in (vector, *scalars)]
+
+    @lower_builtin(op, vector, vector)
+    def _lower(context, builder, sig, args):
+        return getattr(builder, instruction)(*args)
+
+    for scalar in scalars:
+
+        @lower_builtin(op, vector, scalar)
+        def _lower_scalar(context, builder, sig, args):
+            right = builder.trunc(args[1], _I32) if sig.args[1] == types.int64 else args[1]
+            return getattr(builder, instruction)(args[0], _splat(builder, right, vector.ir_type))
+
+
+for _op, _instruction in (
+    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv"),
+):  # fmt: skip
+    _declare_operator(_op, lanes, [types.float32], _instruction)
+
+for _op, _instruction in (
+    (operator.add, "add"), (operator.sub, "sub"), (operator.and_, "and_"), (operator.or_, "or_"),
+    (operator.xor, "xor"), (operator.lshift, "shl"), (operator.rshift, "lshr"),
+):  # fmt: skip
+    _declare_operator(_op, words, [types.int64], _instruction)
 
 
 def _at(builder, address, element, count):
@@ -67,44 +88,49 @@ def _at(builder, address, element, count):
     return builder.inttoptr(address, ir.PointerType(pointee))
 
 
-def _round_to_bf16(builder, bits, constant):
-    """bf16 pattern in the low half: add 0x7fff plus the bit that becomes the last one, then drop 16 bits."""
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    return builder.lshr(builder.add(builder.add(bits, constant(0x7FFF)), odd), constant(16))
+def _load_raw(builder, address, element, count):
+    loaded = builder.load(_at(builder, address, element, count))
+    loaded.align = 1
+    return loaded
+
+
+def _store_raw(builder, value, address, element, count):
+    builder.store(value, _at(builder, address, element, count)).align = 1
+
+
+def _wide(element, count):
+    return ir.VectorType(element, count) if count > 1 else element
+
+
+def _const(count, value):
+    return _constant(ir.VectorType(_I32, count), value) if count > 1 else ir.Constant(_I32, value)
 
 
 def _load(builder, address, kind, count):
     """fp32 from `count` values of `kind` at `address`; widening is exact."""
-    as_type = (lambda t: ir.VectorType(t, count)) if count > 1 else (lambda t: t)
     element = {"fp32": _F32, "fp16": ir.HalfType(), "bf16": _I16, "u8": _I8}[kind]
-    loaded = builder.load(_at(builder, address, element, count))
-    loaded.align = 1
+    loaded = _load_raw(builder, address, element, count)
     if kind == "fp32":
         return loaded
     if kind == "fp16":
-        return builder.fpext(loaded, as_type(_F32))
-    wide = builder.zext(loaded, as_type(_I32))
+        return builder.fpext(loaded, _wide(_F32, count))
+    loaded = builder.zext(loaded, _wide(_I32, count))
     if kind == "u8":
-        return builder.uitofp(wide, as_type(_F32))
-    return builder.bitcast(builder.shl(wide, _const(count, 16)), as_type(_F32))
+        return builder.uitofp(loaded, _wide(_F32, count))
+    return builder.bitcast(builder.shl(loaded, _const(count, 16)), _wide(_F32, count))
 
 
 def _store(builder, address, value, kind, count):
-    as_type = (lambda t: ir.VectorType(t, count)) if count > 1 else (lambda t: t)
-    element = {"fp32": _F32, "fp16": ir.HalfType(), "bf16": _I16, "code": _I8}[kind]
+    element = {"fp32": _F32, "fp16": ir.HalfType(), "bf16": _I16}[kind]
     if kind == "fp16":
-        value = builder.fptrunc(value, as_type(element))
+        value = builder.fptrunc(value, _wide(element, count))
     elif kind == "bf16":
-        bits = builder.bitcast(value, as_type(_I32))
-        value = builder.trunc(_round_to_bf16(builder, bits, lambda c: _const(count, c)), as_type(element))
-    elif kind == "code":
-        # The value is 1.5 * 2^23 plus a small integer, so that integer sits in the low bits of the pattern.
-        value = builder.trunc(builder.bitcast(value, as_type(_I32)), as_type(element))
-    builder.store(value, _at(builder, address, element, count)).align = 1
-
-
-def _const(count, value):
-    return _constant(value) if count > 1 else ir.Constant(_I32, value)
+        # Add 0x7fff plus the bit that becomes the last one, then drop 16 bits.
+        bits = builder.bitcast(value, _wide(_I32, count))
+        odd = builder.and_(builder.lshr(bits, _const(count, 16)), _const(count, 1))
+        rounded = builder.lshr(builder.add(builder.add(bits, _const(count, 0x7FFF)), odd), _const(count, 16))
+        value = builder.trunc(rounded, _wide(element, count))
+    _store_raw(builder, value, address, element, count)
 
 
 def _make_load(kind, count):
@@ -113,7 +139,7 @@ def _make_load(kind, count):
         def codegen(context, builder, sig, args):
             return _load(builder, args[0], kind, count)
 
-        return signature(lanes if count > 1 else types.float32, types.uintp), codegen
+        return signature(lanes if count > 1 else types.float32, types.int64), codegen
 
     return load
 
@@ -125,29 +151,62 @@ def _make_store(kind, count):
             _store(builder, args[0], args[1], kind, count)
             return context.get_dummy_value()
 
-        return signature(types.void, types.uintp, lanes if count > 1 else types.float32), codegen
+        return signature(types.void, types.int64, lanes if count > 1 else types.float32), codegen
 
     return store
 
 
 load_bf16, load_fp16, load_fp32, load_u8 = (_make_load(k, LANES) for k in ("bf16", "fp16", "fp32", "u8"))
-store_bf16, store_fp16, store_fp32, store_code = (_make_store(k, LANES) for k in ("bf16", "fp16", "fp32", "code"))
-load1_bf16, load1_fp16, load1_fp32, load1_u8 = (_make_load(k, 1) for k in ("bf16", "fp16", "fp32", "u8"))
-store1_bf16, store1_fp16, store1_fp32, store1_code = (_make_store(k, 1) for k in ("bf16", "fp16", "fp32", "code"))
+store_bf16, store_fp16, store_fp32 = (_make_store(k, LANES) for k in ("bf16", "fp16", "fp32"))
+load1_bf16, load1_fp16, load1_fp32 = (_make_load(k, 1) for k in ("bf16", "fp16", "fp32"))
+store1_bf16, store1_fp16, store1_fp32 = (_make_store(k, 1) for k in ("bf16", "fp16", "fp32"))
+
+
+def _make_load_words(element, vector):
+    @intrinsic
+    def load(typingctx, address):
+        def codegen(context, builder, sig, args):
+            loaded = _load_raw(builder, args[0], element, vector.ir_type.count)
+            return loaded if element == vector.ir_type.element else builder.zext(loaded, vector.ir_type)
+
+        return signature(vector, types.int64), codegen
+
+    return load
+
+
+def _make_store_words(element):
+    @intrinsic
+    def store(typingctx, address, value):
+        def codegen(context, builder, sig, args):
+            value = args[1] if element == _I32 else builder.trunc(args[1], ir.VectorType(element, LANES))
+            _store_raw(builder, value, args[0], element, LANES)
+            return context.get_dummy_value()
+
+        return signature(types.void, types.int64, words), codegen
+
+    return store
+
+
+load_words, load_words_u16, load_words_u8 = (_make_load_words(element, words) for element in (_I32, _I16, _I8))
+load_words8, load_halves = _make_load_words(_I32, words8), _make_load_words(_I16, halves)
+store_words, store_words_u16, store_words_u8 = (_make_store_words(element) for element in (_I32, _I16, _I8))
 
 
 @intrinsic
-def load_bits(typingctx, address, shift, mask):
-    """fp32 lanes of (byte >> shift) & mask, for sixteen bytes at `address`."""
+def store_bf16_pairs(typingctx, address, even, odd):
+    """32 bf16, rounded half to even: the even and the odd ones."""
 
     def codegen(context, builder, sig, args):
-        source, shift, mask = args
-        loaded = builder.load(_at(builder, source, _I8, LANES))
-        loaded.align = 1
-        wide = builder.lshr(builder.zext(loaded, _VI32), _splat(builder, shift, _VI32))
-        return builder.uitofp(builder.and_(wide, _splat(builder, mask, _VI32)), _VF32)
+        rounded = []
+        for value in args[1:]:
+            bits = builder.bitcast(value, words.ir_type)
+            odd_bit = builder.and_(builder.lshr(bits, _const(LANES, 16)), _const(LANES, 1))
+            rounded.append(builder.add(builder.add(bits, _const(LANES, 0x7FFF)), odd_bit))
+        low, high = builder.lshr(rounded[0], _const(LANES, 16)), builder.and_(rounded[1], _const(LANES, 0xFFFF0000))
+        _store_raw(builder, builder.or_(low, high), args[0], _I32, LANES)
+        return context.get_dummy_value()
 
-    return signature(lanes, types.uintp, types.uint32, types.uint32), codegen
+    return signature(types.void, types.int64, lanes, lanes), codegen
 
 
 @intrinsic
@@ -155,52 +214,271 @@ def splat(typingctx, scalar):
     """All sixteen lanes equal to one fp32."""
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, args[0], _VF32)
+        return _splat(builder, args[0], lanes.ir_type)
 
     return signature(lanes, types.float32), codegen
 
 
-def _make_select(predicate):
+def _make_repeat(times):
     @intrinsic
-    def select(typingctx, a, b):
+    def repeat(typingctx, address):
         def codegen(context, builder, sig, args):
-            return builder.select(builder.fcmp_ordered(predicate, *args), *args)
+            count = LANES // times
+            loaded = _load_raw(builder, args[0], _F32, count)
+            places = [ir.Constant(_I32, i // times) for i in range(LANES)]
+            undefined = ir.Constant(loaded.type, ir.Undefined)
+            return builder.shuffle_vector(loaded, undefined, ir.Constant(ir.VectorType(_I32, LANES), places))
 
-        return signature(lanes, lanes, lanes), codegen
+        return signature(lanes, types.int64), codegen
 
-    return select
-
-
-# `a < b ? a : b` is one instruction everywhere but ignores a NaN in `a`; callers look for NaN separately.
-lane_min, lane_max = _make_select("<"), _make_select(">")
+    return repeat
 
 
-def _make_reduce(predicate):
+# The fp32 at an address, each so many times, until sixteen lanes are full.
+repeat2, repeat4, repeat8 = (_make_repeat(times) for times in (2, 4, 8))
+
+
+@intrinsic
+def splat_words(typingctx, scalar):
+    """All sixteen words equal to one integer."""
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, builder.trunc(args[0], _I32), words.ir_type)
+
+    return signature(words, types.int64), codegen
+
+
+@intrinsic
+def places(typingctx):
+    """The words 0 to 15."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(words.ir_type, [ir.Constant(_I32, i) for i in range(LANES)])
+
+    return signature(words), codegen
+
+
+def _make_bitcast(source, target):
+    @intrinsic
+    def cast(typingctx, value):
+        def codegen(context, builder, sig, args):
+            return builder.bitcast(args[0], target.ir_type)
+
+        return signature(target, source), codegen
+
+    return cast
+
+
+as_words, as_lanes = _make_bitcast(lanes, words), _make_bitcast(words, lanes)
+
+
+def _make_convert(source, target, instruction):
+    @intrinsic
+    def convert(typingctx, value):
+        def codegen(context, builder, sig, args):
+            return getattr(builder, instruction)(args[0], target.ir_type)
+
+        return signature(target, source), codegen
+
+    return convert
+
+
+to_lanes, to_words = _make_convert(words, lanes, "sitofp"), _make_convert(lanes, words, "fptosi")
+
+
+def _make_where(compare, vector, result):
+    @intrinsic
+    def where(typingctx, a, b, yes, no):
+        def codegen(context, builder, sig, args):
+            a, b, yes, no = args
+            return builder.select(compare(builder, a, b), yes, no)
+
+        return signature(result, vector, vector, result, result), codegen
+
+    return where
+
+
+def _ordered(predicate):
+    return lambda builder, a, b: builder.fcmp_ordered(predicate, a, b)
+
+
+def _signed(predicate):
+    return lambda builder, a, b: builder.icmp_signed(predicate, a, b)
+
+
+where_less, where_less_words = _make_where(_ordered("<"), lanes, lanes), _make_where(_ordered("<"), lanes, words)
+words_where_less, words_where_equal = (_make_where(_signed(p), words, words) for p in ("<", "=="))
+
+
+def _make_extreme(vector, less):
+    predicate = "<" if less else ">"
+
+    @intrinsic
+    def extreme(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
+            return builder.select(compare(predicate, *args), *args)
+
+        return signature(vector, vector, vector), codegen
+
+    return extreme
+
+
+# On lanes, `a < b ? a : b` is one instruction everywhere; it gives b where either is a NaN.
+lane_min, lane_max = (_make_extreme(lanes, less) for less in (True, False))
+word_min, word_max = (_make_extreme(words, less) for less in (True, False))
+word8_min, word8_max = (_make_extreme(words8, less) for less in (True, False))
+half_min, half_max = (_make_extreme(halves, less) for less in (True, False))
+
+
+def _make_reduce(vector, name):
     @intrinsic
     def reduce(typingctx, v):
         def codegen(context, builder, sig, args):
-            v, width = args[0], LANES
-            while width > 1:
-                width //= 2
-                index = [ir.Constant(_I32, i) for i in range(width)]
-                upper = [ir.Constant(_I32, i + width) for i in range(width)]
-                half = ir.VectorType(_I32, width)
-                undefined = ir.Constant(v.type, ir.Undefined)
-                a = builder.shuffle_vector(v, undefined, ir.Constant(half, index))
-                b = builder.shuffle_vector(v, undefined, ir.Constant(half, upper))
-                v = (
-                    builder.fadd(a, b)
-                    if predicate is None
-                    else builder.select(builder.fcmp_ordered(predicate, a, b), a, b)
-                )
-            return builder.extract_element(v, ir.Constant(_I32, 0))
+            element, count = vector.ir_type.element, vector.ir_type.count
+            kind = ir.FunctionType(element, [vector.ir_type])
+            function = cgutils.get_or_insert_function(
+                builder.module, kind, f"llvm.vector.reduce.{name}.v{count}i{element.width}"
+            )
+            return builder.sext(builder.call(function, args), ir.IntType(64))
 
-        return signature(types.float32, lanes), codegen
+        return signature(types.int64, vector), codegen
 
     return reduce
 
 
-reduce_min, reduce_max, reduce_add = _make_reduce("<"), _make_reduce(">"), _make_reduce(None)
+words_min, words_max = (_make_reduce(words, name) for name in ("smin", "smax"))
+words8_min, words8_max = (_make_reduce(words8, name) for name in ("smin", "smax"))
+
+
+def _make_fold(vector, block, less):
+    """Two vectors in blocks of one size -> one in blocks of half of it, the first's before the second's.
+
+    The smaller (or larger) of every block's two halves stays.
+    """
+    count = vector.ir_type.count
+
+    def places(upper):
+        starts = range(0, 2 * count, block)
+        return [ir.Constant(_I32, start + upper * block // 2 + i) for start in starts for i in range(block // 2)]
+
+    @intrinsic
+    def fold(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            index = ir.VectorType(_I32, count)
+            first, second = (builder.shuffle_vector(*args, ir.Constant(index, places(upper))) for upper in (0, 1))
+            return builder.select(builder.icmp_signed("<" if less else ">", first, second), first, second)
+
+        return signature(vector, vector, vector), codegen
+
+    return fold
+
+
+fold32_min, fold16_min, fold8_min, fold4_min, fold2_min = (_make_fold(halves, n, True) for n in (32, 16, 8, 4, 2))
+fold32_max, fold16_max, fold8_max, fold4_max, fold2_max = (_make_fold(halves, n, False) for n in (32, 16, 8, 4, 2))
+words_fold16_min, words_fold8_min, words_fold4_min, words_fold2_min = (
+    _make_fold(words, n, True) for n in (16, 8, 4, 2)
+)
+words_fold16_max, words_fold8_max, words_fold4_max, words_fold2_max = (
+    _make_fold(words, n, False) for n in (16, 8, 4, 2)
+)
+
+
+def _make_fold_second(block, less):
+    """The second smallest (or largest) of every block's two halves, from the smallest and the second smallest of each.
+
+    Takes the two vectors of the smallest, then the two of the second smallest.
+    """
+
+    def halves_of(builder, a, b):
+        index = ir.VectorType(_I32, LANES)
+        for upper in (0, 1):
+            starts = range(0, 2 * LANES, block)
+            lanes_of = [ir.Constant(_I32, s + upper * block // 2 + i) for s in starts for i in range(block // 2)]
+            yield builder.shuffle_vector(a, b, ir.Constant(index, lanes_of))
+
+    def extreme(builder, a, b, less):
+        return builder.select(builder.icmp_signed("<" if less else ">", a, b), a, b)
+
+    @intrinsic
+    def fold(typingctx, first_a, first_b, second_a, second_b):
+        def codegen(context, builder, sig, args):
+            loser = extreme(builder, *halves_of(builder, *args[:2]), not less)
+            second = extreme(builder, *halves_of(builder, *args[2:]), less)
+            return extreme(builder, loser, second, less)
+
+        return signature(words, words, words, words, words), codegen
+
+    return fold
+
+
+second16_min, second8_min, second4_min, second2_min = (_make_fold_second(n, True) for n in (16, 8, 4, 2))
+second16_max, second8_max, second4_max, second2_max = (_make_fold_second(n, False) for n in (16, 8, 4, 2))
+
+
+@intrinsic
+def store_halves(typingctx, address, value):
+    """All 32 int16."""
+
+    def codegen(context, builder, sig, args):
+        _store_raw(builder, args[1], args[0], _I16, 32)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, halves), codegen
+
+
+@intrinsic
+def store_halves_wide(typingctx, address, value):
+    """All 32 int16 as the upper halves of int32, whose lower halves are 0: fp32 from bf16."""
+
+    def codegen(context, builder, sig, args):
+        wide = ir.VectorType(_I32, 32)
+        _store_raw(builder, builder.shl(builder.zext(args[1], wide), _constant(wide, 16)), args[0], _I32, 32)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, halves), codegen
+
+
+@intrinsic
+def twice_minus(typingctx, v, w):
+    """2 v - w where that is exact, so that it may be one operation where the CPU has it."""
+
+    def codegen(context, builder, sig, args):
+        kind = ir.FunctionType(lanes.ir_type, [lanes.ir_type] * 3)
+        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+        two = ir.Constant(lanes.ir_type, [ir.Constant(_F32, 2.0)] * LANES)
+        return builder.call(function, [args[0], two, builder.fneg(args[1])])
+
+    return signature(lanes, lanes, lanes), codegen
+
+
+def _make_key(vector):
+    element = vector.ir_type.element
+    last = element.width - 1
+
+    @intrinsic
+    def key(typingctx, v):
+        def codegen(context, builder, sig, args):
+            sign = builder.ashr(args[0], _constant(vector.ir_type, last))
+            return builder.xor(args[0], builder.and_(sign, _constant(vector.ir_type, (1 << last) - 1)))
+
+        return signature(vector, vector), codegen
+
+    return key
+
+
+@intrinsic
+def halves_magnitude(typingctx, v):
+    """The patterns without their signs."""
+
+    def codegen(context, builder, sig, args):
+        return builder.and_(args[0], _constant(halves.ir_type, 0x7FFF))
+
+    return signature(halves, halves), codegen
+
+
+# Integers that order like the floating-point numbers of these patterns; the function is its own inverse.
+words_key, words8_key, halves_key = _make_key(words), _make_key(words8), _make_key(halves)
 
 
 @intrinsic
@@ -215,38 +493,158 @@ def bits_of(typingctx, value):
 
 @intrinsic
 def from_bits(typingctx, pattern):
-    """The fp32 with a 32-bit pattern."""
+    """The fp32 with a 32-bit pattern, of which the lower 32 bits of an integer are taken."""
 
     def codegen(context, builder, sig, args):
-        return builder.bitcast(args[0], _F32)
+        return builder.bitcast(builder.trunc(args[0], _I32), _F32)
 
-    return signature(types.float32, types.uint32), codegen
+    return signature(types.float32, types.int64), codegen
 
 
-def _make_word(bits, nb_type):
+def _make_word(bits):
     @intrinsic
     def load(typingctx, address):
         def codegen(context, builder, sig, args):
-            value = builder.load(builder.inttoptr(args[0], ir.PointerType(ir.IntType(bits))))
-            value.align = 1
-            return value
+            loaded = _load_raw(builder, args[0], ir.IntType(bits), 1)
+            return builder.sext(loaded, ir.IntType(64)) if bits < 64 else loaded
 
-        return signature(nb_type, types.uintp), codegen
+        return signature(types.int64, types.int64), codegen
 
     @intrinsic
     def store(typingctx, address, value):
         def codegen(context, builder, sig, args):
-            builder.store(args[1], builder.inttoptr(args[0], ir.PointerType(ir.IntType(bits)))).align = 1
+            value = builder.trunc(args[1], ir.IntType(bits)) if bits < 64 else args[1]
+            _store_raw(builder, value, args[0], ir.IntType(bits), 1)
             return context.get_dummy_value()
 
-        return signature(types.void, types.uintp, nb_type), codegen
+        return signature(types.void, types.int64, types.int64), codegen
 
     return load, store
 
 
-load_byte, store_byte = _make_word(8, types.uint8)
-load_half, store_half = _make_word(16, types.uint16)
-load_word64, store_word64 = _make_word(64, types.uint64)
+# Loads extend the sign.
+load_byte, store_byte = _make_word(8)
+load_half, store_half = _make_word(16)
+load_word, store_word = _make_word(32)
+load_long, store_long = _make_word(64)
+
+
+def _make_planes(width):
+    """Pack and unpack one plane of 128 codes: byte i of its 16 * width bytes holds codes i, i + 16 * width, ..."""
+    size = 16 * width
+    vector = ir.VectorType(_I32, size // 4)
+    mask = _constant(vector, int.from_bytes(bytes([(1 << width) - 1]) * 4, "little"))
+
+    def moved(builder, address, offset):
+        return builder.add(address, ir.Constant(address.type, offset))
+
+    @intrinsic
+    def pack(typingctx, codes, shift, plane):
+        def codegen(context, builder, sig, args):
+            codes, shift, plane = args
+            by = _splat(builder, builder.trunc(shift, _I32), vector)
+            total = None
+            for t in range(8 // width):
+                part = _load_raw(builder, moved(builder, codes, t * size), _I32, size // 4)
+                part = builder.shl(builder.and_(builder.lshr(part, by), mask), _constant(vector, t * width))
+                total = part if total is None else builder.or_(total, part)
+            _store_raw(builder, total, plane, _I32, size // 4)
+            return context.get_dummy_value()
+
+        return signature(types.void, types.int64, types.int64, types.int64), codegen
+
+    def make_unpack(first):
+        @intrinsic
+        def unpack(typingctx, plane, shift, codes):
+            def codegen(context, builder, sig, args):
+                plane, shift, codes = args
+                by = _splat(builder, builder.trunc(shift, _I32), vector)
+                loaded = _load_raw(builder, plane, _I32, size // 4)
+                for t in range(8 // width):
+                    part = builder.and_(builder.lshr(loaded, _constant(vector, t * width)), mask)
+                    at = moved(builder, codes, t * size)
+                    if not first:
+                        part = builder.or_(builder.shl(part, by), _load_raw(builder, at, _I32, size // 4))
+                    _store_raw(builder, part, at, _I32, size // 4)
+                return context.get_dummy_value()
+
+            return signature(types.void, types.int64, types.int64, types.int64), codegen
+
+        return unpack
+
+    return pack, make_unpack(True), make_unpack(False)
+
+
+# pack(codes, shift, plane) takes the bits from `shift` on; unpack_first(plane, shift, codes) writes the codes, and
+# unpack_more adds bits from `shift` on to what is there.
+pack4, unpack4_first, _ = _make_planes(4)
+pack2, unpack2_first, unpack2_more = _make_planes(2)
+pack1, unpack1_first, unpack1_more = _make_planes(1)
+
+
+def _butterfly(builder, v, apart):
+    """One step of a Walsh-Hadamard transform inside sixteen lanes: a + b, a - b for values `apart` lanes apart."""
+    index = ir.VectorType(_I32, LANES)
+    partners = ir.Constant(index, [ir.Constant(_I32, i ^ apart) for i in range(LANES)])
+    signs = ir.Constant(index, [ir.Constant(_I32, 0x80000000 if i & apart else 0) for i in range(LANES)])
+    signed = builder.bitcast(builder.xor(builder.bitcast(v, index), signs), lanes.ir_type)
+    return builder.fadd(builder.shuffle_vector(v, ir.Constant(lanes.ir_type, ir.Undefined), partners), signed)
+
+
+def _make_hadamard(size):
+    """Multiply `size` fp32 by a factor and transform them in place; below sixteen, sixteen values at once."""
+
+    @intrinsic
+    def transform(typingctx, address, factor):
+        def codegen(context, builder, sig, args):
+            factors = _splat(builder, args[1], lanes.ir_type)
+            count = max(1, size // LANES)
+            places = [builder.add(args[0], ir.Constant(ir.IntType(64), 4 * LANES * i)) for i in range(count)]
+            rows = [builder.fmul(_load_raw(builder, at, _F32, LANES), factors) for at in places]
+            apart = 1
+            while apart < min(size, LANES):
+                rows = [_butterfly(builder, v, apart) for v in rows]
+                apart *= 2
+            apart = 1
+            while apart < count:
+                for i in range(count):
+                    if not i & apart:
+                        a, b = rows[i], rows[i + apart]
+                        rows[i], rows[i + apart] = builder.fadd(a, b), builder.fsub(a, b)
+                apart *= 2
+            for at, v in zip(places, rows, strict=True):
+                _store_raw(builder, v, at, _F32, LANES)
+            return context.get_dummy_value()
+
+        return signature(types.void, types.int64, types.float32), codegen
+
+    return transform
+
+
+hadamard1, hadamard2, hadamard4, hadamard8 = (_make_hadamard(size) for size in (1, 2, 4, 8))
+hadamard16, hadamard32, hadamard64, hadamard128 = (_make_hadamard(size) for size in (16, 32, 64, 128))
+
+
+@intrinsic
+def pairwise_sum(typingctx, v):
+    """The sum of sixteen lanes: of neighbours, then of neighbouring sums, and so on."""
+
+    def codegen(context, builder, sig, args):
+        v, width = args[0], LANES
+        while width > 1:
+            width //= 2
+            undefined = ir.Constant(v.type, ir.Undefined)
+            index = ir.VectorType(_I32, width)
+            even, odd = (
+                builder.shuffle_vector(
+                    v, undefined, ir.Constant(index, [ir.Constant(_I32, 2 * i + k) for i in range(width)])
+                )
+                for k in (0, 1)
+            )
+            v = builder.fadd(even, odd)
+        return builder.extract_element(v, ir.Constant(_I32, 0))
+
+    return signature(types.float32, lanes), codegen
 
 
 @intrinsic
@@ -260,4 +658,31 @@ def prefetch(typingctx, address):
         builder.call(function, [pointer] + [ir.Constant(_I32, c) for c in (0, 3, 1)])
         return context.get_dummy_value()
 
-    return signature(types.void, types.uintp), codegen
+    return signature(types.void, types.int64), codegen
+
+
+MAX_OPERANDS = 12
+
+
+@intrinsic
+def call(typingctx, function, operands, count):
+    """Call the compiled step at an address with the first `count` integers at another."""
+
+    def codegen(context, builder, sig, args):
+        function, operands, count = args
+        i64 = ir.IntType(64)
+        base = builder.inttoptr(operands, ir.PointerType(i64))
+        done = builder.append_basic_block("called")
+        switch = builder.switch(count, done)
+        for n in range(1, MAX_OPERANDS + 1):
+            block = builder.append_basic_block(f"call{n}")
+            switch.add_case(ir.Constant(i64, n), block)
+            with builder.goto_block(block):
+                kind = ir.FunctionType(ir.VoidType(), [i64] * n)
+                loaded = [builder.load(builder.gep(base, [ir.Constant(_I32, i)])) for i in range(n)]
+                builder.call(builder.inttoptr(function, ir.PointerType(kind)), loaded)
+                builder.branch(done)
+        builder.position_at_end(done)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, types.int64, types.int64), codegen

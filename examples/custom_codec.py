@@ -1,0 +1,38 @@
+"""A wire format of your own: one bit per value and the row's mean magnitude. Run: torchrun --nproc-per-node 2 FILE."""
+
+import torch
+import torch.distributed as dist
+
+import flashcomm
+from flashcomm.codecs import bits
+
+
+class Sign(flashcomm.Codec):
+    """The name is what an entry point under flashcomm.codecs maps to this class, for the CLI and for policies."""
+
+    def __str__(self):
+        return "sign"
+
+    def payload_bytes(self, cols, dtype=torch.bfloat16):
+        return bits.code_bytes(cols, 1) + 4
+
+    def encode(self, x):
+        mean = x.float().abs().mean(1, keepdim=True)
+        return torch.cat([bits.pack((x < 0).int(), 1), mean.view(torch.uint8)], 1)
+
+    def decode(self, payload, cols, dtype):
+        negative, mean = bits.unpack(payload[:, :-4], cols, 1), payload[:, -4:].contiguous().view(torch.float32)
+        return (mean - 2 * mean * negative).to(dtype)
+
+    def step(self, x):
+        return 2 * (x.float().abs() - x.float().abs().mean(1, keepdim=True)).abs()
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    x = torch.randn(512, 4096, generator=torch.Generator().manual_seed(dist.get_rank()))
+    y, exact = flashcomm.all_reduce(x, Sign()), flashcomm.all_reduce(x, "fp32")
+    if dist.get_rank() == 0:
+        bits_per_value = Sign().bits_per_value(4096)
+        print(f"{bits_per_value:.2f} bits per value, relative error {(y - exact).norm() / exact.norm():.2f}")
+    dist.destroy_process_group()

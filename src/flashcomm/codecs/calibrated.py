@@ -1,0 +1,241 @@
+"""Formats that know the features of one sum: ``+keep64`` and ``int4static``.
+
+The features (columns) that are hard to send are the same for every token, so they can be found once, on real text:
+`flashcomm calibrate` records how far each feature reaches, on each rank and in the sum (`Features`), and
+`flashcomm.calibration` binds a codec to one module's record. Unbound, these codecs have a name and a size, and refuse
+to encode.
+
+    BASE+keepN   the 1/N features of the largest reach, summed over ranks, travel as bf16, all others in the base
+    intBstatic   codes of one scale per rank and feature, known to everybody, so that no scale is sent: per row one
+                 byte, the number of the table, and
+
+                     scale = reach / (last / 2)        last = 2**B - 2
+                     code  = round((x + reach') / scale), kept within 0 and last; last + 1 for NaN and Inf
+                     value = code * scale - reach'     reach' = last / 2 * scale
+
+The base of ``+keep`` sees the other features closed up, as one row. What exceeds the calibrated reach of ``static`` is
+cut off there, and `step` says so.
+
+Source: Towards Low-bit Communication for TP LLM Inference (arXiv 2411.07942); the NaN code and the byte are our own.
+
+Shape legend: R ranks, H features.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from flashcomm.codecs import bits as planes
+from flashcomm.codecs.base import Codec, canonical_nan
+from flashcomm.codecs.cast import bf16_spacing
+from flashcomm.codecs.groups import TINY, from_bits, from_bytes, like
+
+
+class Features:
+    """What calibration learned about one sum.
+
+    Args:
+        reach: fp32 [R + 1, H], the largest magnitude of each feature on each rank, and in the last row of the sum.
+    """
+
+    def __init__(self, reach: torch.Tensor):
+        if reach.dim() != 2 or reach.shape[0] < 2 or not bool((reach >= 0).all()):
+            raise ValueError(f"reach is [ranks + 1, features], none negative or NaN, not {list(reach.shape)}")
+        self.reach = reach.detach().float().cpu().contiguous()
+        self.digest = hashlib.blake2b(self.reach.numpy().tobytes(), digest_size=4).hexdigest()
+
+    @property
+    def ranks(self) -> int:
+        """R."""
+        return self.reach.shape[0] - 1
+
+    @property
+    def cols(self) -> int:
+        """H."""
+        return self.reach.shape[1]
+
+    def worst(self, count: int) -> tuple[int, ...]:
+        """The `count` features that reach furthest, added up over ranks; ascending, the first among equals.
+
+        >>> Features(torch.tensor([[1.0, 5.0, 2.0], [1.0, 0.0, 3.0], [2.0, 5.0, 5.0]])).worst(2)
+        (1, 2)
+        """
+        total = self.reach[:-1].sum(0)
+        return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
+
+    def without(self, kept: tuple[int, ...]) -> "Features":
+        """The record of all other features."""
+        mask = torch.ones(self.cols, dtype=torch.bool)
+        mask[list(kept)] = False
+        return Features(self.reach[:, mask])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Features) and torch.equal(self.reach, other.reach)
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def _refusal(codec: Codec) -> ValueError:
+    return ValueError(
+        f"codec {codec} needs to know the features of the model: record them with 'flashcomm calibrate MODEL', then "
+        "pass calibration= to flashcomm.integrations.transformers.compress, or bind the codec with "
+        "flashcomm.calibration.Calibration"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Keep(Codec):
+    """``{base}+keep{every}``: see the module's docstring.
+
+    >>> from flashcomm.codecs.affine import Affine
+    >>> features = Features(torch.tensor([[9.0, 1.0, 1.0, 1.0]] * 2))
+    >>> codec = Keep(Affine(2, False, 4), every=4).bind(features, 0)
+    >>> codec.decode(codec.encode(torch.tensor([[9.1, 1.0, 2.0, 4.0]])), 4, torch.float32).tolist()
+    [[9.125, 1.0, 2.0, 4.0]]
+    """
+
+    base: Codec
+    every: int
+    features: Features | None = None
+    kept: tuple[int, ...] = field(default=(), repr=False)
+
+    def __post_init__(self):
+        if not 2 <= self.every <= 1 << 16:
+            raise ValueError(f"one in 2 to {1 << 16} features is kept, not one in {self.every}")
+
+    def __str__(self) -> str:
+        return f"{self.base}+keep{self.every}"
+
+    @property
+    def identity(self) -> str:
+        return f"{self}@{self.features.digest}" if self.features else str(self)
+
+    def check(self, cols: int):
+        _check(self, cols)
+
+    def bind(self, features: Features, rank: int) -> "Keep":
+        kept = features.worst(features.cols // self.every)
+        return Keep(self.base.bind(features.without(kept), rank), self.every, features, kept)
+
+    @property
+    def steps(self) -> tuple[Codec, Codec]:
+        first, second = self.base.steps
+        return (self, self) if first == second else (replace(self, base=first), replace(self, base=second))
+
+    def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        count = cols // self.every
+        return self.base.payload_bytes(cols - count, dtype) + 2 * count
+
+    def _mask(self, cols: int, device: torch.device) -> torch.Tensor:
+        """Which features are kept, [cols] bool."""
+        self.check(cols)
+        mask = torch.zeros(cols, dtype=torch.bool, device=device)
+        mask[list(self.kept)] = True
+        return mask
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        mask = self._mask(x.shape[1], x.device)
+        sent = canonical_nan(x[:, mask].to(torch.bfloat16)).contiguous().view(torch.uint8)
+        return torch.cat([self.base.encode(x[:, ~mask]), sent], 1)
+
+    def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        mask = self._mask(cols, payload.device)
+        cut = payload.shape[1] - 2 * len(self.kept)
+        value = torch.empty(payload.shape[0], cols, dtype=torch.float32, device=payload.device)
+        value[:, ~mask] = self.base.decode(payload[:, :cut], cols - len(self.kept), torch.float32)
+        value[:, mask] = from_bits(from_bytes(payload[:, cut:], 2) << 16)
+        return canonical_nan(value.to(dtype))
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        mask = self._mask(x.shape[1], x.device)
+        step = torch.empty_like(x, dtype=torch.float32)
+        step[:, ~mask] = self.base.step(x[:, ~mask])
+        step[:, mask] = bf16_spacing(x[:, mask]).masked_fill(~x[:, mask].isfinite(), float("nan"))
+        return step
+
+
+@dataclass(frozen=True, slots=True)
+class Static(Codec):
+    """``int{bits}static``: see the module's docstring."""
+
+    bits: int
+    features: Features | None = None
+    table: int = 0
+
+    def __post_init__(self):
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"a code of static scales has 2 to 8 bits, not {self.bits}")
+
+    def __str__(self) -> str:
+        return f"int{self.bits}static"
+
+    @property
+    def identity(self) -> str:
+        return f"{self}@{self.features.digest}" if self.features else str(self)
+
+    @property
+    def last(self) -> float:
+        """The largest code of a number; the next one means NaN."""
+        return float(2**self.bits - 2)
+
+    def check(self, cols: int):
+        _check(self, cols)
+
+    def bind(self, features: Features, rank: int) -> "Static":
+        if features.ranks > 255:
+            raise ValueError(f"static scales are numbered in a byte: at most 255 ranks, not {features.ranks}")
+        return Static(self.bits, features, rank)
+
+    @property
+    def steps(self) -> tuple[Codec, Codec]:
+        return self, self if self.features is None else replace(self, table=self.features.ranks)
+
+    def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
+        return planes.code_bytes(cols, self.bits) + 1
+
+    def tables(self) -> torch.Tensor:
+        """fp32 [R + 1, H]: the scales; 0 for a feature that is always 0."""
+        if self.features is None:
+            raise _refusal(self)
+        scale = torch.maximum(self.features.reach / like(self.features.reach, self.last / 2), torch.tensor(TINY))
+        return torch.where(self.features.reach > 0, scale, 0.0)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        self.check(x.shape[1])
+        scale = self.tables()[self.table].to(x.device)
+        inverse = torch.where(scale > 0, like(scale, 1.0) / scale, 0.0)
+        x = x.float()
+        code = torch.round((x + self.last / 2 * scale) * inverse).clamp(0, self.last)
+        code = code.masked_fill(~x.isfinite(), self.last + 1).to(torch.int32)
+        number = torch.full((x.shape[0], 1), self.table, dtype=torch.uint8, device=x.device)
+        return torch.cat([planes.pack(code, self.bits), number], 1)
+
+    def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
+        self.check(cols)
+        code = planes.unpack(payload[:, :-1], cols, self.bits)
+        scale = self.tables().to(payload.device)[payload[:, -1].long()]
+        value = (code.float() * scale - self.last / 2 * scale).masked_fill(code > self.last, float("nan"))
+        return canonical_nan(value.to(dtype))
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        self.check(x.shape[1])
+        scale = self.tables()[self.table].to(x.device).expand(x.shape)
+        beyond = 2 * (x.float().abs() - self.last / 2 * scale)
+        return torch.maximum(scale, beyond).masked_fill(~x.isfinite(), float("nan"))
+
+
+def _check(codec: "Keep | Static", cols: int):
+    """Refuse a codec that is not bound, or bound to another number of features.
+
+    Raises:
+        ValueError: says which and what to do.
+    """
+    if codec.features is None:
+        raise _refusal(codec)
+    if codec.features.cols != cols:
+        raise ValueError(
+            f"codec {codec} was calibrated for a sum of {codec.features.cols} features, not of {cols}: "
+            "calibrate this model"
+        )

@@ -1,0 +1,21 @@
+"""`flashcomm calibrate`: what each rank does."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from flashcomm.bench import model as bench
+from flashcomm.demo import text
+from flashcomm.integrations.transformers import calibrate
+
+
+def rank_main(directory: Path, out: Path, source: Path | None, tokens: int, dtype: str) -> dict:
+    """Calibrate; rank 0 writes the file. Returns the figures."""
+    model, tokenizer = bench.load(directory, getattr(torch, dtype))
+    windows = text.calibration_windows(tokenizer, source.read_text(encoding="utf-8") if source else None, tokens)
+    origin = f"{directory.name}, {source.name if source else 'Python source'}"
+    calibration = calibrate(model, windows, origin=origin)
+    if dist.get_rank() == 0:
+        calibration.save(out)
+    return {"modules": len(calibration.features), "tokens": sum(len(window) for window in windows)}

@@ -1,0 +1,23 @@
+"""Every kind of format, for tests that hold for all of them."""
+
+import torch
+
+from flashcomm.bench.codec import ALL
+from flashcomm.codecs import Codec, Features, parse
+
+#: Those of `flashcomm bench codec --all`, and sizes and combinations that nobody should use.
+SPECS = (
+    *ALL,
+    *("int4g100", "int1g1", "int7g8", "int5sg7", "int3g48", "int8g4096"),
+    *("fp6_e2m3g100_e5m0", "fp8_e5m2g7_e4m3", "fp3_e1m1g1", "int5sg48_fp32", "fp8g300", "mxfp4+taco"),
+    *("int8g100+spike", "int1g1+spike", "int3sg16+spike", "int6g256+spike", "int2g32+spike+hadamard"),
+    *("int5g100+hadamard", "int4g7+taco", "nvfp4+keep7", "int8static", "int2static+keep3"),
+    "int2g32+spike+taco+keep16",
+)
+
+
+def bound(spec: str, cols: int, rank: int = 0) -> Codec:
+    """The codec with a calibration of three ranks, some of whose features are never used."""
+    reach = 3 * torch.rand(4, cols, generator=torch.Generator().manual_seed(cols))
+    reach[:, ::11] = 0
+    return parse(spec).bind(Features(reach), rank)
