@@ -49,6 +49,9 @@ class _Operand:
         return _Operand(self.register, self.offset + more)
 
 
+# Values that a scratch array has room for beyond a row.
+_ROOM = 256
+
 _IN, _OUT, _ADDING, _SUMS = (_Operand(register) for register in (_SOURCE, _TARGET, _ADD, _SCRATCH))
 
 
@@ -66,7 +69,7 @@ class _Program:
 
     def __init__(self, cols: int):
         self.cols = cols
-        self._array_bytes = 4 * (cols + 160)
+        self._array_bytes = 4 * (cols + _ROOM)
         self._arrays = 1
         self._steps: list[tuple[Step, list[_Operand]]] = []
         self.constants: list[np.ndarray] = []
@@ -118,15 +121,18 @@ def _bits(value: float) -> int:
 
 def _readable(p: _Program, x: _Values, group: int) -> _Values:
     """`x` as the steps can read it: as it is, or widened."""
-    in_pairs = x.kind == BF16 and p.cols % 32 == p.cols % group == 0 and (group % 32 == 0 or group in (8, 16))
-    if x.roomy or in_pairs or (x.kind == FP32 and p.cols % 16 == 0):
+    in_pairs = x.kind == BF16 and p.cols % 32 == 0 and (group % 32 == 0 or group in (8, 16))
+    if in_pairs and p.cols % group and x.roomy and group <= _ROOM:
+        p.add(steps.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
+        return x
+    if (in_pairs and p.cols % group == 0) or (x.kind == FP32 and (x.roomy or p.cols % 16 == 0)):
         return x
     return _wide(p, x)
 
 
 def _wide(p: _Program, x: _Values) -> _Values:
     """`x` as fp32 in scratch memory."""
-    if x.roomy:
+    if x.roomy and x.kind == FP32:
         return x
     row = p.row()
     p.add(steps.widen, x.at, x.kind, p.cols, row.at)
@@ -136,17 +142,22 @@ def _wide(p: _Program, x: _Values) -> _Values:
 def _writable(p: _Program, y: _Values, group: int) -> _Values:
     """`y`, or the row to write in its place, which `_deliver` brings there."""
     in_pairs = y.kind == BF16 and p.cols % 32 == group % 2 == 0
-    return y if y.roomy or in_pairs or (y.kind == FP32 and p.cols % 16 == 0) else p.row()
+    return y if in_pairs or (y.kind == FP32 and (y.roomy or p.cols % 16 == 0)) else p.row()
 
 
-def _deliver(p: _Program, row: _Values, y: _Values):
-    """Bring what lies in `row` to `y`."""
+def _workplace(p: _Program, y: _Values) -> _Values:
+    """`y` if it is fp32 in scratch memory and holds nothing yet, or the row to work in before `_deliver`."""
+    return y if y.roomy and y.kind == FP32 and y.at != _SUMS else p.row()
+
+
+def _deliver(p: _Program, row: _Values, y: _Values, clean: bool = False):
+    """Bring what lies in `row` to `y`; `clean` if its NaN may be of any kind."""
     if row is y:
         return
     if y.at == _SUMS:
         p.add(steps.accumulate, row.at, p.cols, _ADDING, y.at)
     else:
-        p.add(steps.narrow, row.at, p.cols, y.at, y.kind)
+        p.add(steps.narrow, row.at, p.cols, y.at, y.kind, clean)
 
 
 def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int, list[_Operand]]:
@@ -195,9 +206,9 @@ def _unpack(p: _Program, source: _Operand, n: int, bits: int) -> _Operand:
 def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
     low, high = p.array(), p.array()
     if x.kind == BF16:
-        least, most = p.array(), p.array()
-        p.add(steps.shrink_bf16, x.at, p.cols, group, least, most)
-        p.add(steps.ranges_bf16, least, most, p.cols // group, low, high)
+        least, most, count = p.array(), p.array(), groups.count(p.cols, group)
+        p.add(steps.shrink_bf16, x.at, count * group, group, least, most)
+        p.add(steps.ranges_bf16, least, most, count, 0, low, high)
     else:
         least, most = p.array(), p.array()
         if group % 16 == 0 and p.cols >= group:
@@ -209,9 +220,9 @@ def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
 def _magnitudes(p: _Program, x: _Values, group: int) -> _Operand:
     amax = p.array()
     if x.kind == BF16:
-        most = p.array()
-        p.add(steps.shrink_magnitudes, x.at, p.cols, group, most)
-        p.add(steps.magnitudes_bf16, most, p.cols // group, amax)
+        most, count = p.array(), groups.count(p.cols, group)
+        p.add(steps.shrink_magnitudes, x.at, count * group, group, most)
+        p.add(steps.magnitudes_bf16, most, count, amax)
     else:
         p.add(steps.magnitudes_fp32, x.at, p.cols, group, amax)
     return amax
@@ -318,17 +329,24 @@ def _decode_block(codec: Block, p: _Program, source: _Operand, y: _Values):
 @_encode.register
 def _encode_spike(codec: Spike, p: _Program, x: _Values, target: _Operand):
     base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
-    x = _wide(p, x)
-    places, low, high, a, b, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(11))
-    if group % 16 == 0 and p.cols >= group:
-        p.add(steps.shrink_spikes, x.at, p.cols, group, low, a, high, b)
-        p.add(steps.two_smallest, low, a, p.cols // group)
-        p.add(steps.two_largest, high, b, p.cols // group)
-    p.add(steps.find_spikes, x.at, p.cols, group, places, low, high, a, b)
+    places, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(7))
+    if x.kind == BF16 and group % 32 == p.cols % group == 0:
+        low, high = _ranges(p, x, group)
+        a, b, least, most = (p.array() for _ in range(4))
+        p.add(steps.find_spikes_bf16, x.at, p.cols, group, places, low, high, least, most)
+        p.add(steps.ranges_bf16, least, most, count, 1, a, b)
+    else:
+        x = _wide(p, x)
+        low, high, a, b = (p.array() for _ in range(4))
+        if group % 16 == 0:
+            p.add(steps.shrink_spikes, x.at, p.cols, group, low, a, high, b)
+            p.add(steps.two_smallest, low, a, p.cols // group)
+            p.add(steps.two_largest, high, b, p.cols // group)
+        p.add(steps.find_spikes, x.at, p.cols, group, places, low, high, a, b)
     form = (count, base.bits, base.symmetric)
     p.add(steps.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
-    unit, (zeros, inverses) = _spread(p, FP32, group, zero, inverse)
-    p.add(steps.quantise, x.at, FP32, p.cols, unit, zeros, inverses, _bits(base.last), codes)
+    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
+    p.add(steps.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, _bits(base.last), codes)
     p.add(steps.forget, flag, inverse, p.cols, group, codes)
     sections = codec.sections(p.cols)
     _pack(p, codes, p.cols, base.bits, target)
@@ -348,11 +366,12 @@ def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
     form = (count, base.bits, base.symmetric)
     p.add(steps.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
     codes = _unpack(p, source, p.cols, base.bits)
-    unit, (scales, zeros) = _spread(p, FP32, group, scale, zero)
-    row = y if y.roomy and y.at != _SUMS else p.row()
-    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, FP32)
+    # Spikes replace values, so they must be in place before anything is added to a sum.
+    row = p.row() if y.at == _SUMS else _writable(p, y, group)
+    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
     places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
-    p.add(steps.put_spikes, places, low, high, p.cols, group, row.at)
+    p.add(steps.put_spikes, places, low, high, p.cols, group, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -379,22 +398,23 @@ def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand)
 @_decode.register
 def _decode_hadamard(codec: Hadamard, p: _Program, source: _Operand, y: _Values):
     count, alpha = groups.count(p.cols, codec.group), 0
-    row = y if y.roomy and y.at != _SUMS else p.row()
+    row = _workplace(p, y)
     _decode(codec.base, p, source, row)
     if codec.adaptive:
         alpha = p.array()
         p.add(steps.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
         p.add(steps.invert, alpha, count)
     _transform(p, row, codec.group, alpha, forward=False)
-    _deliver(p, row, y)
+    _deliver(p, row, y, clean=True)
 
 
 @_encode.register
 def _encode_keep(codec: Keep, p: _Program, x: _Values, target: _Operand):
     codec.check(p.cols)
-    x, rest, features = _wide(p, x), p.row(), np.array(codec.kept, np.int64)
+    x = x if x.kind == BF16 else _wide(p, x)
+    rest, features = _Values(p.array(), x.kind, True), np.array(codec.kept, np.int64)
     sent = target + codec.base.payload_bytes(p.cols - len(features))
-    p.add(steps.take_out, x.at, p.cols, p.constant(features), len(features), rest.at, sent)
+    p.add(steps.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
     with p.shortened(len(features)):
         _encode(codec.base, p, rest, target)
 
@@ -402,12 +422,12 @@ def _encode_keep(codec: Keep, p: _Program, x: _Values, target: _Operand):
 @_decode.register
 def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
     codec.check(p.cols)
-    rest, features = p.row(), np.array(codec.kept, np.int64)
+    row = y if y.kind == BF16 else _workplace(p, y)
+    rest, features = _Values(p.array(), row.kind, True), np.array(codec.kept, np.int64)
     with p.shortened(len(features)):
         _decode(codec.base, p, source, rest)
-    row = y if y.roomy and y.at != _SUMS else p.row()
     sent = source + codec.base.payload_bytes(p.cols - len(features))
-    p.add(steps.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at)
+    p.add(steps.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -439,7 +459,7 @@ def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
     factor = _bits(-codec.last / 2)
     p.add(steps.pick_table, number, p.constant(tables), tables.strides[0], factor, p.cols, scale, zero)
     codes = _unpack(p, source, p.cols, codec.bits)
-    row = y if y.roomy and y.at != _SUMS else p.row()
+    row = _workplace(p, y)
     p.add(steps.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
     p.add(steps.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
     _deliver(p, row, y)
@@ -478,7 +498,7 @@ def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
         return _ready(each)
     sums, after = _Values(_SUMS, FP32, True), _Program(cols)
     _decode(codec, each, _IN, sums)
-    after.add(steps.narrow, _SUMS, cols, _OUT, kind)
+    after.add(steps.narrow, _SUMS, cols, _OUT, kind, 1)
     return _ready(each, after)
 
 

@@ -477,6 +477,50 @@ def halves_magnitude(typingctx, v):
     return signature(halves, halves), codegen
 
 
+@intrinsic
+def halves_signed(typingctx, v):
+    """Integers that order like the numbers: magnitudes, negative ones below 0, and one zero."""
+
+    def codegen(context, builder, sig, args):
+        sign = builder.ashr(args[0], _constant(halves.ir_type, 15))
+        magnitude = builder.and_(args[0], _constant(halves.ir_type, 0x7FFF))
+        return builder.sub(builder.xor(magnitude, sign), sign)
+
+    return signature(halves, halves), codegen
+
+
+@intrinsic
+def halves_equal(typingctx, v, scalar):
+    """A bit per lane: whether it equals the lowest 16 bits of an integer."""
+
+    def codegen(context, builder, sig, args):
+        same = builder.icmp_signed("==", args[0], _splat(builder, builder.trunc(args[1], _I16), halves.ir_type))
+        return builder.zext(builder.bitcast(same, _I32), ir.IntType(64))
+
+    return signature(types.int64, halves, types.int64), codegen
+
+
+@intrinsic
+def halves_replace(typingctx, v, mask, scalar):
+    """The lowest 16 bits of an integer in the lanes whose bit is set."""
+
+    def codegen(context, builder, sig, args):
+        chosen = builder.bitcast(builder.trunc(args[1], _I32), ir.VectorType(ir.IntType(1), 32))
+        return builder.select(chosen, _splat(builder, builder.trunc(args[2], _I16), halves.ir_type), args[0])
+
+    return signature(halves, halves, types.int64, types.int64), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, mask):
+    """The place of the lowest bit that is set."""
+
+    def codegen(context, builder, sig, args):
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+
+    return signature(types.int64, types.int64), codegen
+
+
 # Integers that order like the floating-point numbers of these patterns; the function is its own inverse.
 words_key, words8_key, halves_key = _make_key(words), _make_key(words8), _make_key(halves)
 

@@ -104,13 +104,15 @@ def widen(src, kind, n, dst):
 
 
 @Step
-def narrow(src, n, dst, kind):
-    """Values of fp32 as any kind, each rounded half to even, every NaN the one quiet NaN."""
+def narrow(src, n, dst, kind, clean):
+    """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `clean`."""
     full = n & ~15
     nan, inf = simd.splat_words(_NAN), simd.splat_words(0x7F800000)
     for i in range(0, full, 16):
         bits = simd.load_words(src + i * 4)
-        v = simd.as_lanes(simd.words_where_less(inf, bits & _MAGNITUDE, nan, bits))
+        if clean:
+            bits = simd.words_where_less(inf, bits & _MAGNITUDE, nan, bits)
+        v = simd.as_lanes(bits)
         if kind == BF16:
             simd.store_bf16(dst + i * 2, v)
         elif kind == FP16:
@@ -250,8 +252,8 @@ def magnitudes_fp32(src, n, group, amax):
 
 
 @Step
-def ranges_bf16(least, most, count, low, high):
-    """What `shrink_bf16` left -> the bits of the smallest and the largest of each group as fp32."""
+def ranges_bf16(least, most, count, keys, low, high):
+    """What `shrink_bf16` left -> the smallest and the largest of each group: fp32, or `keys` as they are."""
     for j in range(0, count, 32):
         at = least + j * 16
         a = simd.fold8_min(simd.load_halves(at), simd.load_halves(at + 64))
@@ -259,15 +261,14 @@ def ranges_bf16(least, most, count, low, high):
         c = simd.fold8_min(simd.load_halves(at + 256), simd.load_halves(at + 320))
         d = simd.fold8_min(simd.load_halves(at + 384), simd.load_halves(at + 448))
         least_of_all = simd.fold2_min(simd.fold4_min(a, b), simd.fold4_min(c, d))
-        simd.store_halves_wide(low + j * 4, simd.halves_key(least_of_all))
+        simd.store_halves_wide(low + j * 4, least_of_all if keys else simd.halves_key(least_of_all))
         at = most + j * 16
         a = simd.fold8_max(simd.load_halves(at), simd.load_halves(at + 64))
         b = simd.fold8_max(simd.load_halves(at + 128), simd.load_halves(at + 192))
         c = simd.fold8_max(simd.load_halves(at + 256), simd.load_halves(at + 320))
         d = simd.fold8_max(simd.load_halves(at + 384), simd.load_halves(at + 448))
-        simd.store_halves_wide(
-            high + j * 4, simd.halves_key(simd.fold2_max(simd.fold4_max(a, b), simd.fold4_max(c, d)))
-        )
+        most_of_all = simd.fold2_max(simd.fold4_max(a, b), simd.fold4_max(c, d))
+        simd.store_halves_wide(high + j * 4, most_of_all if keys else simd.halves_key(most_of_all))
     # Scales are made sixteen at a time; the last of them may belong to no group.
     simd.store_words(low + count * 4, simd.splat_words(0))
     simd.store_words(high + count * 4, simd.splat_words(0))
@@ -440,8 +441,8 @@ def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
                 zeros, inverses = simd.load_fp32(zero + i * 2), simd.load_fp32(inverse + i * 2)
             # Two bf16 share a word, and so do their codes.
             pair = simd.load_words(src + i * 2)
-            even = _quantise(simd.as_lanes(pair << 16), zeros, inverses, highest, False)
-            odd = _quantise(simd.as_lanes(pair & 0xFFFF0000), zeros, inverses, highest, False)
+            even = _quantise(simd.as_lanes(pair << 16), zeros, inverses, highest, limited)
+            odd = _quantise(simd.as_lanes(pair & 0xFFFF0000), zeros, inverses, highest, limited)
             simd.store_words_u16(codes + i, even | odd << 8)
         return
     for i in range(0, n, 16):
@@ -896,6 +897,50 @@ def find_spikes(src, n, group, places, low, high, a, b):
         simd.store_word(high + j * 4, largest)
 
 
+@Step
+def find_spikes_bf16(src, n, group, places, low, high, least, most):
+    """The places of the smallest and the largest of each group of bf16, which are known, and eight candidates, as in
+    `shrink_bf16`, for those of all others. Groups are multiples of 32, none is short.
+    """
+    for j in range(n // group):
+        at = src + j * group * 2
+        smallest, largest = simd.load_word(low + j * 4) >> 16, simd.load_word(high + j * 4) >> 16
+        lowest = -(smallest & 0x7FFF) if smallest < 0 else smallest
+        highest = -(largest & 0x7FFF) if largest < 0 else largest
+        first = last = -1
+        candidates = simd.halves_signed(simd.load_halves(at))
+        others_low = others_high = candidates
+        for i in range(0, group, 32):
+            v = simd.halves_signed(simd.load_halves(at + i * 2))
+            lows, highs = simd.halves_equal(v, lowest), simd.halves_equal(v, highest)
+            spikes = 0
+            if first < 0 and lows:
+                first = i + simd.lowest_bit(lows)
+                spikes = lows & -lows
+            if last < 0 and highs:
+                last = i + simd.lowest_bit(highs)
+                spikes |= highs & -highs
+            without_low, without_high = simd.halves_replace(v, spikes, 0x7FFF), simd.halves_replace(v, spikes, -0x8000)
+            if i == 0:
+                others_low, others_high = without_low, without_high
+            else:
+                others_low = simd.half_min(without_low, others_low)
+                others_high = simd.half_max(without_high, others_high)
+        # Two folds leave eight candidates, four times over; the next group's overwrite three of them.
+        others_low = simd.fold32_min(others_low, others_low)
+        others_high = simd.fold32_max(others_high, others_high)
+        simd.store_halves(least + j * 16, simd.fold16_min(others_low, others_low))
+        simd.store_halves(most + j * 16, simd.fold16_max(others_high, others_high))
+        smallest, largest = simd.load_half(at + first * 2) << 16, simd.load_half(at + last * 2) << 16
+        if max(smallest & _MAGNITUDE, largest & _MAGNITUDE) > _SPIKE_TOO_LARGE:
+            smallest = largest = _NAN
+            first = last = 0
+        simd.store_byte(places + 2 * j, first)
+        simd.store_byte(places + 2 * j + 1, last)
+        simd.store_word(low + j * 4, smallest)
+        simd.store_word(high + j * 4, largest)
+
+
 @_inline
 def _to_bf16(v):
     bits = simd.as_words(v)
@@ -990,13 +1035,17 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
 
 
 @Step
-def put_spikes(places, low, high, n, group, dst):
-    """The spikes of each group into their places."""
-    j = 0
-    for start in range(0, n, group):
-        simd.store_word(dst + (start + (simd.load_byte(places + 2 * j) & 255)) * 4, simd.load_word(low + j * 4))
-        simd.store_word(dst + (start + (simd.load_byte(places + 2 * j + 1) & 255)) * 4, simd.load_word(high + j * 4))
-        j += 1
+def put_spikes(places, low, high, n, group, dst, kind):
+    """The spikes of each group, in bf16 or fp32, into their places."""
+    for j in range((n + group - 1) // group):
+        first = j * group + (simd.load_byte(places + 2 * j) & 255)
+        last = j * group + (simd.load_byte(places + 2 * j + 1) & 255)
+        if kind == BF16:
+            simd.store_half(dst + first * 2, simd.load_word(low + j * 4) >> 16)
+            simd.store_half(dst + last * 2, simd.load_word(high + j * 4) >> 16)
+        else:
+            simd.store_word(dst + first * 4, simd.load_word(low + j * 4))
+            simd.store_word(dst + last * 4, simd.load_word(high + j * 4))
 
 
 @Step
@@ -1088,34 +1137,57 @@ def invert(numbers, count):
         simd.store_fp32(numbers + i * 4, one / simd.load_fp32(numbers + i * 4))
 
 
+@_inline
+def _copy_run(src, n, size, dst):
+    """N values of so many bytes each, exactly."""
+    step = 64 // size
+    if n >= step:
+        for i in range(0, n - step + 1, step):
+            simd.store_words(dst + i * size, simd.load_words(src + i * size))
+        # The last vector overlaps the one before it.
+        simd.store_words(dst + (n - step) * size, simd.load_words(src + (n - step) * size))
+    else:
+        for i in range(0, n * size, 2):
+            simd.store_half(dst + i, simd.load_half(src + i))
+
+
 @Step
-def take_out(src, n, features, kept, rest, sent):
+def take_out(src, kind, n, features, kept, rest, sent):
     """A row in two: the values at the sorted places features[] as bf16, and all others, closed up."""
+    size = 2 if kind == BF16 else 4
     start = 0
     for k in range(kept + 1):
         stop = simd.load_long(features + k * 8) if k < kept else n
-        # What goes too far is overwritten by the next.
-        for i in range(start, stop, 16):
-            simd.store_fp32(rest + (i - k) * 4, simd.load_fp32(src + i * 4))
+        _copy_run(src + start * size, stop - start, size, rest + (start - k) * size)
         if k < kept:
-            bits = simd.load_word(src + stop * 4)
+            bits = simd.load_half(src + stop * 2) << 16 if kind == BF16 else simd.load_word(src + stop * 4)
             bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if bits & _MAGNITUDE <= 0x7F800000 else 0x7FC0
             simd.store_half(sent + k * 2, bits)
         start = stop + 1
 
 
 @Step
-def put_back(rest, sent, features, kept, n, dst):
+def put_back(rest, sent, features, kept, n, dst, kind):
     """Inverse of `take_out`."""
+    size = 2 if kind == BF16 else 4
     start = 0
     for k in range(kept + 1):
         stop = simd.load_long(features + k * 8) if k < kept else n
-        for i in range(start, stop, 16):
-            simd.store_fp32(dst + i * 4, simd.load_fp32(rest + (i - k) * 4))
+        _copy_run(rest + (start - k) * size, stop - start, size, dst + start * size)
         start = stop + 1
     for k in range(kept):
-        place = simd.load_long(features + k * 8)
-        simd.store_word(dst + place * 4, simd.load_half(sent + k * 2) << 16)
+        place, bits = simd.load_long(features + k * 8), simd.load_half(sent + k * 2)
+        if kind == BF16:
+            simd.store_half(dst + place * 2, bits)
+        else:
+            simd.store_word(dst + place * 4, bits << 16)
+
+
+@Step
+def lengthen(row, n, upto):
+    """Copies of the last bf16 of a row behind it, which change no range."""
+    for i in range(n, upto):
+        simd.store_half(row + i * 2, simd.load_half(row + n * 2 - 2))
 
 
 @Step
