@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from flashcomm.demo.measure import DemoRow
 
 _BLUE, _GREY, _RED = "#2563eb", "#9ca3af", "#b91c1c"
+_COLOURS = (_BLUE, "#d97706", "#059669", "#7c3aed", "#db2777", "#4b5563")
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:74rem;margin:2.5rem auto;padding:0 1.25rem}
@@ -21,7 +22,7 @@ th:first-child,td:first-child,td.l,th.l{text-align:left}th{font-weight:600;color
 code,pre{font:.88em ui-monospace,monospace}pre{background:#f9fafb;border:1px solid #e5e7eb;border-radius:6px;padding:.75rem;
 overflow-x:auto;margin:.25rem 0 1rem}.bad{color:#b91c1c;font-weight:600}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.25rem}
-.plots img{width:100%;border:1px solid #e5e7eb;border-radius:6px}
+.plots img{width:100%;border:1px solid #e5e7eb;border-radius:6px}.plots img:first-child{grid-column:1/-1;max-width:56rem}
 """
 
 
@@ -83,26 +84,62 @@ def _table(rows: Sequence[DemoRow]) -> str:
     return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
 
-def _plots(rows: Sequence[DemoRow]):
-    compressed = [r for r in rows if r.kl > 0]
-    figure, axes = _figure("Accuracy: KL against plain, by bits on the wire")
-    for place, row in enumerate(sorted(compressed, key=lambda r: r.kl)):
-        axes.scatter(row.bits_per_value, row.kl, color=_BLUE, s=28, zorder=3)
-        # Neighbours in KL write to the left and to the right of their dots, so that they do not write over each other.
-        at, side = ((6, 3), "left") if place % 2 else ((-6, -9), "right")
+def _family(codec: str) -> str:
+    """What a dot's colour tells."""
+    wrappers = {
+        "+spike": "spikes reserved",
+        "+keep": "features kept",
+        "+hadamard": "transformed",
+        "+taco": "transformed",
+    }
+    if ":" in codec:
+        return "one format per step"
+    found = [name for suffix, name in wrappers.items() if suffix in codec]
+    return found[-1] if found else "integers" if codec.startswith("int") else "block floats"
+
+
+def best(rows: Sequence[DemoRow]) -> list[DemoRow]:
+    """The rows that no other beats or equals in both bits and KL, by bits: the formats worth a choice."""
+    front: list[DemoRow] = []
+    for row in sorted(rows, key=lambda r: (r.bits_per_value, r.kl)):
+        if not front or row.kl < front[-1].kl:
+            front.append(row)
+    return front
+
+
+def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
+    """KL against bits, a dot per format; names in a column beside it, so that none covers another."""
+    figure, axes = _figure(
+        "Accuracy: KL against plain by bits on the wire; the line joins the formats worth a choice", 7.2
+    )
+    dots = sorted((r for r in rows if r.kl > 0 and r.bits_per_value < 16), key=lambda r: r.kl)
+    front = best(dots)
+    axes.plot([r.bits_per_value for r in front], [r.kl for r in front], color=_GREY, linewidth=1, zorder=2)
+    families = dict.fromkeys(_family(r.codec) for r in dots)
+    for family, colour in zip(families, _COLOURS, strict=False):
+        members = [r for r in dots if _family(r.codec) == family]
+        points = [r.bits_per_value for r in members], [r.kl for r in members]
+        axes.scatter(*points, color=colour, s=26, zorder=3, label=family)
+    for place, row in enumerate(dots):
         axes.annotate(
-            row.codec, (row.bits_per_value, row.kl), xytext=at, textcoords="offset points", fontsize=8, ha=side
-        )
+            row.codec, (row.bits_per_value, row.kl), xytext=(1.04, (place + 0.5) / len(dots)), textcoords="axes fraction",
+            fontsize=8, va="center", weight="bold" if row in front else "normal",
+            arrowprops={"arrowstyle": "-", "color": "#d1d5db", "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
+        )  # fmt: skip
+    for row in rows:
+        if row.codec == "fp32":
+            axes.axhline(row.kl, color=_RED, linewidth=0.8, linestyle="--", label="sums in another order")
     axes.set_xlabel("bits per value")
     axes.set_ylabel("KL (nats)")
-    axes.margins(x=0.4, y=0.12)
-    if compressed:
+    if dots:
         axes.set_yscale("log")
-        axes.set_xscale("log", base=2)
-        ticks = [t for t in (2, 3, 4, 5, 6, 8, 16, 32) if t <= 1.2 * max(r.bits_per_value for r in compressed)]
-        axes.set_xticks(ticks, [str(t) for t in ticks])
+        axes.legend(fontsize=8, loc="lower left", edgecolor="none", framealpha=1)
     axes.grid(True, color="#f0f0f0")
-    yield "KL against bits per value", figure
+    return figure
+
+
+def _plots(rows: Sequence[DemoRow]):
+    yield "KL against bits per value", _accuracy_plot(rows)
 
     for title, value, unit in (
         ("Bytes that a rank sends per prompt token", lambda r: r.wire_bytes_per_token, "{:,.0f}"),
@@ -120,8 +157,8 @@ def _plots(rows: Sequence[DemoRow]):
         yield title, figure
 
 
-def _figure(title: str):
-    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+def _figure(title: str, width: float = 5.6):
+    figure = Figure(figsize=(width, width * 0.7), layout="constrained")
     axes = figure.add_subplot()
     axes.set_title(title, fontsize=10, loc="left")
     axes.spines[["top", "right"]].set_visible(False)

@@ -14,7 +14,7 @@ Source: our own.
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, singledispatch
+from functools import cache, lru_cache, singledispatch
 from struct import pack as to_struct
 from struct import unpack as from_struct
 
@@ -476,6 +476,10 @@ class _Run:
     """Kept alive for the steps."""
 
 
+# Flat tensors may have any length, so programs are not kept for ever.
+_remembered = lru_cache(maxsize=4096)
+
+
 def _ready(each: _Program, after: _Program | None = None) -> _Run:
     after = after or _Program(each.cols)
     return _Run(
@@ -483,14 +487,14 @@ def _ready(each: _Program, after: _Program | None = None) -> _Run:
     )
 
 
-@cache
+@_remembered
 def _encoder(codec: Codec, cols: int, kind: int) -> _Run:
     p = _Program(cols)
     _encode(codec, p, _Values(_IN, kind, False), _OUT)
     return _ready(p)
 
 
-@cache
+@_remembered
 def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
     each, out = _Program(cols), _Values(_OUT, kind, False)
     if not several:
@@ -502,7 +506,7 @@ def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
     return _ready(each, after)
 
 
-@cache
+@_remembered
 def _reducer(codec: Codec, out_codec: Codec, cols: int) -> _Run:
     sums, each, after = _Values(_SUMS, FP32, True), _Program(cols), _Program(cols)
     _decode(codec, each, _IN, sums)

@@ -441,13 +441,11 @@ def store_halves_wide(typingctx, address, value):
 
 @intrinsic
 def twice_minus(typingctx, v, w):
-    """2 v - w where that is exact, so that it may be one operation where the CPU has it."""
+    """2 v - w where that is exact."""
 
     def codegen(context, builder, sig, args):
-        kind = ir.FunctionType(lanes.ir_type, [lanes.ir_type] * 3)
-        function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
         two = ir.Constant(lanes.ir_type, [ir.Constant(_F32, 2.0)] * LANES)
-        return builder.call(function, [args[0], two, builder.fneg(args[1])])
+        return _fmuladd(builder, args[0], two, builder.fneg(args[1]))
 
     return signature(lanes, lanes, lanes), codegen
 
@@ -626,13 +624,20 @@ pack2, unpack2_first, unpack2_more = _make_planes(2)
 pack1, unpack1_first, unpack1_more = _make_planes(1)
 
 
+def _fmuladd(builder, a, b, c):
+    """A * b + c as one operation where the CPU has it: only for products that are exact, so that both are the same."""
+    kind = ir.FunctionType(lanes.ir_type, [lanes.ir_type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
+    return builder.call(function, [a, b, c])
+
+
 def _butterfly(builder, v, apart):
     """One step of a Walsh-Hadamard transform inside sixteen lanes: a + b, a - b for values `apart` lanes apart."""
     index = ir.VectorType(_I32, LANES)
     partners = ir.Constant(index, [ir.Constant(_I32, i ^ apart) for i in range(LANES)])
-    signs = ir.Constant(index, [ir.Constant(_I32, 0x80000000 if i & apart else 0) for i in range(LANES)])
-    signed = builder.bitcast(builder.xor(builder.bitcast(v, index), signs), lanes.ir_type)
-    return builder.fadd(builder.shuffle_vector(v, ir.Constant(lanes.ir_type, ir.Undefined), partners), signed)
+    signs = ir.Constant(lanes.ir_type, [ir.Constant(_F32, -1.0 if i & apart else 1.0) for i in range(LANES)])
+    partner = builder.shuffle_vector(v, ir.Constant(lanes.ir_type, ir.Undefined), partners)
+    return _fmuladd(builder, v, signs, partner)
 
 
 def _make_hadamard(size):

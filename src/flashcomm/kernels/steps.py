@@ -897,48 +897,54 @@ def find_spikes(src, n, group, places, low, high, a, b):
         simd.store_word(high + j * 4, largest)
 
 
+@_inline
+def _first_and_others(at, group, smallest, largest):
+    """The places of two values in a group of bf16, and the smallest and the largest of all others in 32 lanes."""
+    lowest = -(smallest & 0x7FFF) if smallest < 0 else smallest
+    highest = -(largest & 0x7FFF) if largest < 0 else largest
+    first = last = -1
+    least = most = simd.halves_signed(simd.load_halves(at))
+    for i in range(0, group, 32):
+        v = simd.halves_signed(simd.load_halves(at + i * 2))
+        lows, highs, spikes = simd.halves_equal(v, lowest), simd.halves_equal(v, highest), 0
+        if first < 0 and lows:
+            first, spikes = i + simd.lowest_bit(lows), lows & -lows
+        if last < 0 and highs:
+            last, spikes = i + simd.lowest_bit(highs), spikes | highs & -highs
+        without_low, without_high = simd.halves_replace(v, spikes, 0x7FFF), simd.halves_replace(v, spikes, -0x8000)
+        least = simd.half_min(without_low, least) if i else without_low
+        most = simd.half_max(without_high, most) if i else without_high
+    return first, last, least, most
+
+
 @Step
 def find_spikes_bf16(src, n, group, places, low, high, least, most):
     """The places of the smallest and the largest of each group of bf16, which are known, and eight candidates, as in
     `shrink_bf16`, for those of all others. Groups are multiples of 32, none is short.
     """
-    for j in range(n // group):
-        at = src + j * group * 2
-        smallest, largest = simd.load_word(low + j * 4) >> 16, simd.load_word(high + j * 4) >> 16
-        lowest = -(smallest & 0x7FFF) if smallest < 0 else smallest
-        highest = -(largest & 0x7FFF) if largest < 0 else largest
-        first = last = -1
-        candidates = simd.halves_signed(simd.load_halves(at))
-        others_low = others_high = candidates
-        for i in range(0, group, 32):
-            v = simd.halves_signed(simd.load_halves(at + i * 2))
-            lows, highs = simd.halves_equal(v, lowest), simd.halves_equal(v, highest)
-            spikes = 0
-            if first < 0 and lows:
-                first = i + simd.lowest_bit(lows)
-                spikes = lows & -lows
-            if last < 0 and highs:
-                last = i + simd.lowest_bit(highs)
-                spikes |= highs & -highs
-            without_low, without_high = simd.halves_replace(v, spikes, 0x7FFF), simd.halves_replace(v, spikes, -0x8000)
-            if i == 0:
-                others_low, others_high = without_low, without_high
+    count = n // group
+    for j in range(0, count, 2):
+        least0 = least1 = most0 = most1 = simd.load_halves(src + j * group * 2)
+        for k in range(j, min(j + 2, count)):
+            at = src + k * group * 2
+            smallest, largest = simd.load_word(low + k * 4) >> 16, simd.load_word(high + k * 4) >> 16
+            first, last, others_low, others_high = _first_and_others(at, group, smallest, largest)
+            smallest, largest = simd.load_half(at + first * 2) << 16, simd.load_half(at + last * 2) << 16
+            if max(smallest & _MAGNITUDE, largest & _MAGNITUDE) > _SPIKE_TOO_LARGE:
+                smallest = largest = _NAN
+                first = last = 0
+            simd.store_byte(places + 2 * k, first)
+            simd.store_byte(places + 2 * k + 1, last)
+            simd.store_word(low + k * 4, smallest)
+            simd.store_word(high + k * 4, largest)
+            if k == j:
+                least0, most0 = others_low, others_high
             else:
-                others_low = simd.half_min(without_low, others_low)
-                others_high = simd.half_max(without_high, others_high)
-        # Two folds leave eight candidates, four times over; the next group's overwrite three of them.
-        others_low = simd.fold32_min(others_low, others_low)
-        others_high = simd.fold32_max(others_high, others_high)
-        simd.store_halves(least + j * 16, simd.fold16_min(others_low, others_low))
-        simd.store_halves(most + j * 16, simd.fold16_max(others_high, others_high))
-        smallest, largest = simd.load_half(at + first * 2) << 16, simd.load_half(at + last * 2) << 16
-        if max(smallest & _MAGNITUDE, largest & _MAGNITUDE) > _SPIKE_TOO_LARGE:
-            smallest = largest = _NAN
-            first = last = 0
-        simd.store_byte(places + 2 * j, first)
-        simd.store_byte(places + 2 * j + 1, last)
-        simd.store_word(low + j * 4, smallest)
-        simd.store_word(high + j * 4, largest)
+                least1, most1 = others_low, others_high
+        # Eight candidates of two groups, twice over; the next two groups' overwrite the second half.
+        least0, most0 = simd.fold32_min(least0, least1), simd.fold32_max(most0, most1)
+        simd.store_halves(least + j * 16, simd.fold16_min(least0, least0))
+        simd.store_halves(most + j * 16, simd.fold16_max(most0, most0))
 
 
 @_inline
