@@ -375,12 +375,15 @@ def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
     _deliver(p, row, y)
 
 
-def _transform(p: _Program, row: _Values, group: int, factors: "_Operand | int", *, forward: bool):
+def _transform(
+    p: _Program, row: _Values, group: int, factors: "_Operand | int", ahead: "_Operand | int", *, forward: bool
+):
+    """`ahead` is what to fetch meanwhile: the next row that comes in, or where this one goes."""
     full, rest = p.cols // group, p.cols % group
     for n, blocks, first in ((group, full, 0), (rest, 1, full)):
         for start, size in pieces(n) if blocks else ():
             at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
-            p.add(steps.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own)
+            p.add(steps.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
 
 
 @_encode.register
@@ -391,7 +394,7 @@ def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand)
         alpha = p.array()
         p.add(steps.adapt, row.at, p.cols, codec.group, alpha)
         p.add(steps.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
-    _transform(p, row, codec.group, alpha, forward=True)
+    _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
     _encode(codec.base, p, row, target)
 
 
@@ -404,7 +407,7 @@ def _decode_hadamard(codec: Hadamard, p: _Program, source: _Operand, y: _Values)
         alpha = p.array()
         p.add(steps.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
         p.add(steps.invert, alpha, count)
-    _transform(p, row, codec.group, alpha, forward=False)
+    _transform(p, row, codec.group, alpha, 0 if y.at == _SUMS else y.at, forward=False)
     _deliver(p, row, y, clean=True)
 
 

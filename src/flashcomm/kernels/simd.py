@@ -192,16 +192,31 @@ load_words8, load_halves = _make_load_words(_I32, words8), _make_load_words(_I16
 store_words, store_words_u16, store_words_u8 = (_make_store_words(element) for element in (_I32, _I16, _I8))
 
 
+def _bf16_in_upper_halves(builder, value):
+    bits = builder.bitcast(value, words.ir_type)
+    odd_bit = builder.and_(builder.lshr(bits, _const(LANES, 16)), _const(LANES, 1))
+    return builder.add(builder.add(bits, _const(LANES, 0x7FFF)), odd_bit)
+
+
+@intrinsic
+def store_bf16_twice(typingctx, address, first, second):
+    """32 bf16, rounded half to even: sixteen, and the sixteen behind them."""
+
+    def codegen(context, builder, sig, args):
+        parts = [builder.bitcast(_bf16_in_upper_halves(builder, value), halves.ir_type) for value in args[1:]]
+        upper = ir.Constant(ir.VectorType(_I32, 32), [ir.Constant(_I32, 2 * i + 1) for i in range(32)])
+        _store_raw(builder, builder.shuffle_vector(*parts, upper), args[0], _I16, 32)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, lanes, lanes), codegen
+
+
 @intrinsic
 def store_bf16_pairs(typingctx, address, even, odd):
     """32 bf16, rounded half to even: the even and the odd ones."""
 
     def codegen(context, builder, sig, args):
-        rounded = []
-        for value in args[1:]:
-            bits = builder.bitcast(value, words.ir_type)
-            odd_bit = builder.and_(builder.lshr(bits, _const(LANES, 16)), _const(LANES, 1))
-            rounded.append(builder.add(builder.add(bits, _const(LANES, 0x7FFF)), odd_bit))
+        rounded = [_bf16_in_upper_halves(builder, value) for value in args[1:]]
         low, high = builder.lshr(rounded[0], _const(LANES, 16)), builder.and_(rounded[1], _const(LANES, 0xFFFF0000))
         _store_raw(builder, builder.or_(low, high), args[0], _I32, LANES)
         return context.get_dummy_value()

@@ -103,32 +103,39 @@ def widen(src, kind, n, dst):
             simd.store1_fp32(dst + i * 4, v)
 
 
+@_inline
+def _clean(v, clean):
+    """`v` with every NaN the one quiet NaN, if `clean`."""
+    bits = simd.as_words(v)
+    if clean:
+        bits = simd.words_where_less(simd.splat_words(0x7F800000), bits & _MAGNITUDE, simd.splat_words(_NAN), bits)
+    return simd.as_lanes(bits)
+
+
 @Step
 def narrow(src, n, dst, kind, clean):
     """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `clean`."""
-    full = n & ~15
-    nan, inf = simd.splat_words(_NAN), simd.splat_words(0x7F800000)
-    for i in range(0, full, 16):
-        bits = simd.load_words(src + i * 4)
-        if clean:
-            bits = simd.words_where_less(inf, bits & _MAGNITUDE, nan, bits)
-        v = simd.as_lanes(bits)
+    full = n & ~31
+    for i in range(0, full, 32):
+        v, w = _clean(simd.load_fp32(src + i * 4), clean), _clean(simd.load_fp32(src + i * 4 + 64), clean)
         if kind == BF16:
-            simd.store_bf16(dst + i * 2, v)
+            simd.store_bf16_twice(dst + i * 2, v, w)
         elif kind == FP16:
             simd.store_fp16(dst + i * 2, v)
+            simd.store_fp16(dst + i * 2 + 32, w)
         else:
             simd.store_fp32(dst + i * 4, v)
+            simd.store_fp32(dst + i * 4 + 64, w)
     for i in range(full, n):
-        w = simd.load1_fp32(src + i * 4)
-        if w != w:
-            w = simd.from_bits(_NAN)
+        x = simd.load1_fp32(src + i * 4)
+        if x != x:
+            x = simd.from_bits(_NAN)
         if kind == BF16:
-            simd.store1_bf16(dst + i * 2, w)
+            simd.store1_bf16(dst + i * 2, x)
         elif kind == FP16:
-            simd.store1_fp16(dst + i * 2, w)
+            simd.store1_fp16(dst + i * 2, x)
         else:
-            simd.store1_fp32(dst + i * 4, w)
+            simd.store1_fp32(dst + i * 4, x)
 
 
 @Step
@@ -1055,10 +1062,11 @@ def put_spikes(places, low, high, n, group, dst, kind):
 
 
 @Step
-def hadamard(row, blocks, size, stride, factor_bits, factors):
+def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
     """Each of `blocks` runs of `size` fp32, a power of two, times a factor and then transformed in place.
 
-    The factor is also multiplied by the run's own in factors[], if that is not 0.
+    The factor is also multiplied by the run's own in factors[], if that is not 0. Memory that is needed next, two bytes
+    per value, is fetched meanwhile, if `ahead` is not 0.
     """
     inner = min(size, 128)
     # Below sixteen values a vector holds several runs, if they follow each other.
@@ -1083,6 +1091,9 @@ def hadamard(row, blocks, size, stride, factor_bits, factors):
         block += at_once
         for i in range(0, size, inner):
             part = at + i * 4
+            if ahead:
+                for line in range(part - row, part - row + inner * 4, 128):
+                    simd.prefetch(ahead + line // 2)
             if inner == 128:
                 simd.hadamard128(part, factor)
             elif inner == 64:
