@@ -138,4 +138,6 @@ if __name__ == "__main__":
     document = {"op": "variants", "ranks": 4, "machine": machine.describe(), "rows": rows}
     arguments.json.write_text(json.dumps(document, indent=1) + "\n")
     for row in rows:
-        print(f"{row['codec']:28s} {row['bits_per_value']:.2f} {100 * row['perplexity_change']:+.2f} % KL {row['kl']:.1e}")
+        print(
+            f"{row['codec']:28s} {row['bits_per_value']:.2f} {100 * row['perplexity_change']:+.2f} % KL {row['kl']:.1e}"
+        )

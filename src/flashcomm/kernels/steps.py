@@ -934,6 +934,9 @@ def find_spikes_bf16(src, n, group, places, low, high, least, most):
         least0 = least1 = most0 = most1 = simd.load_halves(src + j * group * 2)
         for k in range(j, min(j + 2, count)):
             at = src + k * group * 2
+            # The next row: the steps before and after this one leave less time for it.
+            for i in range(0, group * 2, 64):
+                simd.prefetch(at + i + n * 2)
             smallest, largest = simd.load_word(low + k * 4) >> 16, simd.load_word(high + k * 4) >> 16
             first, last, others_low, others_high = _first_and_others(at, group, smallest, largest)
             smallest, largest = simd.load_half(at + first * 2) << 16, simd.load_half(at + last * 2) << 16
