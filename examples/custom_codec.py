@@ -1,5 +1,7 @@
 """A wire format of your own: one bit per value and the row's mean magnitude. Run: torchrun --nproc-per-node 2 FILE."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
@@ -7,6 +9,7 @@ import flashcomm
 from flashcomm.codecs import bits
 
 
+@dataclass(frozen=True)
 class Sign(flashcomm.Codec):
     """The name is what an entry point under flashcomm.codecs maps to this class, for the CLI and for policies."""
 

@@ -119,7 +119,13 @@ def test_wrong_use_says_what_to_do(tmp_path):
         Calibration.load(tmp_path / "other")
     with pytest.raises(ValueError, match="2 to 8 bits"):
         parse("int4static").__class__(1)
-    with pytest.raises(ValueError, match="none negative or NaN"):
+    with pytest.raises(ValueError, match="so rank 3 has no scales"):
+        parse("int4static").bind(features(2), 3)
+    for group in (2, 4):
+        parse("int4static+keep64").bind(features(group), 0).check(256, group)
+        with pytest.raises(ValueError, match=f"calibrated on {group} ranks, and the group has 3: run.*--tp 3"):
+            parse("int4static+keep64").bind(features(group), 0).check(256, 3)
+    with pytest.raises(ValueError, match="row 1, feature 0 has nan"):
         Features(torch.tensor([[1.0], [float("nan")]]))
 
 
@@ -141,6 +147,40 @@ def test_ranks_agree_and_one_process_predicts_them(spec, algorithm, world_size):
         assert promises.same(got, results[0][0])
         assert promises.same(got, predicted)
         assert (got - exact).norm() / exact.norm() < 0.15
+
+
+def test_a_broken_payload_stays_in_its_row():
+    codec = parse("int2g256+spike")
+    payload = codec.encode(torch.randn(1, 16))
+    payload[:, -2:] = 255
+    target = torch.zeros(64, 16)
+    flashcomm.decode(payload, codec, cols=16, dtype=torch.float32, out=target[:1])
+    assert not target[1:].any()
+    assert promises.same(target[:1], codec.decode(payload, 16, torch.float32))
+    static = parse("int4static").bind(features(2), 0)
+    payload = static.encode(torch.randn(1, 256))
+    payload[:, -1] = 9
+    decoded = flashcomm.decode(payload, static, cols=256, dtype=torch.float32)
+    assert promises.same(decoded, static.decode(payload, 256, torch.float32))
+
+
+def test_wrappers_pass_on_what_distinguishes_their_base():
+    from flashcomm.codecs import Affine, Hadamard
+
+    class Table(Affine):
+        @property
+        def identity(self):
+            return "table@7"
+
+        def check(self, cols, ranks=None):
+            raise ValueError("only so many columns")
+
+    base = Table(4, False, 32)
+    assert Hadamard(base).identity == "table@7+hadamard"
+    assert Keep(base, 64).identity == "table@7+keep64"
+    assert flashcomm.kernels.route(base, "cpu")[0] == "torch"
+    with pytest.raises(ValueError, match="only so many"):
+        Hadamard(base, adaptive=True).check(33)
 
 
 def unbound(spec: str):

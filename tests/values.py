@@ -33,6 +33,11 @@ def special(dtype: torch.dtype) -> dict[str, torch.Tensor]:
         "strided": torch.randn(64, 64, generator=generator)[:, ::2],
         "window": torch.randn(16, 100, generator=generator)[:, 3:90],
     }
+    between = torch.full((2, 64), 1 + 2.0**-7)
+    # Spikes that lie between two bf16 numbers, next to which all others are.
+    between[0, ::16], between[0, 1::16] = 1 + 2.0**-10, 0.0
+    between[1, ::16], between[1, 1::16] = 1 + 2.0**-8, 9.0
+    tensors["between bf16"] = torch.cat([between, -between])
     return {name: tensor.to(dtype) for name, tensor in tensors.items()}
 
 

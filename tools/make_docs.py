@@ -57,11 +57,15 @@ def bound(codec: Codec) -> str:
         return f"max abs / {codec.last:.0f}" if codec.symmetric else f"(max - min) / {2 * codec.last:.0f}"
     if isinstance(codec, Block):
         element, scale = codec.parts
-        # A power of two may be up to twice of what is needed.
-        least = codec.limit / (1 + scale.power_of_two) / 2.0 ** (element.lowest - element.mantissa - 1)
-        return f"abs / {2 ** (element.mantissa + 1)}, or max abs / {least:.4g}"
+        # A power of two may be up to twice of what is needed, an E4M3 an eighth more.
+        excess = 2 if scale.power_of_two else {"fp32": 1, "e4m3": 9 / 8}[codec.scale]
+        least = codec.limit / excess / 2.0 ** (element.lowest - element.mantissa - 1)
+        row = {"e5m0": least * 2.0**30, "e4m3": least * excess * 448 * 2.0**9}.get(codec.scale)
+        rest = f", or the row's / {row:.1e}" if row else ""
+        return f"abs / {2 ** (element.mantissa + 1)}, or max abs / {least:.4g}{rest}"
     if isinstance(codec, Spike):
-        return f"(max - min of the others) / {1.75 * 2**codec.base.bits:g}"
+        parts = 2**codec.base.bits
+        return f"(max - min of the others) / {1.75 * parts:g}, or their middle / {3.5 * parts:g}"
     if isinstance(codec, Hadamard):
         return "the sum of a group's bounds"
     if isinstance(codec, Static):

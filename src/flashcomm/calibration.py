@@ -72,7 +72,7 @@ class Calibration:
 
         codec = parse(codec)
         known = self.features.get(module)
-        if not needs_calibration(codec):
+        if not codec.unbound:
             return codec
         if known is None:
             raise ValueError(f"module {module!r} was not calibrated. Calibrated: {', '.join(sorted(self.features))}")
@@ -109,17 +109,3 @@ class Calibration:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"cannot read the calibration {str(path)!r}: {error}") from error
         raise ValueError(f"{str(path)!r} is not a calibration: make one with 'flashcomm calibrate MODEL'")
-
-
-def needs_calibration(codec: Codec) -> bool:
-    """Whether `codec` cannot encode anything before it is bound.
-
-    >>> from flashcomm.codecs import parse
-    >>> needs_calibration(parse("int4static")), needs_calibration(parse("int4g128"))
-    (True, False)
-    """
-    try:
-        codec.check(1)
-    except ValueError:
-        return True
-    return False

@@ -1,4 +1,4 @@
-"""`flashcomm bench codec`: encode and decode against a copy of the same tensor, after a check of every byte."""
+"""`flashcomm bench codec`: encode and decode against a copy of the same tensor, after a check of 256 rows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -49,8 +49,13 @@ class Codec(ABC):
         """What ranks compare before they communicate: the spelling, and whatever else changes the bytes."""
         return str(self)
 
-    def check(self, cols: int):
-        """Refuse rows of `cols` values that this codec cannot encode, before anything is sent.
+    @property
+    def unbound(self) -> bool:
+        """Whether this codec needs a calibration and has none yet; see `bind`."""
+        return False
+
+    def check(self, cols: int, ranks: int | None = None):
+        """Refuse rows of `cols` values, or a number of ranks, that this codec cannot serve, before anything is sent.
 
         Raises:
             ValueError: what is wrong and what to do.

@@ -40,8 +40,14 @@ class Features:
     """
 
     def __init__(self, reach: torch.Tensor):
-        if reach.dim() != 2 or reach.shape[0] < 2 or not bool((reach >= 0).all()):
-            raise ValueError(f"reach is [ranks + 1, features], none negative or NaN, not {list(reach.shape)}")
+        if reach.dim() != 2 or reach.shape[0] < 2:
+            raise ValueError(f"reach is [ranks + 1, features], not {list(reach.shape)}")
+        bad = ~((reach >= 0) & reach.isfinite())
+        if bad.any():
+            row, feature = bad.nonzero()[0].tolist()
+            raise ValueError(
+                f"a reach is finite and not negative, but row {row}, feature {feature} has {reach[row, feature]}"
+            )
         self.reach = reach.detach().float().cpu().contiguous()
         self.digest = hashlib.blake2b(self.reach.numpy().tobytes(), digest_size=4).hexdigest()
 
@@ -110,10 +116,15 @@ class Keep(Codec):
 
     @property
     def identity(self) -> str:
-        return f"{self}@{self.features.digest}" if self.features else str(self)
+        return f"{self.base.identity}+keep{self.every}" + (f"@{self.features.digest}" if self.features else "")
 
-    def check(self, cols: int):
-        _check(self, cols)
+    @property
+    def unbound(self) -> bool:
+        return self.features is None
+
+    def check(self, cols: int, ranks: int | None = None):
+        _check(self, cols, ranks)
+        self.base.check(cols - len(self.kept), ranks)
 
     def bind(self, features: Features, rank: int) -> "Keep":
         kept = features.worst(features.cols // self.every)
@@ -176,16 +187,22 @@ class Static(Codec):
         return f"{self}@{self.features.digest}" if self.features else str(self)
 
     @property
+    def unbound(self) -> bool:
+        return self.features is None
+
+    @property
     def last(self) -> float:
         """The largest code of a number; the next one means NaN."""
         return float(2**self.bits - 2)
 
-    def check(self, cols: int):
-        _check(self, cols)
+    def check(self, cols: int, ranks: int | None = None):
+        _check(self, cols, ranks)
 
     def bind(self, features: Features, rank: int) -> "Static":
         if features.ranks > 255:
             raise ValueError(f"static scales are numbered in a byte: at most 255 ranks, not {features.ranks}")
+        if not 0 <= rank <= features.ranks:
+            raise ValueError(f"calibrated on {features.ranks} ranks, so rank {rank} has no scales: calibrate again")
         return Static(self.bits, features, rank)
 
     @property
@@ -215,7 +232,8 @@ class Static(Codec):
     def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
         self.check(cols)
         code = planes.unpack(payload[:, :-1], cols, self.bits)
-        scale = self.tables().to(payload.device)[payload[:, -1].long()]
+        tables = self.tables().to(payload.device)
+        scale = tables[payload[:, -1].long().clamp_max(len(tables) - 1)]
         value = (code.float() * scale - self.last / 2 * scale).masked_fill(code > self.last, float("nan"))
         return canonical_nan(value.to(dtype))
 
@@ -226,8 +244,8 @@ class Static(Codec):
         return torch.maximum(scale, beyond).masked_fill(~x.isfinite(), float("nan"))
 
 
-def _check(codec: "Keep | Static", cols: int):
-    """Refuse a codec that is not bound, or bound to another number of features.
+def _check(codec: "Keep | Static", cols: int, ranks: int | None):
+    """Refuse a codec that is not bound, or bound to another number of features or ranks.
 
     Raises:
         ValueError: says which and what to do.
@@ -238,4 +256,9 @@ def _check(codec: "Keep | Static", cols: int):
         raise ValueError(
             f"codec {codec} was calibrated for a sum of {codec.features.cols} features, not of {cols}: "
             "calibrate this model"
+        )
+    if ranks is not None and ranks != codec.features.ranks:
+        raise ValueError(
+            f"codec {codec} was calibrated on {codec.features.ranks} ranks, and the group has {ranks}: "
+            f"run 'flashcomm calibrate MODEL --tp {ranks}'"
         )

@@ -66,9 +66,14 @@ class Cast(Codec):
 
 
 def bf16_spacing(x: torch.Tensor) -> torch.Tensor:
-    """fp32: the distance between neighbouring bf16 numbers around each x; 0 for a tensor that is bf16 itself."""
+    """fp32: the distance between neighbouring bf16 numbers around each x; 0 for a tensor that is bf16 itself.
+
+    NaN where x is beyond them.
+    """
     if x.dtype == torch.bfloat16:
         return torch.zeros_like(x, dtype=torch.float32)
     # frexp gives |x| = m * 2**e with m in [1/2, 1); bf16 keeps eight significant bits, down to 2**-133.
-    exponent = torch.frexp(x.float())[1]
-    return torch.ldexp(torch.ones_like(x, dtype=torch.float32), (exponent - 8).clamp_min(-133))
+    exponent = (torch.frexp(x.float())[1] - 8).masked_fill(x == 0, -133).clamp_min(-133)
+    spacing = torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent)
+    # What rounds to Inf has no neighbour.
+    return spacing.masked_fill(x.to(torch.bfloat16).isinf(), float("nan"))

@@ -54,6 +54,13 @@ class Hadamard(Codec):
         """Values that are transformed together, and quantised together."""
         return self.base.group  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def identity(self) -> str:
+        return str(self).replace(str(self.base), self.base.identity, 1)
+
+    def check(self, cols: int, ranks: int | None = None):
+        self.base.check(cols, ranks)
+
     def _alpha_bytes(self, cols: int) -> int:
         return 4 * groups.count(cols, self.group) * self.adaptive
 

@@ -82,9 +82,13 @@ class Pair(Codec):
     def identity(self) -> str:
         return f"{self.first.identity}:{self.second.identity}"
 
-    def check(self, cols: int):
-        self.first.check(cols)
-        self.second.check(cols)
+    @property
+    def unbound(self) -> bool:
+        return self.first.unbound or self.second.unbound
+
+    def check(self, cols: int, ranks: int | None = None):
+        self.first.check(cols, ranks)
+        self.second.check(cols, ranks)
 
     def bind(self, features: Features, rank: int) -> "Pair":
         return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))

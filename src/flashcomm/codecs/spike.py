@@ -177,6 +177,8 @@ class Spike(Codec):
         value = value + groups.by_value(zero, self.group, cols)
         places = planes.unpack(places, 2 * count, self.place_bits).unflatten(1, (count, 2))
         start = min(self.group, cols) * torch.arange(count, dtype=torch.int32, device=payload.device)
+        # A place beyond the group can only come from a broken payload; it must not reach another group.
+        places = torch.minimum(places, (cols - 1 - start).clamp_max(self.group - 1)[:, None])
         # High last: where both spikes are the one value of a group they are equal.
         value.scatter_(1, (start + places[..., 0]).long(), low)
         value.scatter_(1, (start + places[..., 1]).long(), torch.where(low.isnan(), low, high))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import codecs, kernels, planner
-from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Pair, Plain
 from flashcomm.collectives import steps
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
 from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
@@ -205,7 +205,7 @@ def all_to_all(
     """
     codec = codecs.parse(codec)
     state = _checked(x, codec, group)
-    if codec.steps != (codec, codec):
+    if isinstance(codec, Pair):
         raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
     if x.dim() < 2:
         raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
@@ -239,8 +239,6 @@ def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -
         raise ValueError(
             f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
         )
-    if x.numel():
-        codec.check(x.shape[-1] if x.dim() else 1)
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
     kernels.check_storage(x)
@@ -278,7 +276,7 @@ def _as_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> tuple:
-    values = (op, algorithm, codec.identity, str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
+    values = (op, algorithm, str(codec), str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
     return tuple(zip(("op", "algorithm", "codec", "dtype", "shape"), values, strict=True))
 
 
@@ -327,6 +325,11 @@ def _run(
     out: torch.Tensor,
     async_op: bool,
 ) -> torch.Tensor | Work:
+    if rows.numel():
+        call.codec.check(rows.shape[1], state.ranks)
+    if call.codec.identity != str(call.codec):
+        # Once per calibrated codec, not once more for every new shape.
+        state.agree((("codec", call.codec.identity),), out.device)
     state.agree(call.contract, out.device)
     if call.refusal:
         raise RuntimeError(f"strict: {call.op} of {list(out.shape)} {out.dtype} {call.refusal}")

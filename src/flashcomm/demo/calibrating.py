@@ -10,11 +10,11 @@ from flashcomm.demo import text
 from flashcomm.integrations.transformers import calibrate
 
 
-def rank_main(directory: Path, out: Path, source: Path | None, tokens: int, dtype: str) -> dict:
+def rank_main(directory: Path, out: Path, source: str | None, source_name: str | None, tokens: int, dtype: str) -> dict:
     """Calibrate; rank 0 writes the file. Returns the figures."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
-    windows = text.calibration_windows(tokenizer, source.read_text(encoding="utf-8") if source else None, tokens)
-    origin = f"{directory.name}, {source.name if source else 'Python source'}"
+    windows = text.calibration_windows(tokenizer, source, tokens)
+    origin = f"{directory.name}, {source_name or 'Python source'}"
     calibration = calibrate(model, windows, origin=origin)
     if dist.get_rank() == 0:
         calibration.save(out)

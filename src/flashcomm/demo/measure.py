@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flashcomm.bench import model as bench
-from flashcomm.calibration import needs_calibration
 from flashcomm.codecs import parse
 from flashcomm.demo import text
 from flashcomm.integrations.transformers import calibrate, compressed
@@ -59,7 +58,7 @@ def rank_main(
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
     windows = text.windows(ids, eval_tokens)
     calibration = None
-    if any(needs_calibration(parse(spec)) for spec in specs):
+    if any(parse(spec).unbound for spec in specs):
         calibration = calibrate(model, text.calibration_windows(tokenizer), origin="the demo")
     # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
     with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:

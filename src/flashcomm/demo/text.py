@@ -159,5 +159,5 @@ def windows(ids: torch.Tensor, tokens: int) -> list[torch.Tensor]:
 
 def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = 32 * 1024) -> list[torch.Tensor]:
     """Return windows of token ids to calibrate on, of ``text`` or else of what the model learned from."""
-    ids = torch.tensor(tokenizer(text or calibration_text(), verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(calibration_text() if text is None else text, verbose=False)["input_ids"])
     return windows(ids, tokens)

@@ -83,10 +83,9 @@ def compress(
     options = {"strict": strict, "batch_invariant": batch_invariant}
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(calibration)
-    parsed = codecs.parse(codec)
-    if calibration is None:
-        parsed.check(1)
-    return Compression(model, parsed, modules=modules, algorithm=algorithm, calibration=calibration, **options)
+    return Compression(
+        model, codecs.parse(codec), modules=modules, algorithm=algorithm, calibration=calibration, **options
+    )
 
 
 @contextmanager
@@ -183,6 +182,11 @@ class Compression:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
+        if codec.unbound:
+            if calibration is None:
+                codec.check(1)
+            for name in reducing:
+                self._codec_of(name)
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model

@@ -11,7 +11,7 @@ itself, which `route` tells and the log says once.
 import importlib.util
 import logging
 import threading
-from functools import cache
+from functools import lru_cache
 
 import torch
 
@@ -21,7 +21,7 @@ from flashcomm.codecs import FLOAT_DTYPES, Cast, Codec, Plain
 _log = logging.getLogger("flashcomm.kernels")
 
 
-@cache
+@lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
     """(backend, why): which implementation serves `codec` on a kind of device, ``numba`` or ``torch``."""
     if isinstance(codec, Plain | Cast):
@@ -43,7 +43,7 @@ def missing(codec: Codec, device_type: str) -> str | None:
     return why if backend == "torch" and not isinstance(codec, Plain | Cast) else None
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _backend(codec: Codec, device_type: str):
     if route(codec, device_type)[0] == "torch":
         return None
@@ -63,7 +63,7 @@ def warm_up(codec: "str | Codec" = "int8g128"):
             _warm_up(step)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _warm_up(codec: Codec):
     notice = threading.Timer(
         1.0, _log.warning, [f"flashcomm is compiling its CPU kernels for {codec} (once; numba keeps them on disk)"]

@@ -27,7 +27,7 @@ from flashcomm.codecs import groups
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import Block
-from flashcomm.codecs.calibrated import Keep, Static
+from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.hadamard import Hadamard, pieces
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels import simd, steps
@@ -434,17 +434,22 @@ def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
     _deliver(p, row, y)
 
 
-def _tables(codec: Static, cols: int) -> np.ndarray:
-    """The scales, each row with room for a whole vector more."""
-    scales = codec.tables().numpy()
-    return np.pad(scales, ((0, 0), (0, 16)))
+@lru_cache(maxsize=4096)
+def _tables(features: Features, bits: int) -> np.ndarray:
+    """The scales of all ranks and of the sum, each row with room for a whole vector more."""
+    return np.pad(Static(bits, features).tables().numpy(), ((0, 0), (0, 16)))
+
+
+def _features(codec: Static) -> Features:
+    assert codec.features is not None
+    return codec.features
 
 
 @_encode.register
 def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
     codec.check(p.cols)
     x, codes = _wide(p, x), p.array()
-    scale = _tables(codec, p.cols)[codec.table]
+    scale = _tables(_features(codec), codec.bits)[codec.table]
     with np.errstate(divide="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
     operands = p.constant(scale * np.float32(-codec.last / 2)), p.constant(inverse)
@@ -457,10 +462,10 @@ def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
 @_decode.register
 def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
     codec.check(p.cols)
-    tables, scale, zero = _tables(codec, p.cols), p.array(), p.array()
+    tables, scale, zero = _tables(_features(codec), codec.bits), p.array(), p.array()
     number = source + planes.code_bytes(p.cols, codec.bits)
     factor = _bits(-codec.last / 2)
-    p.add(steps.pick_table, number, p.constant(tables), tables.strides[0], factor, p.cols, scale, zero)
+    p.add(steps.pick_table, number, p.constant(tables), len(tables), tables.strides[0], factor, p.cols, scale, zero)
     codes = _unpack(p, source, p.cols, codec.bits)
     row = _workplace(p, y)
     p.add(steps.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
@@ -542,9 +547,8 @@ _run = steps.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cach
 
 def supports(codec: Codec) -> bool:
     """Whether there are steps for `codec` and all that it wraps."""
-    if isinstance(codec, Hadamard | Keep):
-        return supports(codec.base)
-    return _encode.dispatch(type(codec)) is not _encode.dispatch(object)
+    # By its very type: a subclass may mean other bytes.
+    return type(codec) in _encode.registry and (not isinstance(codec, Hadamard | Keep) or supports(codec.base))
 
 
 @cache

@@ -5,7 +5,7 @@ than 64 trips scalar, which makes groups of 32 four times slower than groups of 
 such cliff, and LLVM splits it into whatever registers the CPU has (AVX-512, AVX2, NEON).
 
 There are `lanes` (sixteen fp32) and `words` (sixteen int32), with Python's operators between two of them or with a
-scalar on the right; `>>` on words fills with zeros. `words8` and `halves` (32 int16) exist to find ranges.
+scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist to find ranges of bf16.
 
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
@@ -34,7 +34,6 @@ class _Vector(types.Type):
 
 lanes = _Vector("fp32x16", _F32, LANES)
 words = _Vector("int32x16", _I32, LANES)
-words8 = _Vector("int32x8", _I32, 8)
 halves = _Vector("int16x32", _I16, 32)
 
 
@@ -157,7 +156,7 @@ def _make_store(kind, count):
 
 
 load_bf16, load_fp16, load_fp32, load_u8 = (_make_load(k, LANES) for k in ("bf16", "fp16", "fp32", "u8"))
-store_bf16, store_fp16, store_fp32 = (_make_store(k, LANES) for k in ("bf16", "fp16", "fp32"))
+store_fp16, store_fp32 = (_make_store(k, LANES) for k in ("fp16", "fp32"))
 load1_bf16, load1_fp16, load1_fp32 = (_make_load(k, 1) for k in ("bf16", "fp16", "fp32"))
 store1_bf16, store1_fp16, store1_fp32 = (_make_store(k, 1) for k in ("bf16", "fp16", "fp32"))
 
@@ -188,7 +187,7 @@ def _make_store_words(element):
 
 
 load_words, load_words_u16, load_words_u8 = (_make_load_words(element, words) for element in (_I32, _I16, _I8))
-load_words8, load_halves = _make_load_words(_I32, words8), _make_load_words(_I16, halves)
+load_halves = _make_load_words(_I16, halves)
 store_words, store_words_u16, store_words_u8 = (_make_store_words(element) for element in (_I32, _I16, _I8))
 
 
@@ -342,7 +341,6 @@ def _make_extreme(vector, less):
 # On lanes, `a < b ? a : b` is one instruction everywhere; it gives b where either is a NaN.
 lane_min, lane_max = (_make_extreme(lanes, less) for less in (True, False))
 word_min, word_max = (_make_extreme(words, less) for less in (True, False))
-word8_min, word8_max = (_make_extreme(words8, less) for less in (True, False))
 half_min, half_max = (_make_extreme(halves, less) for less in (True, False))
 
 
@@ -362,8 +360,7 @@ def _make_reduce(vector, name):
     return reduce
 
 
-words_min, words_max = (_make_reduce(words, name) for name in ("smin", "smax"))
-words8_min, words8_max = (_make_reduce(words8, name) for name in ("smin", "smax"))
+words_max = _make_reduce(words, "smax")
 
 
 def _make_fold(vector, block, less):
@@ -535,7 +532,7 @@ def lowest_bit(typingctx, mask):
 
 
 # Integers that order like the floating-point numbers of these patterns; the function is its own inverse.
-words_key, words8_key, halves_key = _make_key(words), _make_key(words8), _make_key(halves)
+words_key, halves_key = _make_key(words), _make_key(halves)
 
 
 @intrinsic
@@ -583,7 +580,7 @@ def _make_word(bits):
 load_byte, store_byte = _make_word(8)
 load_half, store_half = _make_word(16)
 load_word, store_word = _make_word(32)
-load_long, store_long = _make_word(64)
+load_long, _ = _make_word(64)
 
 
 def _make_planes(width):

@@ -7,8 +7,8 @@ Every step works on arrays that stay in the cache: a row is some thousand values
 of its kind, so a new format compiles nothing, and a step is compiled when a program first needs it, in about 0.1 s.
 
 Hazard: a step gets addresses and counts, all of them int64, and checks nothing. It reads and writes whole vectors, up
-to 31 values beyond the end of what it is given, which `cpu`'s scratch memory has room for; a tensor's own row is
-used only where that cannot happen.
+to 512 bytes beyond the end of what it is given, which each of `cpu`'s scratch arrays has room for; a tensor's own row
+is used only where that cannot happen. What a payload says is believed, except for places in memory.
 
 Scales and zero points come as one fp32 per group, and `spread` repeats them so that a loop needs no groups: one per 32
 values of bf16 or per 16 of fp32 where groups are multiples of that, else one per 2 or per value. That is the `unit`.
@@ -874,8 +874,12 @@ def find_spikes(src, n, group, places, low, high, a, b):
     for j in range((n + group - 1) // group):
         start = j * group
         at, size = src + start * 4, min(group, n - start)
-        if j < done:
+        known = j < done
+        if known:
             first, last = simd.load_word(low + j * 4) & 0xFFFF, 0xFFFF - (simd.load_word(high + j * 4) & 0xFFFF)
+            # Between two bf16, the largest may be the second smallest, or the other way round.
+            second, before = simd.load_word(a + j * 4) & 0xFFFF, 0xFFFF - (simd.load_word(b + j * 4) & 0xFFFF)
+            known = second != last and before != first
         else:
             lowest, highest = _FAR_UP, _FAR_DOWN
             for i in range(size):
@@ -884,6 +888,7 @@ def find_spikes(src, n, group, places, low, high, a, b):
                 lowest = min(lowest, key & _DOWN | i)
                 highest = max(highest, (min(key, 0x7FFF0000) + 0xFFFF) & _DOWN | 0xFFFF - i)
             first, last = lowest & 0xFFFF, 0xFFFF - (highest & 0xFFFF)
+        if not known:
             lowest, highest = _FAR_UP, _FAR_DOWN
             for i in range(size):
                 if i != first and i != last:
@@ -1052,10 +1057,11 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
 
 @Step
 def put_spikes(places, low, high, n, group, dst, kind):
-    """The spikes of each group, in bf16 or fp32, into their places."""
+    """The spikes of each group, in bf16 or fp32, into their places; none beyond the group's last value."""
     for j in range((n + group - 1) // group):
-        first = j * group + (simd.load_byte(places + 2 * j) & 255)
-        last = j * group + (simd.load_byte(places + 2 * j + 1) & 255)
+        end = min(group, n - j * group) - 1
+        first = j * group + min(simd.load_byte(places + 2 * j) & 255, end)
+        last = j * group + min(simd.load_byte(places + 2 * j + 1) & 255, end)
         if kind == BF16:
             simd.store_half(dst + first * 2, simd.load_word(low + j * 4) >> 16)
             simd.store_half(dst + last * 2, simd.load_word(high + j * 4) >> 16)
@@ -1230,9 +1236,10 @@ def unmark_nan(codes, n, code, row):
 
 
 @Step
-def pick_table(number, tables, table_bytes, factor_bits, n, scale, zero):
-    """The table of scales with the number that stands in a byte, and the zero points: scales times a factor."""
-    table, factor = tables + (simd.load_byte(number) & 255) * table_bytes, simd.from_bits(factor_bits)
+def pick_table(number, tables, count, table_bytes, factor_bits, n, scale, zero):
+    """Of `count` tables of scales the one whose number stands in a byte, and the zero points: scales times a factor."""
+    table = tables + min(simd.load_byte(number) & 255, count - 1) * table_bytes
+    factor = simd.from_bits(factor_bits)
     for i in range(0, n, 16):
         v = simd.load_fp32(table + i * 4)
         simd.store_fp32(scale + i * 4, v)
