@@ -5,7 +5,7 @@ from pathlib import Path
 
 # numba notices changes of the file that defines a kernel, not of the lanes that the kernel is made of.
 _kernels = Path(__file__).parents[1] / "src" / "flashcomm" / "kernels"
-_digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(_kernels.glob("*.py"))), digest_size=8)
+_digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(_kernels.rglob("*.py"))), digest_size=8)
 _cache = f"flashcomm-kernels-{os.getuid()}-{_digest.hexdigest()}"
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / _cache)
 

@@ -1,0 +1,59 @@
+"""What the CPU kernels do to one row, step by step, sixteen lanes at a time; `cpu` strings steps into programs.
+
+    affine   ranges | affine_scales | quantise | pack          unpack | affine_meta | dequantise
+    block    ranges | block_scales | round_floats | pack       unpack | block_meta | read_floats
+
+Every step works on arrays that stay in the cache: a row is some thousand values. A step is one function for all formats
+of its kind, so a new format compiles nothing, and a step is compiled when a program first needs it, in about 0.1 s.
+
+Hazard: a step gets addresses and counts, all of them int64, and checks nothing. It reads and writes whole vectors, up
+to 512 bytes beyond the end of what it is given, which each of `cpu`'s scratch arrays has room for; a tensor's own row
+is used only where that cannot happen. What a payload says is believed, except for places in memory.
+
+Scales and zero points come as one fp32 per group, and `spread` repeats them so that a loop needs no groups: one per 32
+values of bf16 or per 16 of fp32 where groups are multiples of that, else one per 2 or per value. That is the `unit`.
+
+Names: src, dst and other arrays are addresses; n values of a row in groups of `group`, `count` groups in all; fp32
+operands arrive as their bits, `..._bits`.
+
+One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks`, `spikes`, `transforms`, `calibrated`.
+
+Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
+"""
+
+from flashcomm.kernels.steps.affine import affine_meta, affine_scales, dequantise, quantise
+from flashcomm.kernels.steps.base import BF16, FP16, FP32, Step, compiled
+from flashcomm.kernels.steps.blocks import (
+    meta_e4m3,
+    meta_e5m0,
+    meta_e8m0,
+    read_floats,
+    round_floats,
+    scales_e4m3,
+    scales_e5m0,
+    scales_e8m0,
+    scales_fp32,
+)
+from flashcomm.kernels.steps.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
+from flashcomm.kernels.steps.planes import pack, pack_rest, unpack, unpack_rest
+from flashcomm.kernels.steps.ranges import (
+    magnitudes_bf16,
+    magnitudes_fp32,
+    ranges_bf16,
+    ranges_fp32,
+    shrink_bf16,
+    shrink_fp32,
+    shrink_magnitudes,
+)
+from flashcomm.kernels.steps.rows import accumulate, copy_bytes, forget, narrow, put_byte, spread, widen
+from flashcomm.kernels.steps.spikes import (
+    find_spikes,
+    find_spikes_bf16,
+    put_spikes,
+    shrink_spikes,
+    spike_meta,
+    spike_scales,
+    two_largest,
+    two_smallest,
+)
+from flashcomm.kernels.steps.transforms import adapt, hadamard, invert

@@ -1,0 +1,126 @@
+"""Integer codes: `codecs.affine`."""
+
+from flashcomm.kernels import simd
+from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
+
+
+@Step
+def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, meta):
+    """Ranges -> zero points, reciprocals of the scales, and the bytes of both.
+
+    The reciprocal is NaN for a group that decodes to NaN; `flag` is not 0 if there is one.
+    """
+    last = simd.from_bits(last_bits)
+    nothing, one, tiny = simd.splat(f32(0)), simd.splat(f32(1)), simd.splat(TINY)
+    none, nan = simd.splat_words(0), simd.splat_words(NAN)
+    steps = simd.splat(last * f32(0.5)) if symmetric else simd.splat(last)
+    all_bad = none
+    for j in range(0, count, 16):
+        least = simd.load_fp32(low + j * 4)
+        most = simd.load_fp32(high + j * 4)
+        if symmetric:
+            zeros = nothing
+            span = simd.lane_max(nothing - least, most)
+        else:
+            # Down to bf16; + 0 turns -0 into +0, so that the order of equal values leaves no trace in the bytes.
+            up = simd.where_less_words(least, nothing, simd.splat_words(0xFFFF), none)
+            zeros = simd.as_lanes((simd.as_words(least) + up) & 0xFFFF0000) + nothing
+            span = most - zeros
+        scale_bits = (simd.as_words(simd.lane_max(span / steps, tiny)) + 0xFFFF) & 0xFFFF0000
+        scale_bits = simd.where_less_words(nothing, span, scale_bits, none)
+        scale = simd.as_lanes(scale_bits)
+        if symmetric:
+            zeros = (nothing - steps) * scale
+        top = scale * last
+        # v * 0 is 0 for a finite v alone.
+        wrong = least * nothing + most * nothing + top * nothing + (top + zeros) * nothing + zeros * nothing
+        bad = simd.words_where_equal(simd.as_words(wrong) & MAGNITUDE, none, none, nan)
+        all_bad = all_bad | bad
+        recip = simd.words_where_equal(scale_bits, none, none, simd.as_words(one / scale))
+        simd.store_words(inverse + j * 4, simd.words_where_equal(bad, nan, nan, recip))
+        scale_bits = simd.words_where_equal(bad, nan, nan, scale_bits)
+        zero_bits = simd.words_where_equal(bad, nan, nan, simd.as_words(zeros))
+        simd.store_words(zero + j * 4, zero_bits)
+        if symmetric:
+            simd.store_words_u16(meta + j * 2, scale_bits >> 16)
+        else:
+            simd.store_words(meta + j * 4, scale_bits >> 16 | zero_bits & 0xFFFF0000)
+    simd.store_word(flag, simd.words_max(all_bad))
+
+
+@Step
+def affine_meta(meta, count, symmetric, last_bits, zero, scale):
+    """The bytes of `affine_scales` -> scales and zero points."""
+    minus_half = simd.splat(simd.from_bits(last_bits) * f32(-0.5))
+    for j in range(0, count, 16):
+        if symmetric:
+            scales = simd.as_lanes(simd.load_words_u16(meta + j * 2) << 16)
+            zeros = scales * minus_half
+        else:
+            both = simd.load_words(meta + j * 4)
+            scales, zeros = simd.as_lanes(both << 16), simd.as_lanes(both & 0xFFFF0000)
+        simd.store_fp32(scale + j * 4, scales)
+        simd.store_fp32(zero + j * 4, zeros)
+
+
+@inline
+def _quantise(x, zeros, inverses, highest, limited):
+    """One code per lane, in the lowest byte; the next is 0."""
+    v = (x - zeros) * inverses + simd.splat(ROUND)
+    if limited:
+        v = simd.lane_max(simd.lane_min(v, highest), simd.splat(ROUND))
+    return simd.as_words(v)
+
+
+@Step
+def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
+    """round((x - zero) * inverse), one byte each, kept within 0 and the limit unless that is 0."""
+    highest, limited = simd.splat(ROUND + simd.from_bits(limit_bits)), limit_bits != 0
+    if kind == BF16:
+        for i in range(0, n, 32):
+            simd.prefetch(src + n * 2 + i * 2)
+            if unit == 32:
+                zeros = simd.splat(simd.load1_fp32(zero + i // 8))
+                inverses = simd.splat(simd.load1_fp32(inverse + i // 8))
+            else:
+                zeros, inverses = simd.load_fp32(zero + i * 2), simd.load_fp32(inverse + i * 2)
+            # Two bf16 share a word, and so do their codes.
+            pair = simd.load_words(src + i * 2)
+            even = _quantise(simd.as_lanes(pair << 16), zeros, inverses, highest, limited)
+            odd = _quantise(simd.as_lanes(pair & 0xFFFF0000), zeros, inverses, highest, limited)
+            simd.store_words_u16(codes + i, even | odd << 8)
+        return
+    for i in range(0, n, 16):
+        if unit == 16:
+            zeros = simd.splat(simd.load1_fp32(zero + i // 4))
+            inverses = simd.splat(simd.load1_fp32(inverse + i // 4))
+        else:
+            zeros, inverses = simd.load_fp32(zero + i * 4), simd.load_fp32(inverse + i * 4)
+        simd.store_words_u8(codes + i, _quantise(simd.load_fp32(src + i * 4), zeros, inverses, highest, limited))
+
+
+@Step
+def dequantise(codes, n, unit, scale, zero, add, dst, kind):
+    """Code * scale + zero as bf16, or as fp32, added to what is there if `add`."""
+    if kind == BF16:
+        for i in range(0, n, 32):
+            simd.prefetch(codes + n + i)
+            if unit == 32:
+                scales = simd.splat(simd.load1_fp32(scale + i // 8))
+                zeros = simd.splat(simd.load1_fp32(zero + i // 8))
+            else:
+                scales, zeros = simd.load_fp32(scale + i * 2), simd.load_fp32(zero + i * 2)
+            pair = simd.load_words_u16(codes + i)
+            even = simd.to_lanes(pair & 255) * scales + zeros
+            odd = simd.to_lanes(pair >> 8) * scales + zeros
+            simd.store_bf16_pairs(dst + i * 2, even, odd)
+        return
+    for i in range(0, n, 16):
+        if unit == 16:
+            scales, zeros = simd.splat(simd.load1_fp32(scale + i // 4)), simd.splat(simd.load1_fp32(zero + i // 4))
+        else:
+            scales, zeros = simd.load_fp32(scale + i * 4), simd.load_fp32(zero + i * 4)
+        v = simd.load_u8(codes + i) * scales + zeros
+        if add:
+            v = simd.load_fp32(dst + i * 4) + v
+        simd.store_fp32(dst + i * 4, v)

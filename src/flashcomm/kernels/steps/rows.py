@@ -1,0 +1,128 @@
+"""Rows in and out: widening, narrowing, copying, and what all formats need."""
+
+from flashcomm.kernels import simd
+from flashcomm.kernels.steps.base import AHEAD, BF16, FP16, MAGNITUDE, NAN, Step, f32, inline
+
+
+@Step
+def widen(src, kind, n, dst):
+    """N values of any kind as fp32; up to fifteen zeros behind them."""
+    full = n & ~15
+    if kind == BF16:
+        for i in range(0, full, 16):
+            simd.prefetch(src + i * 2 + AHEAD)
+            simd.store_fp32(dst + i * 4, simd.load_bf16(src + i * 2))
+    elif kind == FP16:
+        for i in range(0, full, 16):
+            simd.store_fp32(dst + i * 4, simd.load_fp16(src + i * 2))
+    else:
+        for i in range(0, full, 16):
+            simd.store_fp32(dst + i * 4, simd.load_fp32(src + i * 4))
+    if full < n:
+        simd.store_fp32(dst + full * 4, simd.splat(f32(0)))
+        for i in range(full, n):
+            if kind == BF16:
+                v = simd.load1_bf16(src + i * 2)
+            elif kind == FP16:
+                v = simd.load1_fp16(src + i * 2)
+            else:
+                v = simd.load1_fp32(src + i * 4)
+            simd.store1_fp32(dst + i * 4, v)
+
+
+@inline
+def _clean(v, clean):
+    """`v` with every NaN the one quiet NaN, if `clean`."""
+    bits = simd.as_words(v)
+    if clean:
+        bits = simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, simd.splat_words(NAN), bits)
+    return simd.as_lanes(bits)
+
+
+@Step
+def narrow(src, n, dst, kind, clean):
+    """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `clean`."""
+    full = n & ~31
+    for i in range(0, full, 32):
+        v, w = _clean(simd.load_fp32(src + i * 4), clean), _clean(simd.load_fp32(src + i * 4 + 64), clean)
+        if kind == BF16:
+            simd.store_bf16_twice(dst + i * 2, v, w)
+        elif kind == FP16:
+            simd.store_fp16(dst + i * 2, v)
+            simd.store_fp16(dst + i * 2 + 32, w)
+        else:
+            simd.store_fp32(dst + i * 4, v)
+            simd.store_fp32(dst + i * 4 + 64, w)
+    for i in range(full, n):
+        x = simd.load1_fp32(src + i * 4)
+        if x != x:
+            x = simd.from_bits(NAN)
+        if kind == BF16:
+            simd.store1_bf16(dst + i * 2, x)
+        elif kind == FP16:
+            simd.store1_fp16(dst + i * 2, x)
+        else:
+            simd.store1_fp32(dst + i * 4, x)
+
+
+@Step
+def accumulate(src, n, add, dst):
+    """N fp32 values to another place, or added to what is there if `add`."""
+    if add:
+        for i in range(0, n, 16):
+            simd.store_fp32(dst + i * 4, simd.load_fp32(dst + i * 4) + simd.load_fp32(src + i * 4))
+    else:
+        for i in range(0, n, 16):
+            simd.store_fp32(dst + i * 4, simd.load_fp32(src + i * 4))
+
+
+@Step
+def copy_bytes(src, n, dst):
+    """N bytes from here to there."""
+    full = n & ~63
+    for i in range(0, full, 64):
+        simd.store_words(dst + i, simd.load_words(src + i))
+    for i in range(full, n):
+        simd.store_byte(dst + i, simd.load_byte(src + i))
+
+
+@Step
+def spread(per_group, times, n, out):
+    """Each fp32 so many times, until there are n."""
+    count = (n + times - 1) // times
+    if times == 2:
+        for j in range(0, count, 8):
+            simd.store_fp32(out + j * 8, simd.repeat2(per_group + j * 4))
+        return
+    if times == 4:
+        for j in range(0, count, 4):
+            simd.store_fp32(out + j * 16, simd.repeat4(per_group + j * 4))
+        return
+    if times == 8:
+        for j in range(0, count, 2):
+            simd.store_fp32(out + j * 32, simd.repeat8(per_group + j * 4))
+        return
+    for j in range(count):
+        v = simd.splat(simd.load1_fp32(per_group + j * 4))
+        # What goes too far is overwritten by the next.
+        for i in range(j * times, min(j * times + times, n), 16):
+            simd.store_fp32(out + i * 4, v)
+
+
+@Step
+def forget(flag, inverse, n, group, codes):
+    """Codes of NaN groups become 0."""
+    if simd.load_word(flag) == 0:
+        return
+    for start in range(0, n, group):
+        v = simd.load1_fp32(inverse)
+        inverse += 4
+        if v != v:
+            for i in range(start, min(start + group, n)):
+                simd.store_byte(codes + i, 0)
+
+
+@Step
+def put_byte(value, dst):
+    """One byte."""
+    simd.store_byte(dst, value)

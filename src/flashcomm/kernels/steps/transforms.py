@@ -1,0 +1,99 @@
+"""Walsh-Hadamard transforms and TACO's scale: `codecs.hadamard`."""
+
+import numpy as np
+
+from flashcomm.kernels import simd
+from flashcomm.kernels.steps.base import NAN, Step, f32
+
+
+@Step
+def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
+    """Each of `blocks` runs of `size` fp32, a power of two, times a factor and then transformed in place.
+
+    The factor is also multiplied by the run's own in factors[], if that is not 0. Memory that is needed next, two bytes
+    per value, is fetched meanwhile, if `ahead` is not 0.
+    """
+    inner = min(size, 128)
+    # Below sixteen values a vector holds several runs, if they follow each other.
+    at_once = 1 if size >= 16 else 16 // size if stride == size and factors == 0 else 0
+    block = 0
+    while block < blocks:
+        factor, at = simd.from_bits(factor_bits), row + block * stride * 4
+        if factors:
+            factor = simd.load1_fp32(factors + block * 4) * factor
+        if at_once == 0 or block + at_once > blocks:
+            for i in range(size):
+                simd.store1_fp32(at + i * 4, simd.load1_fp32(at + i * 4) * factor)
+            apart, block = 1, block + 1
+            while apart < size:
+                for start in range(0, size, 2 * apart):
+                    for i in range(start, start + apart):
+                        first, second = simd.load1_fp32(at + i * 4), simd.load1_fp32(at + (i + apart) * 4)
+                        simd.store1_fp32(at + i * 4, first + second)
+                        simd.store1_fp32(at + (i + apart) * 4, first - second)
+                apart *= 2
+            continue
+        block += at_once
+        for i in range(0, size, inner):
+            part = at + i * 4
+            if ahead:
+                for line in range(part - row, part - row + inner * 4, 128):
+                    simd.prefetch(ahead + line // 2)
+            if inner == 128:
+                simd.hadamard128(part, factor)
+            elif inner == 64:
+                simd.hadamard64(part, factor)
+            elif inner == 32:
+                simd.hadamard32(part, factor)
+            elif inner == 16:
+                simd.hadamard16(part, factor)
+            elif inner == 8:
+                simd.hadamard8(part, factor)
+            elif inner == 4:
+                simd.hadamard4(part, factor)
+            elif inner == 2:
+                simd.hadamard2(part, factor)
+            else:
+                simd.hadamard1(part, factor)
+        apart = 128
+        while apart < size:
+            for start in range(0, size, 2 * apart):
+                for i in range(start, start + apart, 16):
+                    first, second = simd.load_fp32(at + i * 4), simd.load_fp32(at + (i + apart) * 4)
+                    simd.store_fp32(at + i * 4, first + second)
+                    simd.store_fp32(at + (i + apart) * 4, first - second)
+            apart *= 2
+
+
+@Step
+def adapt(row, n, group, alpha):
+    """TACO's alpha of each group: see `codecs.hadamard`."""
+    for start in range(0, n, group):
+        size, at = min(group, n - start), row + start * 4
+        whole = size & ~15
+        sums = simd.splat(f32(0))
+        for i in range(0, whole, 16):
+            v = simd.load_fp32(at + i * 4)
+            sums = sums + v * v
+        if whole < size:
+            v = simd.load_fp32(at + whole * 4)
+            beyond = simd.splat_words(size - whole - 1)
+            inside = simd.words_where_less(beyond, simd.places(), simd.splat_words(0), simd.as_words(v * v))
+            sums = sums + simd.as_lanes(inside)
+        value = f32(448) / np.sqrt(simd.pairwise_sum(sums) / f32(size) + f32(1e-6))
+        if value < f32(1e-3):
+            value = f32(1e-3)
+        if value > f32(1e3):
+            value = f32(1e3)
+        if value != value:
+            value = simd.from_bits(NAN)
+        simd.store1_fp32(alpha, value)
+        alpha += 4
+
+
+@Step
+def invert(numbers, count):
+    """1 over each fp32, in place."""
+    one = simd.splat(f32(1))
+    for i in range(0, count, 16):
+        simd.store_fp32(numbers + i * 4, one / simd.load_fp32(numbers + i * 4))
