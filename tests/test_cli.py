@@ -124,7 +124,7 @@ def test_calibrate_and_use_it(tmp_path):
     done = run("generate", "demo", "--tp", 2, *options)
     assert done.returncode == 0, done.stderr
     done = run("generate", "demo", "--tp", 4, *options)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "calibration is of 2 ranks and the group has 4" in done.stderr
 
 

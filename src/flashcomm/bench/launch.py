@@ -10,6 +10,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -73,8 +74,15 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
 
 
+def _interrupt_once(signum: int, frame: Any):
+    # Ctrl-C reaches a rank twice, from the terminal and from the launcher; the second must not disturb the way out.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 @record
 def _rank_main(function: Callable, args: tuple, timeout_s: float):
+    signal.signal(signal.SIGINT, _interrupt_once)
     ranks, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ranks))
