@@ -54,7 +54,7 @@ def _backend(codec: Codec, device_type: str):
 
 
 def warm_up(codec: "str | Codec" = "int8g128"):
-    """Load what `codec` needs on the CPU, or compile it where this machine has not yet, which takes two to four seconds.
+    """Load what `codec` needs on the CPU, or compile it where this machine has not yet: two to four seconds.
 
     The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
     """
