@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from flashcomm.codecs import Codec, Features
+from flashcomm.codecs import Codec, Features, parse
 
 _FORMAT = "flashcomm-calibration-1"
 
@@ -68,12 +68,10 @@ class Calibration:
         Raises:
             ValueError: no such module, or calibrated on another number of ranks.
         """
-        from flashcomm.codecs import parse
-
         codec = parse(codec)
-        known = self.features.get(module)
         if not codec.unbound:
             return codec
+        known = self.features.get(module)
         if known is None:
             raise ValueError(f"module {module!r} was not calibrated. Calibrated: {', '.join(sorted(self.features))}")
         if known.ranks != ranks:
