@@ -21,7 +21,9 @@ class RankFailed(AssertionError):
 class Ranks:
     """`ranks` processes; `run(f, *args)` calls ``f(*args)`` on each and returns the results in rank order."""
 
-    def __init__(self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo", path: str = ""):
+    def __init__(
+        self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo", path: str = "", env: dict | None = None
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -29,7 +31,7 @@ class Ranks:
         for rank in range(ranks):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path), daemon=True
+                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path, env or {}), daemon=True
             )
             process.start()
             theirs.close()
@@ -68,11 +70,11 @@ class Ranks:
                 process.join()
 
 
-def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, path: str):
+def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, path: str, env: dict):
     if path:
         sys.path.insert(0, path)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
     import torch
     import torch.distributed as dist
 
@@ -95,9 +97,12 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
 
 
 @functools.cache
-def shared(ranks: int, path: str = "") -> Ranks:
-    """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them."""
-    _kept.append(Ranks(ranks, path=path))
+def shared(ranks: int, path: str = "", messages: bool = False) -> Ranks:
+    """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them.
+
+    They share memory, as ranks of one host do, unless they are to send messages.
+    """
+    _kept.append(Ranks(ranks, path=path, env={"FLASHCOMM_SHARED_MEMORY": "0"} if messages else None))
     return _kept[-1]
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import values
 from flashcomm import codecs, kernels
 
-SPECS = [f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (1, 3, 8, 32, 100, 128)]
+SPECS = ["bf16", "fp32", *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (1, 3, 8, 32, 100, 128))]
 
 
 def same_bytes(a, b):
@@ -23,7 +23,8 @@ def assert_equals_specification(codec, x):
 
 def test_affine_codecs_run_on_numba():
     assert kernels.route(codecs.parse("int4g128"), "cpu") == ("numba", "compiled for this CPU")
-    assert kernels.route(codecs.parse("bf16"), "cpu")[0] == "torch"
+    assert kernels.route(codecs.parse("bf16"), "cpu")[0] == "numba"
+    assert kernels.route(codecs.parse("none"), "cpu")[0] == "torch"
     backend, why = kernels.route(codecs.parse("int4g128"), "cuda")
     assert backend == "torch"
     assert "specification" in why

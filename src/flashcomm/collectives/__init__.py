@@ -9,7 +9,7 @@ Not supported: autograd (these are for inference), integer and fp64 tensors exce
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from flashcomm import codecs, kernels, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Pair, Plain
-from flashcomm.collectives import steps
+from flashcomm.collectives import shared, steps
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
 from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
 
@@ -83,21 +83,31 @@ def all_reduce(
 
     Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
     """
-    codec = codecs.parse(codec)
-    state = _checked(x, codec, group)
-    plan = planner.choose(
-        x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
-    )
-    out = _result(x, tuple(x.shape), out)
-    run = {"plain": _plain_all_reduce, "one_step": steps.one_step, "two_step": steps.two_step}[plan.algorithm]
-    contract = _contract("all_reduce", plan.algorithm, codec, x, x.shape)
-    refusal = _compromise(x, codec, plan) if strict else None
-    if strict:
-        contract = (*contract, ("strict", refusal or "yes"))
-    rows = _as_rows(x)
-    sent = 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
-    call = _Call(op="all_reduce", plan=plan, codec=codec, contract=contract, plain_bytes=sent, refusal=refusal)
-    return _run(call, run, rows, state, out, async_op)
+    state = _entered(x, group)
+    key = ("all_reduce", codec, algorithm, x.shape, x.dtype, x.device.type, strict, batch_invariant)
+    call = state.calls.get(key) if _is_key(codec) else None
+    if call is None:
+        codec = _fitting(codec, x)
+        plan = planner.choose(
+            x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
+        )
+        refusal = _compromise(x, codec, plan) if strict else None
+        call = _Call(
+            op="all_reduce",
+            plan=plan,
+            codec=codec,
+            contract=_contract("all_reduce", plan.algorithm, codec, x, x.shape)
+            + (f", strict={refusal or 'yes'}" if strict else ""),
+            shape=tuple(x.shape),
+            plain_bytes=2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
+            run=_plain_all_reduce
+            if plan.algorithm == "plain"
+            else _mover(plan.algorithm, codec, x, state, _row_shape(x.shape)),
+            rows=_row_shape(x.shape),
+            refusal=refusal,
+        )
+        state.remember(key, call)
+    return _run(call, x, state, out, async_op)
 
 
 def reduce_scatter(
@@ -125,20 +135,30 @@ def reduce_scatter(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
-    codec = codecs.parse(codec).steps[0]
-    state = _checked(x, codec, group)
-    if x.dim() == 0 or x.shape[0] % state.ranks:
-        raise ValueError(
-            f"reduce_scatter splits dimension 0 over {state.ranks} ranks, which {list(x.shape)} does not allow"
+    state = _entered(x, group)
+    key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device.type)
+    call = state.calls.get(key) if _is_key(codec) else None
+    if call is None:
+        codec = _fitting(codec, x).steps[0]
+        if x.dim() == 0 or x.shape[0] % state.ranks:
+            raise ValueError(
+                f"reduce_scatter splits dimension 0 over {state.ranks} ranks, which {list(x.shape)} does not allow"
+            )
+        plan = _single_step_plan(algorithm, codec, state)
+        # A vector is cut into R rows, whose owners sum one each.
+        rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else _row_shape(x.shape)
+        call = _Call(
+            op="reduce_scatter",
+            plan=plan,
+            codec=codec,
+            contract=_contract("reduce_scatter", plan.algorithm, codec, x, x.shape),
+            shape=(x.shape[0] // state.ranks, *x.shape[1:]),
+            plain_bytes=x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
+            run=_plain_reduce_scatter if plan.algorithm == "plain" else _mover("reduce_scatter", codec, x, state, rows),
+            rows=rows,
         )
-    plan = _single_step_plan(algorithm, codec, state)
-    shape = (x.shape[0] // state.ranks, *x.shape[1:])
-    rows = x.reshape(state.ranks, -1) if x.dim() == 1 else _as_rows(x)
-    run = _plain_reduce_scatter if plan.algorithm == "plain" else steps.reduce_scatter
-    contract = _contract("reduce_scatter", plan.algorithm, codec, x, x.shape)
-    sent = x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
-    call = _Call(op="reduce_scatter", plan=plan, codec=codec, contract=contract, plain_bytes=sent)
-    return _run(call, run, rows, state, _result(x, shape, out), async_op)
+        state.remember(key, call)
+    return _run(call, x, state, out, async_op)
 
 
 def all_gather(
@@ -164,15 +184,26 @@ def all_gather(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
-    codec = codecs.parse(codec).steps[1]
-    state = _checked(x, codec, group)
-    plan = _single_step_plan(algorithm, codec, state)
-    shape = (state.ranks * x.shape[0], *x.shape[1:]) if x.dim() else (state.ranks,)
-    run = _plain_all_gather if plan.algorithm == "plain" else steps.all_gather
-    contract = _contract("all_gather", plan.algorithm, codec, x, x.shape)
-    sent = x.numel() * x.element_size() * (state.ranks - 1)
-    call = _Call(op="all_gather", plan=plan, codec=codec, contract=contract, plain_bytes=sent)
-    return _run(call, run, _as_rows(x), state, _result(x, shape, out), async_op)
+    state = _entered(x, group)
+    key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device.type)
+    call = state.calls.get(key) if _is_key(codec) else None
+    if call is None:
+        codec = _fitting(codec, x).steps[1]
+        plan = _single_step_plan(algorithm, codec, state)
+        call = _Call(
+            op="all_gather",
+            plan=plan,
+            codec=codec,
+            contract=_contract("all_gather", plan.algorithm, codec, x, x.shape),
+            shape=(state.ranks * x.shape[0], *x.shape[1:]) if x.dim() else (state.ranks,),
+            plain_bytes=x.numel() * x.element_size() * (state.ranks - 1),
+            run=_plain_all_gather
+            if plan.algorithm == "plain"
+            else _mover("all_gather", codec, x, state, _row_shape(x.shape)),
+            rows=_row_shape(x.shape),
+        )
+        state.remember(key, call)
+    return _run(call, x, state, out, async_op)
 
 
 def all_to_all(
@@ -203,8 +234,8 @@ def all_to_all(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
-    codec = codecs.parse(codec)
-    state = _checked(x, codec, group)
+    state = _entered(x, group)
+    codec = _fitting(codec, x)
     if isinstance(codec, Pair):
         raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
     if x.dim() < 2:
@@ -223,26 +254,55 @@ def all_to_all(
             return (rows.shape[0] - in_rows[state.rank]) * rows.shape[1] * rows.element_size()
         return steps.all_to_all(rows, codec, state, out, out_rows, in_rows)
 
-    contract = _contract("all_to_all", plan.algorithm, codec, x, ("*", *x.shape[1:]))
-    sent = (sum(in_rows) - in_rows[state.rank]) * x.shape[-1] * x.element_size()
-    # Ranks may hold different numbers of rows, so even a rank that has none takes part.
-    call = _Call(op="all_to_all", plan=plan, codec=codec, contract=contract, plain_bytes=sent, even_if_empty=True)
-    return _run(call, run, _as_rows(x), state, _result(x, shape, out), async_op)
+    call = _Call(
+        op="all_to_all",
+        plan=plan,
+        codec=codec,
+        contract=_contract("all_to_all", plan.algorithm, codec, x, ("*", *x.shape[1:])),
+        shape=shape,
+        plain_bytes=(sum(in_rows) - in_rows[state.rank]) * x.shape[-1] * x.element_size(),
+        run=run,
+        rows=_row_shape(x.shape),
+        # Ranks may hold different numbers of rows, so even a rank that has none takes part.
+        even_if_empty=True,
+    )
+    return _run(call, x, state, out, async_op)
 
 
-def _checked(x: torch.Tensor, codec: Codec, group: "dist.ProcessGroup | None") -> GroupState:
+def _is_key(codec: object) -> bool:
+    """Whether a call may be remembered under what was given as its codec."""
+    return isinstance(codec, str | Codec)
+
+
+def _mover(name: str, codec: Codec, x: torch.Tensor, state: GroupState, rows: tuple[int, int]) -> Callable[..., int]:
+    """What moves the payloads: memory that the ranks share where all of them can, messages otherwise."""
+    if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
+        return getattr(shared, name)(codec, *rows, x.dtype, state)
+    return getattr(steps, name)
+
+
+def _entered(x: torch.Tensor, group: "dist.ProcessGroup | None") -> GroupState:
+    """The state of `group`, once `x` is a tensor that a collective can take."""
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         raise ValueError(
             f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
         )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+    kernels.check_storage(x)
+    state = state_of(group)
+    state.meet(x.device)
+    return state
+
+
+def _fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
+    """The parsed codec, if it can encode `x`."""
+    codec = codecs.parse(codec)
     if x.dtype not in FLOAT_DTYPES and not isinstance(codec, Plain):
         raise ValueError(
             f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
         )
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
-    kernels.check_storage(x)
-    return state_of(group)
+    return codec
 
 
 def _compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan) -> str | None:
@@ -266,18 +326,19 @@ def _result(x: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -
     return out
 
 
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[..., H] -> [T, H]; a view where the strides allow it."""
-    if x.dim() == 0:
-        return x.reshape(1, 1)
-    if x.numel() == 0:
-        return x.reshape(0, x.shape[-1])
-    return x.reshape(-1, x.shape[-1])
+def _row_shape(shape: torch.Size) -> tuple[int, int]:
+    """[..., H] as [T, H]."""
+    return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
-def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> tuple:
-    values = (op, algorithm, str(codec), str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar")
-    return tuple(zip(("op", "algorithm", "codec", "dtype", "shape"), values, strict=True))
+def _with_cols(out: torch.Tensor, cols: int) -> torch.Tensor:
+    return out if out.dim() == 2 and out.shape[1] == cols else out.view(-1, cols)
+
+
+def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> str:
+    """What all ranks must agree on before the first transfer."""
+    dtype, size = str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar"
+    return f"op={op}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
 
 
 def _single_step_plan(algorithm: str, codec: Codec, state: GroupState) -> planner.Plan:
@@ -302,78 +363,90 @@ def _split(name: str, sizes: Sequence[int] | None, rows: int | None, ranks: int)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
-    """One collective, decided and checked on this rank."""
+    """One collective, decided and checked on this rank; remembered, because deciding takes longer than a small sum."""
 
     op: str
     plan: planner.Plan
     codec: Codec
-    contract: tuple
-    """What all ranks must agree on before the first transfer."""
+    contract: str
+    shape: tuple[int, ...]
+    """Of the result."""
     plain_bytes: int
     """What the plain collective would send from this rank."""
+    run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int]
+    """Runs on rows of x and of the result; returns the bytes sent."""
+    rows: tuple[int, int]
+    """The shape of x as rows."""
     even_if_empty: bool = False
     """Whether a rank without rows takes part, because others may have some."""
     refusal: str | None = None
     """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
+    identity: str | None = field(init=False)
+    """What ranks compare of a calibrated codec beside its spelling."""
+    counted: str = field(init=False)
+    """Under which name `flashcomm.stats()` counts it."""
 
+    def __post_init__(self):
+        identity = self.codec.identity
+        object.__setattr__(self, "identity", identity if identity != str(self.codec) else None)
+        object.__setattr__(self, "counted", f"{self.op}/{self.plan.algorithm}/{self.codec}")
 
-def _run(
-    call: _Call,
-    run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int],
-    rows: torch.Tensor,
-    state: GroupState,
-    out: torch.Tensor,
-    async_op: bool,
-) -> torch.Tensor | Work:
-    if rows.numel():
-        call.codec.check(rows.shape[1], state.ranks)
-    if call.codec.identity != str(call.codec):
-        # Once per calibrated codec, not once more for every new shape.
-        state.agree((("codec", call.codec.identity),), out.device)
-    state.agree(call.contract, out.device)
-    if call.refusal:
-        raise RuntimeError(f"strict: {call.op} of {list(out.shape)} {out.dtype} {call.refusal}")
-
-    def collective(state: GroupState):
+    def __call__(self, rows: torch.Tensor, state: GroupState, out: torch.Tensor):
+        """Run on this thread; `out` may have any strides."""
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         sent = 0
         if state.ranks == 1:
             target.copy_(rows.view(out.shape) if rows.is_contiguous() else rows.reshape(out.shape))
-        elif rows.numel() or (call.even_if_empty and rows.shape[1]):
+        elif rows.numel() or (self.even_if_empty and rows.shape[1]):
             try:
-                sent = run(rows, call.codec, state, target.view(-1, rows.shape[1]))
+                sent = self.run(rows, self.codec, state, _with_cols(target, rows.shape[1]))
             except RuntimeError as error:
-                what = ", ".join(f"{key}={value}" for key, value in call.contract)
                 raise RuntimeError(
-                    f"{call.op} over {state.ranks} ranks failed on rank {state.rank} ({what}): {error}. "
+                    f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
                     "A peer that is gone, or that does not join within the group's timeout, looks like this"
                 ) from error
         if target is not out:
             out.copy_(target)
-        record(call.op, call.plan.algorithm, str(call.codec), wire_bytes=sent, plain_bytes=call.plain_bytes)
-        if call.plan.algorithm == "plain":
-            record_plain(call.op, call.plan.reason)
-        elif reasons := [r for step in call.codec.steps if (r := kernels.missing(step, out.device.type))]:
-            record_slow(call.op, reasons[0])
+        record(self.counted, wire_bytes=sent, plain_bytes=self.plain_bytes)
+        if self.plan.algorithm == "plain":
+            record_plain(self.op, self.plan.reason)
+        elif reason := kernels.any_missing(self.codec, out.device.type):
+            record_slow(self.op, reason)
 
+
+def _run(
+    call: _Call, x: torch.Tensor, state: GroupState, out: torch.Tensor | None, async_op: bool
+) -> torch.Tensor | Work:
+    out = _result(x, call.shape, out)
+    rows = x if x.shape == call.rows else x.reshape(call.rows)
+    if rows.numel():
+        call.codec.check(rows.shape[1], state.ranks)
+    if call.identity:
+        # Once per calibrated codec, not once more for every new shape.
+        state.agree(f"codec={call.identity}", out.device)
+    state.agree(call.contract, out.device)
+    if isinstance(call.run, shared.Prepared):
+        state.reserve(call.run.half_bytes)
+    if call.refusal:
+        raise RuntimeError(f"strict: {call.op} of {list(out.shape)} {out.dtype} {call.refusal}")
     if not async_op:
-        collective(state)
+        call(rows, state, out)
         return out
     if out.device.type == "cuda":
         stream = state.stream(out.device)
         stream.wait_stream(torch.cuda.current_stream(out.device))
         with torch.cuda.stream(stream):
-            collective(state)
+            call(rows, state, out)
         for tensor in (rows, out):
             tensor.record_stream(stream)
         return Work(out, event=stream.record_event())
     if state.ranks == 1 or call.plan.algorithm == "plain" or not state.direct(out.device):
         # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
-        collective(state)
+        call(rows, state, out)
         return Work(out)
     lane_state, lane = state.lane()
     # Inference mode and grad mode are per thread.
-    return Work(out, future=lane.submit(torch.inference_mode()(collective), lane_state))
+    return Work(out, future=lane.submit(torch.inference_mode()(call), rows, lane_state, out))
 
 
 def _plain_all_reduce(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:

@@ -5,16 +5,24 @@ So before the first transfer of every new combination of operation, codec, dtype
 are about to do, and all of them raise if they differ.
 """
 
+import importlib.util
 import math
+import os
+import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from flashcomm.collectives.shared import HALF_BYTES, SharedMemory
+
 _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
+_MAX_CALLS = 4096
 # Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
 _TAG, _LANE_TAG = 0xFC, 0xFD
 
@@ -30,8 +38,17 @@ class GroupState:
         self._global_ranks = dist.get_process_group_ranks(group)
         self._tag = tag
         self._gloo = _cpu_backend(group) == "gloo"
-        self._contracts: set[tuple] = set()
+        self._contracts: set[str] = set()
+        self.calls: dict[tuple, Any] = {}
+        """Calls that were decided and checked, by what they were given."""
         self._buffers: dict[tuple, torch.Tensor] = {}
+        self._met = False
+        self.hosts: list[int] = [0] * self.ranks
+        """Which host each rank is on, counted from 0 in the order of ranks; known after `meet`."""
+        self.shared: SharedMemory | None = None
+        """Memory that all ranks map, if all are on one host."""
+        self.why_not_shared = "the ranks have not met yet"
+        self._lane_shared: SharedMemory | None = None
         self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -42,7 +59,61 @@ class GroupState:
             raise RuntimeError("the process group of this call has been destroyed")
         return group
 
-    def agree(self, contract: tuple, device: torch.device):
+    @property
+    def timeout_s(self) -> float:
+        """Seconds after which a collective that some rank has not joined is an error."""
+        options = getattr(self.group._get_backend(torch.device("cpu")), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        return timeout.total_seconds() if timeout else 1800.0
+
+    def tell(self, fact: Any) -> list:
+        """Every rank's `fact`, in rank order."""
+        facts: list = [None] * self.ranks
+        dist.all_gather_object(facts, fact, group=self.group)
+        return facts
+
+    def meet(self, device: torch.device):
+        """On the first call: learn who shares a host, and map memory together if all do."""
+        if self._met or self.ranks == 1 or device.type != "cpu":
+            return
+        self._met = True
+        facts = self.tell(_facts())
+        names = list(dict.fromkeys(host for host, _, _ in facts))
+        self.hosts = [names.index(host) for host, _, _ in facts]
+        refused = [(rank, why) for rank, (_, _, why) in enumerate(facts) if why]
+        if len(names) > 1:
+            self.why_not_shared = f"{len(names)} hosts"
+        elif refused:
+            self.why_not_shared = f"rank {refused[0][0]}: {refused[0][1]}"
+        else:
+            self._open(HALF_BYTES, min(threads for _, threads, _ in facts))
+
+    def _open(self, half_bytes: int, threads: int):
+        """Map memory for synchronous calls, and more for asynchronous ones: their thread could not do it in step."""
+        self.shared, self.why_not_shared = SharedMemory.open(self, half_bytes, threads)
+        if self.shared:
+            self._lane_shared, self.why_not_shared = SharedMemory.open(self, half_bytes, threads)
+            if self._lane:
+                self._lane[0].shared = self._lane_shared
+
+    def reserve(self, half_bytes: int):
+        """Have shared memory for pieces of so many bytes; all ranks come here with the same call.
+
+        Raises:
+            RuntimeError: the memory cannot grow.
+        """
+        if self.shared and half_bytes > self.shared.half_bytes:
+            self._open(1 << (half_bytes - 1).bit_length(), self.shared.threads)
+            if not self._lane_shared:
+                raise RuntimeError(f"a row of {half_bytes} bytes needs more shared memory: {self.why_not_shared}")
+
+    def remember(self, key: tuple, call: Any):
+        """Keep a call that was decided."""
+        if len(self.calls) >= _MAX_CALLS:
+            self.calls.clear()
+        self.calls[key] = call
+
+    def agree(self, contract: str, device: torch.device):
         """Compare `contract` with every rank's, the first time that this rank meets it.
 
         Raises:
@@ -50,9 +121,8 @@ class GroupState:
         """
         if contract in self._contracts or self.ranks == 1:
             return
-        text = ", ".join(f"{key}={value}" for key, value in contract)
         mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8)
-        encoded = torch.frombuffer(bytearray(text.encode()[:_CONTRACT_BYTES]), dtype=torch.uint8)
+        encoded = torch.frombuffer(bytearray(contract.encode()[:_CONTRACT_BYTES]), dtype=torch.uint8)
         mine[: len(encoded)] = encoded
         everyone = torch.empty(self.ranks, _CONTRACT_BYTES, dtype=torch.uint8, device=device)
         gather(everyone, mine.to(device), self.group)
@@ -110,7 +180,9 @@ class GroupState:
         only this thread uses, that order is the caller's on every rank, whatever else the group does meanwhile.
         """
         if self._lane is None:
-            self._lane = GroupState(self.group, _LANE_TAG), ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
+            lane = GroupState(self.group, _LANE_TAG)
+            lane.shared = self._lane_shared
+            self._lane = lane, ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
         return self._lane
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
@@ -118,6 +190,21 @@ class GroupState:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
+
+
+def _facts() -> tuple[str, int, str]:
+    """(host, threads, why not to share memory): what this rank tells the others when they meet."""
+    try:
+        namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
+        host = " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *namespaces])
+    except OSError:
+        return socket.gethostname(), 1, "no /proc: shared memory needs Linux"
+    why = ""
+    if os.environ.get("FLASHCOMM_SHARED_MEMORY", "1") == "0":
+        why = "FLASHCOMM_SHARED_MEMORY=0"
+    elif importlib.util.find_spec("numba") is None:
+        why = "numba is not installed (pip install numba)"
+    return host, torch.get_num_threads(), why
 
 
 def _cpu_backend(group: dist.ProcessGroup) -> str:

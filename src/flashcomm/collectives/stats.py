@@ -13,10 +13,10 @@ _bytes: Counter[str] = Counter()
 _logged: set[str] = set()
 
 
-def record(op: str, algorithm: str, codec: str, *, wire_bytes: int, plain_bytes: int):
-    """Count one collective: bytes that this rank sent to others, and what the plain collective would have sent."""
+def record(call: str, *, wire_bytes: int, plain_bytes: int):
+    """Count one ``op/algorithm/codec``: bytes that this rank sent to others, and what plain would have sent."""
     with _lock:
-        _calls[f"{op}/{algorithm}/{codec}"] += 1
+        _calls[call] += 1
         _bytes["wire_bytes"] += wire_bytes
         _bytes["plain_bytes"] += plain_bytes
 

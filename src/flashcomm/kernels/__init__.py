@@ -24,8 +24,8 @@ _log = logging.getLogger("flashcomm.kernels")
 @lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
     """(backend, why): which implementation serves `codec` on a kind of device, ``numba`` or ``torch``."""
-    if isinstance(codec, Plain | Cast):
-        return "torch", "a cast is one torch operation"
+    if isinstance(codec, Plain):
+        return "torch", "nothing to encode"
     if device_type != "cpu":
         return "torch", f"no {device_type} kernels yet: the torch specification runs on the device"
     if importlib.util.find_spec("numba") is None:
@@ -41,6 +41,12 @@ def missing(codec: Codec, device_type: str) -> str | None:
     """Why `codec` runs on the specification although it is more than a cast; None where it has a kernel."""
     backend, why = route(codec, device_type)
     return why if backend == "torch" and not isinstance(codec, Plain | Cast) else None
+
+
+@lru_cache(maxsize=4096)
+def any_missing(codec: Codec, device_type: str) -> str | None:
+    """Of the steps of `codec`, why the first without a kernel has none."""
+    return next((why for step in codec.steps if (why := missing(step, device_type))), None)
 
 
 @lru_cache(maxsize=4096)

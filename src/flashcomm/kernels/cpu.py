@@ -3,8 +3,8 @@
 A program is a table: per step its address and its operands. An operand is a number, or an offset from one of four
 registers: where the row comes from, where it goes to, the thread's scratch memory, and whether to add to what is there.
 Python writes a program once per codec, row length and type, by the rules of that codec (`_encode`, `_decode`), and
-keeps it; one compiled loop, `_run`, executes all of them. So a format costs no compilation of its own, and a wrapper
-such as Hadamard is a few steps before those of its base.
+keeps it; one compiled loop, `run_rows`, executes all of them. So a format costs no compilation of its own, and a
+wrapper such as Hadamard is a few steps before those of its base.
 
 Hazard: nothing here checks its arguments; `flashcomm.kernels` does.
 
@@ -28,6 +28,7 @@ from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import Block
 from flashcomm.codecs.calibrated import Features, Keep, Static
+from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.hadamard import Hadamard, pieces
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels import simd, steps
@@ -238,6 +239,22 @@ def _encode(codec: Codec, p: _Program, x: _Values, target: _Operand) -> None:
 def _decode(codec: Codec, p: _Program, source: _Operand, y: _Values) -> None:
     """Append the steps that decode the payload at `source` into `y`, or add it to `y` if that is the sums."""
     raise NotImplementedError(f"no CPU kernel for {codec}")
+
+
+@_encode.register
+def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
+    row = _wide(p, x)
+    p.add(steps.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
+
+
+@_decode.register
+def _decode_cast(codec: Cast, p: _Program, source: _Operand, y: _Values):
+    if y.at == _SUMS:
+        p.add(steps.add_wide, source, KINDS[codec.wire], p.cols, _ADDING, y.at)
+        return
+    row = _workplace(p, y)
+    p.add(steps.widen, source, KINDS[codec.wire], p.cols, row.at)
+    _deliver(p, row, y, clean=True)
 
 
 @_encode.register
@@ -474,7 +491,7 @@ def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
+class Run:
     """A program per rank and one after the last rank, ready to run on rows."""
 
     each: np.ndarray
@@ -488,22 +505,22 @@ class _Run:
 _remembered = lru_cache(maxsize=4096)
 
 
-def _ready(each: _Program, after: _Program | None = None) -> _Run:
+def _ready(each: _Program, after: _Program | None = None) -> Run:
     after = after or _Program(each.cols)
-    return _Run(
+    return Run(
         each.table(), after.table(), max(each.scratch_bytes, after.scratch_bytes), each.constants + after.constants
     )
 
 
 @_remembered
-def _encoder(codec: Codec, cols: int, kind: int) -> _Run:
+def encoder(codec: Codec, cols: int, kind: int) -> Run:
     p = _Program(cols)
     _encode(codec, p, _Values(_IN, kind, False), _OUT)
     return _ready(p)
 
 
 @_remembered
-def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
+def decoder(codec: Codec, cols: int, kind: int, several: bool) -> Run:
     each, out = _Program(cols), _Values(_OUT, kind, False)
     if not several:
         _decode(codec, each, _IN, out)
@@ -515,21 +532,20 @@ def _decoder(codec: Codec, cols: int, kind: int, several: bool) -> _Run:
 
 
 @_remembered
-def _reducer(codec: Codec, out_codec: Codec, cols: int) -> _Run:
+def reducer(codec: Codec, out_codec: Codec, cols: int) -> Run:
     sums, each, after = _Values(_SUMS, FP32, True), _Program(cols), _Program(cols)
     _decode(codec, each, _IN, sums)
     _encode(out_codec, after, sums, _OUT)
     return _ready(each, after)
 
 
-def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch_bytes, first, last):
-    scratch = np.empty(scratch_bytes, np.uint8)
+def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last):
     operands = np.empty(simd.MAX_OPERANDS, np.int64)
     registers = np.zeros(5, np.int64)
+    registers[_SCRATCH] = scratch.ctypes.data
     for r in range(first, last):
         # Inside the loop: numba frees an array after the last line that names it.
         at = operands.ctypes.data
-        registers[_SCRATCH] = scratch.ctypes.data
         registers[_TARGET] = target + r * target_stride
         for rank in range(ranks + 1):
             table = each if rank < ranks else after
@@ -542,7 +558,8 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
                 simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
 
 
-_run = steps.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
+run_rows = steps.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
+"""Run the programs on rows `first` to `last`: `each` for every rank, then `after`. `scratch` is a uint8 array."""
 
 
 def supports(codec: Codec) -> bool:
@@ -552,7 +569,8 @@ def supports(codec: Codec) -> bool:
 
 
 @cache
-def _pool(threads):
+def pool(threads):
+    """The threads that share the rows of a large message."""
     return ThreadPoolExecutor(threads, thread_name_prefix="flashcomm-cpu")
 
 
@@ -560,33 +578,34 @@ def _pool(threads):
 _VALUES_PER_THREAD = 1 << 16
 
 
-def _over_rows(run: _Run, ranks, rank_stride, source: torch.Tensor, target: torch.Tensor, cols: int):
+def _over_rows(run: Run, ranks, rank_stride, source: torch.Tensor, target: torch.Tensor, cols: int):
     """Run over all rows of `target`, on as many threads as torch is set to use."""
     rows = target.shape[0]
     from_stride, to_stride = (t.stride(-2) * t.element_size() for t in (source, target))
     fixed = (run.each, ranks, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
     threads = max(1, min(torch.get_num_threads(), rows, rows * cols * ranks // _VALUES_PER_THREAD))
+    over = lambda first, last: run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), first, last)  # noqa: E731
     if threads == 1:
-        _run(*fixed, run.scratch_bytes, 0, rows)
+        over(0, rows)
         return
     edges = [rows * t // threads for t in range(threads + 1)]
-    list(_pool(threads).map(lambda first, last: _run(*fixed, run.scratch_bytes, first, last), edges[:-1], edges[1:]))
+    list(pool(threads).map(over, edges[:-1], edges[1:]))
 
 
 def encode(x, codec, out):
     """[rows, cols] bf16, fp16 or fp32 with unit stride in a row -> out[rows, payload_bytes(cols)] uint8."""
     cols = x.shape[1]
-    _over_rows(_encoder(codec, cols, KINDS[x.dtype]), 1, 0, x, out, cols)
+    _over_rows(encoder(codec, cols, KINDS[x.dtype]), 1, 0, x, out, cols)
 
 
 def decode_sum(payloads, codec, out):
     """payloads[ranks, rows, payload_bytes(cols)] -> out[rows, cols], summed in fp32 in rank order."""
     ranks, cols = payloads.shape[0], out.shape[1]
-    run = _decoder(codec, cols, KINDS[out.dtype], ranks > 1)
+    run = decoder(codec, cols, KINDS[out.dtype], ranks > 1)
     _over_rows(run, ranks, payloads.stride(0), payloads, out, cols)
 
 
 def decode_sum_encode(payloads, codec, out_codec, cols, out):
     """payloads[ranks, rows, bytes] in `codec` -> out[rows, bytes] in `out_codec`; the sum itself stays in fp32."""
-    run = _reducer(codec, out_codec, cols)
+    run = reducer(codec, out_codec, cols)
     _over_rows(run, payloads.shape[0], payloads.stride(0), payloads, out, cols)

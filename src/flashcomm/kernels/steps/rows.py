@@ -77,6 +77,32 @@ def accumulate(src, n, add, dst):
 
 
 @Step
+def add_wide(src, kind, n, add, dst):
+    """N values of any kind as fp32 to another place, or added to what is there if `add`."""
+    full = n & ~15
+    for i in range(0, full, 16):
+        if kind == BF16:
+            v = simd.load_bf16(src + i * 2)
+        elif kind == FP16:
+            v = simd.load_fp16(src + i * 2)
+        else:
+            v = simd.load_fp32(src + i * 4)
+        if add:
+            v = simd.load_fp32(dst + i * 4) + v
+        simd.store_fp32(dst + i * 4, v)
+    for i in range(full, n):
+        if kind == BF16:
+            x = simd.load1_bf16(src + i * 2)
+        elif kind == FP16:
+            x = simd.load1_fp16(src + i * 2)
+        else:
+            x = simd.load1_fp32(src + i * 4)
+        if add:
+            x = simd.load1_fp32(dst + i * 4) + x
+        simd.store1_fp32(dst + i * 4, x)
+
+
+@Step
 def copy_bytes(src, n, dst):
     """N bytes from here to there."""
     full = n & ~63

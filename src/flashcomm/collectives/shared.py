@@ -1,0 +1,305 @@
+"""The algorithms over memory that all ranks of a group map, on one host: no sockets, no system calls but to wait.
+
+The memory is an anonymous file (``memfd``) that the peers open through ``/proc``: it has no name, so nothing is left in
+/dev/shm whatever happens to the ranks, and the size of /dev/shm, which containers keep small, does not matter.
+
+A message goes through it in pieces that stay in the cache, by the rule of `flashcomm.kernels.epochs`. The bits do not
+depend on the pieces. Large messages are shared among the threads that torch may use, each with counters of its own.
+
+Hazard: a rank that failed in the middle leaves the epochs of the others behind; after an error the memory is not used
+again, and every later call raises.
+
+Source: our own; the two steps are Flash Communication's (arXiv 2412.04964).
+"""
+
+import math
+import mmap
+import os
+import secrets
+import select
+import struct
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from flashcomm.codecs import Codec
+
+if TYPE_CHECKING:
+    from flashcomm.collectives.state import GroupState
+
+# Counters of neighbours are apart by two cache lines: CPUs fetch them in pairs.
+_COUNTER_BYTES = 128
+_NONCE_BYTES = 64
+_PAGE = 4096
+# Bytes of payload that a rank publishes at once, and of values that it decodes then: measured 2026-11-21, 2 cores.
+HALF_BYTES = 1 << 20
+PIECE_BYTES = 512 << 10
+_MOST_THREADS = 16
+_BYTES_PER_THREAD = 1 << 20
+# Spins before the core is offered to others, where every rank can have one of its own; about 2 us.
+_SPINS = 50
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A collective on rows of one length and type, ready to run: called like the functions of `steps`."""
+
+    function: Callable[..., int]
+    before: tuple
+    """Arguments between the place and the scratch memory."""
+    scratch_bytes: int
+    after: tuple
+    """Arguments behind the addresses of x and out."""
+    piece: int
+    """Rows that are published at once."""
+    rows: int
+    cols: int
+    x_rows: int
+    out_rows: int
+    half_bytes: int
+    """What the memory must have room for; see `SharedMemory.half_bytes`."""
+    sent: int
+    """Bytes that this rank gives to others, as if it sent them one by one."""
+
+    def __call__(self, x: torch.Tensor, codec: Codec, state: "GroupState", out: torch.Tensor) -> int:
+        assert state.shared is not None
+        state.shared.run(self, _as(x, self.x_rows, self.cols), _as(out, self.out_rows, self.cols))
+        return self.sent
+
+
+def _as(t: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
+    """`t` as rows of that length, with unit stride in a row."""
+    if t.shape[1] != cols:
+        return t.reshape(rows, cols)
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+class SharedMemory:
+    """Regions of memory, one for each rank of a group on one host, and who is who.
+
+    Made by all ranks together: `open` says on all of them alike whether it worked.
+    """
+
+    def __init__(self, state: "GroupState", half_bytes: int, threads: int):
+        self.rank, self.ranks, self.threads = state.rank, state.ranks, threads
+        self.half_bytes = half_bytes
+        self.broken: str | None = None
+        self._scratch: dict[int, np.ndarray] = {}
+        self._region_bytes = threads * 2 * half_bytes
+        self._header_bytes = -(-(_NONCE_BYTES + self.ranks * threads * _COUNTER_BYTES) // _PAGE) * _PAGE
+        self.size = self._header_bytes + self.ranks * self._region_bytes
+
+    @classmethod
+    def open(
+        cls, state: "GroupState", half_bytes: int = HALF_BYTES, threads: int = 1
+    ) -> "tuple[SharedMemory | None, str]":
+        """(memory, "") if every rank could map it; (None, why) on all ranks if one could not."""
+        memory = cls(state, half_bytes, threads)
+        mine = os.memfd_create("flashcomm", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(mine, memory.size)
+            nonce = secrets.token_bytes(_NONCE_BYTES)
+            os.pwrite(mine, nonce, 0)
+            offers = state.tell((os.getpid(), mine, nonce))
+            refusals = state.tell(memory._map(*offers[0], [pid for pid, _, _ in offers], state.timeout_s))
+        finally:
+            os.close(mine)
+        for rank, refusal in enumerate(refusals):
+            if refusal:
+                return None, f"rank {rank} cannot share memory with rank 0: {refusal}"
+        return memory, ""
+
+    def _map(self, pid: int, descriptor: int, nonce: bytes, pids: list[int], timeout_s: float) -> str:
+        """Map the file of rank 0; "" or why that is impossible."""
+        watched = []
+        try:
+            file = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if os.pread(file, _NONCE_BYTES, 0) != nonce:
+                    return f"process {pid} has another file there: the ranks see different processes"
+                self._memory = mmap.mmap(file, self.size)
+            finally:
+                os.close(file)
+            for rank, peer in enumerate(pids):
+                watched.append(-1 if rank == self.rank else os.pidfd_open(peer))
+        except OSError as error:
+            for fd in watched:
+                if fd >= 0:
+                    os.close(fd)
+            return str(error)
+        self._finalizer = weakref.finalize(self, _close, [fd for fd in watched if fd >= 0])
+        self._polls = np.frombuffer(
+            bytearray(b"".join(struct.pack("ihh", fd, select.POLLIN, 0) for fd in watched)), np.uint8
+        )
+        start = np.frombuffer(self._memory, np.uint8).ctypes.data
+        self._places = [self._place(start, thread, timeout_s) for thread in range(self.threads)]
+        return ""
+
+    def _place(self, start: int, thread: int, timeout_s: float) -> np.ndarray:
+        from flashcomm.kernels import epochs
+
+        place = np.zeros(epochs.FIELDS, np.int64)
+        place[epochs.RANK], place[epochs.RANKS] = self.rank, self.ranks
+        place[epochs.BASE] = start + self._header_bytes + thread * 2 * self.half_bytes
+        place[epochs.STRIDE], place[epochs.HALF] = self._region_bytes, self.half_bytes
+        place[epochs.COUNTERS] = start + _NONCE_BYTES + thread * _COUNTER_BYTES
+        place[epochs.COUNTER_STRIDE] = self.threads * _COUNTER_BYTES
+        place[epochs.SPINS] = _SPINS if len(os.sched_getaffinity(0)) >= self.ranks else 0
+        place[epochs.POLLS] = self._polls.ctypes.data
+        place[epochs.TIMEOUT_NS] = int(timeout_s * 1e9)
+        return place
+
+    def run(self, ready: Prepared, x: torch.Tensor, out: torch.Tensor):
+        """Run on the rows of x and out, on one thread or on several.
+
+        Raises:
+            RuntimeError: a rank has ended, or did not come in time.
+        """
+        if self.broken:
+            raise RuntimeError(self.broken)
+        addresses = (x.data_ptr(), x.stride(0) * x.element_size(), out.data_ptr(), out.stride(0) * out.element_size())
+        threads = min(self.threads, ready.rows, 1 + ready.rows * ready.cols * x.element_size() // _BYTES_PER_THREAD)
+
+        def work(thread: int) -> int:
+            scratch = self._scratch.get(thread)
+            if scratch is None or len(scratch) < ready.scratch_bytes:
+                scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
+            first, last = ready.rows * thread // threads, ready.rows * (thread + 1) // threads
+            return ready.function(
+                self._places[thread], *ready.before, scratch, *addresses, *ready.after, first, last, ready.piece
+            )
+
+        if threads == 1:
+            missing = work(0)
+        else:
+            from flashcomm.kernels.cpu import pool
+
+            missing = max(pool(threads).map(work, range(threads)))
+        if missing >= 0:
+            self.broken = self._describe(missing)
+            raise RuntimeError(self.broken)
+
+    def _describe(self, missing: int) -> str:
+        events = int(self._polls.view(np.int16)[missing * 4 + 3])
+        what = "has ended" if events else "did not come within the group's timeout"
+        return f"rank {missing} {what} while rank {self.rank} waited for it in shared memory"
+
+
+def _close(descriptors: list[int]):
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+@lru_cache(maxsize=4096)
+def shorten(rows: int, cols: int, codec: Codec, least: int, most_bytes: int) -> tuple[int, int]:
+    """[rows, cols] as more and shorter rows: at least so many, of at most so many bytes of fp32 each, if groups allow.
+
+    >>> from flashcomm.codecs import parse
+    >>> shorten(1, 1 << 20, parse("int8g128"), least=4, most_bytes=1 << 20)
+    (4, 262144)
+    """
+    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    pieces = max(-(-least // rows), -(-4 * cols // most_bytes))
+    if pieces == 1 or cols % unit:
+        return rows, cols
+    units = cols // unit
+    # The next divisor; where there is none nearby, the rows stay longer than asked for.
+    pieces = next(
+        (p for p in range(pieces, min(units, 4 * pieces) + 1) if units % p == 0), units if units <= pieces else 1
+    )
+    return rows * pieces, cols // pieces
+
+
+def _piece(rows: int, cols: int, dtype: torch.dtype, row_bytes: int, multiple: int = 1) -> int:
+    """Rows to a piece: by the values in it, and so that the payload fits into half a region."""
+    n = min(PIECE_BYTES // max(1, cols * dtype.itemsize), HALF_BYTES // max(1, row_bytes))
+    return max(1, n // multiple * multiple if n >= multiple else n)
+
+
+def one_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+    """As `steps.one_step`, for x[rows, cols]."""
+    return _sum(codec, rows, cols, dtype, state, stripes=1)
+
+
+def reduce_scatter(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+    """As `steps.reduce_scatter`, for x[rows, cols]."""
+    return _sum(codec, rows, cols, dtype, state, stripes=state.ranks)
+
+
+def _sum(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState", stripes: int) -> Prepared:
+    from flashcomm.kernels import cpu, epochs
+
+    rows, cols = shorten(rows // stripes, cols, codec, 1, PIECE_BYTES // stripes)
+    width, kind = codec.payload_bytes(cols, dtype), cpu.KINDS[dtype]
+    encode, decode = cpu.encoder(codec, cols, kind), cpu.decoder(codec, cols, kind, True)
+    return Prepared(
+        function=epochs.sum_stripes,
+        before=(encode.each, decode.each, decode.after),
+        scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
+        after=(width, stripes, state.rank % stripes, rows),
+        piece=_piece(stripes * cols * dtype.itemsize, stripes * width),
+        rows=rows,
+        cols=cols,
+        x_rows=stripes * rows,
+        out_rows=rows,
+        half_bytes=stripes * width,
+        sent=(state.ranks - 1) * rows * width,
+    )
+
+
+def two_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+    """As `steps.two_step`, for x[rows, cols]."""
+    from flashcomm.kernels import cpu, epochs
+
+    first, second = codec.steps
+    rows, cols = shorten(rows, cols, codec, state.ranks, PIECE_BYTES // state.ranks)
+    width, sum_width = first.payload_bytes(cols, dtype), second.payload_bytes(cols, dtype)
+    kind = cpu.KINDS[dtype]
+    encode, add = cpu.encoder(first, cols, kind), cpu.reducer(first, second, cols)
+    decode = cpu.decoder(second, cols, kind, False)
+    return Prepared(
+        function=epochs.two_step,
+        before=(encode.each, add.each, add.after, decode.each),
+        scratch_bytes=max(encode.scratch_bytes, add.scratch_bytes, decode.scratch_bytes),
+        after=(width, sum_width),
+        piece=_piece(cols * dtype.itemsize, max(width, sum_width), state.ranks),
+        rows=rows,
+        cols=cols,
+        x_rows=rows,
+        out_rows=rows,
+        half_bytes=max(width, sum_width),
+        sent=(state.ranks - 1) * -(-rows // state.ranks) * (width + sum_width),
+    )
+
+
+def all_gather(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+    """As `steps.all_gather`, for x[rows, cols]."""
+    from flashcomm.kernels import cpu, epochs
+
+    rows, cols = shorten(rows, cols, codec, 1, PIECE_BYTES)
+    width, kind = codec.payload_bytes(cols, dtype), cpu.KINDS[dtype]
+    encode, decode = cpu.encoder(codec, cols, kind), cpu.decoder(codec, cols, kind, False)
+    return Prepared(
+        function=epochs.gather,
+        before=(encode.each, decode.each),
+        scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
+        after=(width, rows),
+        piece=_piece(cols * dtype.itemsize, width),
+        rows=rows,
+        cols=cols,
+        x_rows=rows,
+        out_rows=state.ranks * rows,
+        half_bytes=width,
+        sent=(state.ranks - 1) * rows * width,
+    )
+
+
+def _piece(row_bytes: int, payload_bytes: int, multiple: int = 1) -> int:
+    """Rows to a piece: by the bytes of values in it, and so that their payload fits into half a region."""
+    n = min(PIECE_BYTES // max(1, row_bytes), HALF_BYTES // max(1, payload_bytes))
+    return n // multiple * multiple or max(1, n)
