@@ -106,7 +106,8 @@ class SharedMemory:
             nonce = secrets.token_bytes(_NONCE_BYTES)
             os.pwrite(mine, nonce, 0)
             offers = state.tell((os.getpid(), mine, nonce))
-            refusals = state.tell(memory._map(*offers[0], [pid for pid, _, _ in offers], state.timeout_s))
+            pid, theirs, nonce = offers[0]
+            refusals = state.tell(memory._map(pid, theirs, nonce, [pid for pid, _, _ in offers], state.timeout_s))
         finally:
             os.close(mine)
         for rank, refusal in enumerate(refusals):
@@ -215,12 +216,6 @@ def shorten(rows: int, cols: int, codec: Codec, least: int, most_bytes: int) -> 
     return rows * pieces, cols // pieces
 
 
-def _piece(rows: int, cols: int, dtype: torch.dtype, row_bytes: int, multiple: int = 1) -> int:
-    """Rows to a piece: by the values in it, and so that the payload fits into half a region."""
-    n = min(PIECE_BYTES // max(1, cols * dtype.itemsize), HALF_BYTES // max(1, row_bytes))
-    return max(1, n // multiple * multiple if n >= multiple else n)
-
-
 def one_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
     """As `steps.one_step`, for x[rows, cols]."""
     return _sum(codec, rows, cols, dtype, state, stripes=1)
@@ -239,7 +234,7 @@ def _sum(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupSt
     encode, decode = cpu.encoder(codec, cols, kind), cpu.decoder(codec, cols, kind, True)
     return Prepared(
         function=epochs.sum_stripes,
-        before=(encode.each, decode.each, decode.after),
+        before=(encode.each, decode.each, state.ranks - decode.last_after, decode.after),
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
         after=(width, stripes, state.rank % stripes, rows),
         piece=_piece(stripes * cols * dtype.itemsize, stripes * width),

@@ -63,6 +63,8 @@ class _Values:
     at: _Operand
     kind: int
     roomy: bool
+    plus: _Operand | int = 0
+    """Where the fp32 are that what is written here is added to, if any."""
 
 
 class _Program:
@@ -249,6 +251,9 @@ def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
 
 @_decode.register
 def _decode_cast(codec: Cast, p: _Program, source: _Operand, y: _Values):
+    if y.plus and codec.wire == torch.bfloat16:
+        p.add(steps.add_bf16, source, p.cols, y.plus, y.at)
+        return
     if y.at == _SUMS:
         p.add(steps.add_wide, source, KINDS[codec.wire], p.cols, _ADDING, y.at)
         return
@@ -283,7 +288,7 @@ def _decode_affine(codec: Affine, p: _Program, source: _Operand, y: _Values):
     codes = _unpack(p, source, p.cols, codec.bits)
     row = _writable(p, y, group)
     unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
-    adding = _ADDING if row.at == _SUMS else 0
+    adding = _ADDING if row.at == _SUMS else y.plus
     p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
     _deliver(p, row, y)
 
@@ -499,17 +504,18 @@ class Run:
     scratch_bytes: int
     constants: list[np.ndarray]
     """Kept alive for the steps."""
+    last_after: bool = False
+    """Whether `after` decodes the last rank."""
 
 
 # Flat tensors may have any length, so programs are not kept for ever.
 _remembered = lru_cache(maxsize=4096)
 
 
-def _ready(each: _Program, after: _Program | None = None) -> Run:
+def _ready(each: _Program, after: _Program | None = None, last_after: bool = False) -> Run:
     after = after or _Program(each.cols)
-    return Run(
-        each.table(), after.table(), max(each.scratch_bytes, after.scratch_bytes), each.constants + after.constants
-    )
+    scratch_bytes = max(each.scratch_bytes, after.scratch_bytes)
+    return Run(each.table(), after.table(), scratch_bytes, each.constants + after.constants, last_after)
 
 
 @_remembered
@@ -521,12 +527,20 @@ def encoder(codec: Codec, cols: int, kind: int) -> Run:
 
 @_remembered
 def decoder(codec: Codec, cols: int, kind: int, several: bool) -> Run:
-    each, out = _Program(cols), _Values(_OUT, kind, False)
+    """What decodes a row of one rank, or adds those of several."""
+    each, after, out = _Program(cols), _Program(cols), _Values(_OUT, kind, False)
     if not several:
         _decode(codec, each, _IN, out)
         return _ready(each)
-    sums, after = _Values(_SUMS, FP32, True), _Program(cols)
-    _decode(codec, each, _IN, sums)
+    _decode(codec, each, _IN, _Values(_SUMS, FP32, True))
+    if (
+        kind == BF16
+        and cols % 32 == 0
+        and (codec == Cast(torch.bfloat16) or (isinstance(codec, Affine) and not min(codec.group, cols) % 32))
+    ):
+        # The last rank's values need not go into the sums to come out again.
+        _decode(codec, after, _IN, _Values(_OUT, kind, False, _SUMS))
+        return _ready(each, after, last_after=True)
     after.add(steps.narrow, _SUMS, cols, _OUT, kind, 1)
     return _ready(each, after)
 
@@ -550,7 +564,7 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
         for rank in range(ranks + 1):
             table = each if rank < ranks else after
             registers[_SOURCE] = source + rank * rank_stride + r * source_stride
-            registers[_ADD] = rank > 0
+            registers[_ADD] = registers[_SCRATCH] if rank > 0 else 0
             for s in range(table.shape[0]):
                 count = table[s, 1]
                 for i in range(count):
@@ -602,7 +616,7 @@ def decode_sum(payloads, codec, out):
     """payloads[ranks, rows, payload_bytes(cols)] -> out[rows, cols], summed in fp32 in rank order."""
     ranks, cols = payloads.shape[0], out.shape[1]
     run = decoder(codec, cols, KINDS[out.dtype], ranks > 1)
-    _over_rows(run, ranks, payloads.stride(0), payloads, out, cols)
+    _over_rows(run, ranks - run.last_after, payloads.stride(0), payloads, out, cols)
 
 
 def decode_sum_encode(payloads, codec, out_codec, cols, out):

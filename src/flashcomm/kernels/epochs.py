@@ -154,9 +154,13 @@ def _meet(place, epoch):
 
 
 def _sum(
-    place, encode, each, after, scratch, x, x_stride, out, out_stride, width, stripes, mine, length, first, last, piece
-):
-    """out[length] = the sum over ranks of stripe `mine` of their x[stripes * length], in fp32; rows first to last."""
+    place, encode, each, times, after, scratch, x, x_stride, out, out_stride,
+    width, stripes, mine, length, first, last, piece,
+):  # fmt: skip
+    """out[length] = the sum over ranks of stripe `mine` of their x[stripes * length], in fp32; rows first to last.
+
+    `each` runs for so many ranks; `after` sees the next one.
+    """
     nothing = encode[:0]
     for r in range(first, last, piece):
         n, epoch = min(piece, last - r), _epoch(place)
@@ -169,9 +173,8 @@ def _sum(
         if missing != ALL_MET:
             return missing
         theirs = half + mine * n * width
-        run_rows(
-            each, place[RANKS], place[STRIDE], theirs, width, after, out + r * out_stride, out_stride, scratch, 0, n
-        )
+        target = out + r * out_stride
+        run_rows(each, times, place[STRIDE], theirs, width, after, target, out_stride, scratch, 0, n)
     return ALL_MET
 
 

@@ -45,7 +45,17 @@ from flashcomm.kernels.steps.ranges import (
     shrink_fp32,
     shrink_magnitudes,
 )
-from flashcomm.kernels.steps.rows import accumulate, add_wide, copy_bytes, forget, narrow, put_byte, spread, widen
+from flashcomm.kernels.steps.rows import (
+    accumulate,
+    add_bf16,
+    add_wide,
+    copy_bytes,
+    forget,
+    narrow,
+    put_byte,
+    spread,
+    widen,
+)
 from flashcomm.kernels.steps.spikes import (
     find_spikes,
     find_spikes_bf16,

@@ -1,7 +1,7 @@
 """Integer codes: `codecs.affine`."""
 
 from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
+from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, clean, f32, inline
 
 
 @Step
@@ -101,7 +101,17 @@ def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
 
 @Step
 def dequantise(codes, n, unit, scale, zero, add, dst, kind):
-    """Code * scale + zero as bf16, or as fp32, added to what is there if `add`."""
+    """Code * scale + zero as bf16 or fp32; the fp32 at `add`, unless that is 0, plus it."""
+    if kind == BF16 and add:
+        # Of units of 32.
+        for i in range(0, n, 32):
+            simd.prefetch(codes + n + i)
+            scales = simd.splat(simd.load1_fp32(scale + i // 8))
+            zeros = simd.splat(simd.load1_fp32(zero + i // 8))
+            first = simd.load_fp32(add + i * 4) + (simd.load_u8(codes + i) * scales + zeros)
+            second = simd.load_fp32(add + i * 4 + 64) + (simd.load_u8(codes + i + 16) * scales + zeros)
+            simd.store_bf16_twice(dst + i * 2, clean(first), clean(second))
+        return
     if kind == BF16:
         for i in range(0, n, 32):
             simd.prefetch(codes + n + i)
@@ -122,5 +132,5 @@ def dequantise(codes, n, unit, scale, zero, add, dst, kind):
             scales, zeros = simd.load_fp32(scale + i * 4), simd.load_fp32(zero + i * 4)
         v = simd.load_u8(codes + i) * scales + zeros
         if add:
-            v = simd.load_fp32(dst + i * 4) + v
+            v = simd.load_fp32(add + i * 4) + v
         simd.store_fp32(dst + i * 4, v)

@@ -6,6 +6,8 @@ import threading
 import numpy as np
 from numba import cfunc, njit, types
 
+from flashcomm.kernels import simd
+
 BF16, FP16, FP32 = 0, 1, 2
 
 f32 = np.float32
@@ -21,6 +23,14 @@ AHEAD = 2048
 _compiling = threading.Lock()
 # Part of a step: compiled into it.
 inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
+
+
+@inline
+def clean(v):
+    """Sixteen fp32 with every NaN the one quiet NaN."""
+    bits = simd.as_words(v)
+    nan = simd.splat_words(NAN)
+    return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
 
 
 class Step:

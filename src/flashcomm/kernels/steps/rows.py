@@ -1,7 +1,7 @@
 """Rows in and out: widening, narrowing, copying, and what all formats need."""
 
 from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import AHEAD, BF16, FP16, MAGNITUDE, NAN, Step, f32, inline
+from flashcomm.kernels.steps.base import AHEAD, BF16, FP16, NAN, Step, clean, f32
 
 
 @Step
@@ -30,21 +30,14 @@ def widen(src, kind, n, dst):
             simd.store1_fp32(dst + i * 4, v)
 
 
-@inline
-def _clean(v, clean):
-    """`v` with every NaN the one quiet NaN, if `clean`."""
-    bits = simd.as_words(v)
-    if clean:
-        bits = simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, simd.splat_words(NAN), bits)
-    return simd.as_lanes(bits)
-
-
 @Step
-def narrow(src, n, dst, kind, clean):
-    """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `clean`."""
+def narrow(src, n, dst, kind, cleaning):
+    """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `cleaning`."""
     full = n & ~31
     for i in range(0, full, 32):
-        v, w = _clean(simd.load_fp32(src + i * 4), clean), _clean(simd.load_fp32(src + i * 4 + 64), clean)
+        v, w = simd.load_fp32(src + i * 4), simd.load_fp32(src + i * 4 + 64)
+        if cleaning:
+            v, w = clean(v), clean(w)
         if kind == BF16:
             simd.store_bf16_twice(dst + i * 2, v, w)
         elif kind == FP16:
@@ -78,7 +71,7 @@ def accumulate(src, n, add, dst):
 
 @Step
 def add_wide(src, kind, n, add, dst):
-    """N values of any kind as fp32 to another place, or added to what is there if `add`."""
+    """N values of any kind as fp32; the fp32 at `add`, unless that is 0, plus them."""
     full = n & ~15
     for i in range(0, full, 16):
         if kind == BF16:
@@ -88,7 +81,7 @@ def add_wide(src, kind, n, add, dst):
         else:
             v = simd.load_fp32(src + i * 4)
         if add:
-            v = simd.load_fp32(dst + i * 4) + v
+            v = simd.load_fp32(add + i * 4) + v
         simd.store_fp32(dst + i * 4, v)
     for i in range(full, n):
         if kind == BF16:
@@ -98,8 +91,18 @@ def add_wide(src, kind, n, add, dst):
         else:
             x = simd.load1_fp32(src + i * 4)
         if add:
-            x = simd.load1_fp32(dst + i * 4) + x
+            x = simd.load1_fp32(add + i * 4) + x
         simd.store1_fp32(dst + i * 4, x)
+
+
+@Step
+def add_bf16(src, n, add, dst):
+    """N bf16, n a multiple of 32: the fp32 at `add` plus those at `src`."""
+    for i in range(0, n, 32):
+        simd.prefetch(src + AHEAD + i * 2)
+        first = simd.load_fp32(add + i * 4) + simd.load_bf16(src + i * 2)
+        second = simd.load_fp32(add + i * 4 + 64) + simd.load_bf16(src + i * 2 + 32)
+        simd.store_bf16_twice(dst + i * 2, clean(first), clean(second))
 
 
 @Step
