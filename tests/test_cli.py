@@ -49,7 +49,7 @@ def test_version_and_help():
 
     assert run("--version").stdout.strip() == __version__
     text = run("--help").stdout
-    for command in ("demo", "generate", "calibrate", "bench", "env"):
+    for command in ("demo", "generate", "calibrate", "bench", "lab", "env"):
         assert command in text
 
 
@@ -77,6 +77,10 @@ def test_version_and_help():
         (("calibrate", "nowhere"), "no model in 'nowhere'"),
         (("calibrate", "demo", "--tp", "1"), "one rank sends nothing"),
         (("calibrate", "demo", "--text", "nothing.txt"), "'nothing.txt': no such file"),
+        (("demo", "--rate", "fast"), "rate 'fast': give a number and kbit, mbit or gbit"),
+        (("demo", "--ranks-per-host", "2"), "--ranks-per-host 2 is for ranks behind slow links: give --rate too"),
+        (("lab", "--rate", "1gbps", "--", "true"), "rate '1gbps': give a number"),
+        (("lab", "--ranks", "3", "--ranks-per-host", "2", "--", "true"), "3 ranks do not fill hosts of 2"),
         (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
         (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashcomm
+from flashcomm.bench.lab import Lab
 
 app = typer.Typer(
     help="Tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.",
@@ -38,6 +41,10 @@ Algorithm = Annotated[str, typer.Option(help="auto, one_step or two_step; see do
 Calibration = Annotated[
     Path | None, typer.Option(help="File from 'flashcomm calibrate', for codecs that need one.", dir_okay=False)
 ]
+Rate = Annotated[
+    str | None, typer.Option(help="Put each host behind a link of this rate, such as 1gbit; see docs/guide-lab.md.")
+]
+RanksPerHost = Annotated[int, typer.Option(help="Ranks that share a host, with --rate.", min=1)]
 Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
 
 
@@ -64,6 +71,8 @@ def demo(
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
     repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
     dtype: Dtype = "bfloat16",
+    rate: Rate = None,
+    ranks_per_host: RanksPerHost = 1,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.", file_okay=False)] = Path(
         "flashcomm-demo"
     ),
@@ -83,7 +92,8 @@ def demo(
     from flashcomm.demo import measure, report
 
     _err.print(f"loading the model on {tp} ranks ...", style="dim")
-    rows, eval_tokens = launch.run(measure.rank_main, arguments, ranks=tp)[0]
+    with _lab(tp, rate, ranks_per_host) as lab:
+        rows, eval_tokens = launch.run(measure.rank_main, arguments, ranks=tp, lab=lab)[0]
     facts = {
         "model": "the bundled model" if model is None else str(model),
         "ranks": tp,
@@ -91,6 +101,7 @@ def demo(
         "eval_tokens": eval_tokens,
         "prompt_tokens": 1024,
         "prompt": prompt,
+        **({"rate": rate, "ranks_per_host": ranks_per_host} if rate else {}),
         "machine": machine.describe(),
     }
     table = _table(f"{facts['model']} on {tp} ranks, {dtype}; plain perplexity {rows[0].perplexity:.3f}")
@@ -105,7 +116,7 @@ def demo(
             f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else "[red]NO[/red]",
         )  # fmt: skip
     _out.print(table)
-    _out.print("Ranks share this machine, so there is no slow link here for compression to speed up.", style="dim")
+    _out.print(report.link(facts), style="dim", highlight=False, soft_wrap=True)
     for text, writers in report.by_text(rows).items():
         _out.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
         _out.print(text, markup=False, highlight=False)
@@ -301,6 +312,31 @@ def bench_all_reduce(
     _write_rows(json_file, "all_reduce", rows)
 
 
+@app.command("lab", context_settings={"allow_interspersed_args": False})
+def run_in_lab(
+    command: Annotated[list[str], typer.Argument(metavar="CMD", help="What each rank runs, with its arguments.")],
+    ranks: Annotated[int, typer.Option(help="Processes to start.", min=1)] = 4,
+    rate: Annotated[str, typer.Option(help="Of each host's link, such as 1gbit, or none for unlimited.")] = "1gbit",
+    ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a host.", min=1)] = 1,
+):
+    """Run a command's ranks behind slow links on this machine, with the environment that torchrun would give them."""
+    from flashcomm.bench.launch import INTERRUPTED, Interrupted
+
+    with _lab(ranks, rate, ranks_per_host) as lab:
+        assert lab is not None
+        try:
+            codes = lab.run(command)
+        except ValueError as error:
+            _fail(str(error))
+        except KeyboardInterrupt:
+            raise Interrupted(INTERRUPTED) from None
+    if lab.failed_rank is not None:
+        code = codes[lab.failed_rank]
+        _err.print(f"rank {lab.failed_rank} ended with {code}; all ranks have been stopped", highlight=False)
+        # As a shell says that a signal ended a program.
+        raise typer.Exit(code if code > 0 else 128 - code)
+
+
 @app.command()
 def env(json_file: Json = None):
     """What is installed, which fast paths are on, and why one is off."""
@@ -337,6 +373,23 @@ def env(json_file: Json = None):
         "paths": {n: {"state": s, "why": w} for n, (s, w) in paths.items()},
     }
     _write_json(json_file, document)
+
+
+@contextmanager
+def _lab(ranks: int, rate: str | None, ranks_per_host: int) -> Iterator[Lab | None]:
+    """The lab that the options ask for, if any; what is wrong with them is an error before anything starts."""
+    if rate is None:
+        if ranks_per_host > 1:
+            _fail(f"--ranks-per-host {ranks_per_host} is for ranks behind slow links: give --rate too")
+        yield None
+        return
+    with ExitStack() as stack:
+        try:
+            lab = Lab(ranks=ranks, rate=None if rate == "none" else rate, ranks_per_host=ranks_per_host)
+            stack.enter_context(lab)
+        except (ValueError, RuntimeError) as error:
+            _fail(str(error))
+        yield lab
 
 
 def _table(title: str) -> Table:

@@ -1,4 +1,4 @@
-"""Start ranks on this machine with torch's elastic launcher, and stop all of them whatever happens.
+"""Start ranks on this machine, with torch's elastic launcher or in a lab, and stop all of them whatever happens.
 
 Each rank is a process of its own that runs one function; what rank r returns is element r of the result.
 """
@@ -6,10 +6,14 @@ Each rank is a process of its own that runs one function; what rank r returns is
 import json
 import logging
 import os
+import pickle
 import signal
+import sys
+import tempfile
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,11 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from flashcomm.bench.lab import RATE_VARIABLE, Lab
+
+INTERRUPTED = "interrupted; all ranks have been stopped"
+_STOPPED = "the other ranks have been stopped"
 
 
 class RankError(RuntimeError):
@@ -27,7 +36,7 @@ class Interrupted(RankError):
     """Ctrl-C; all ranks have been stopped."""
 
 
-def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 120.0) -> list:
+def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 120.0, lab: Lab | None = None) -> list:
     """Run ``function(*args)`` on `ranks` processes that share a gloo (on GPUs NCCL) process group.
 
     Args:
@@ -35,6 +44,7 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         args: its arguments.
         ranks: number of processes, all on this machine.
         timeout_s: after which a collective that some rank has not joined is an error.
+        lab: where the ranks run, behind slow links and over gloo; `ranks` is its number of ranks. None for no lab.
 
     Returns:
         What each rank returned, in rank order.
@@ -42,7 +52,12 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
     Raises:
         RankError: a rank raised or died; says which and why, and no process is left.
         Interrupted: Ctrl-C; no process is left.
+        ValueError: `lab` has another number of ranks.
     """
+    if lab is not None:
+        if lab.ranks != ranks:
+            raise ValueError(f"{ranks} ranks in a lab of {lab.ranks}: give both the same number")
+        return _run_in_lab(lab, function, args, timeout_s)
     # The launcher's own reports repeat what RankError says, at greater length; each of its modules has a level.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
@@ -64,12 +79,14 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         raise RankError(_explain(error)) from None
     except SignalException as stopped:
         # The launcher turns Ctrl-C into an exception of its own, after it has stopped the ranks.
-        raise Interrupted("interrupted; all ranks have been stopped") from stopped
+        raise Interrupted(INTERRUPTED) from stopped
     return [results[rank] for rank in range(ranks)]
 
 
 def backend() -> str:
-    """NCCL where every rank can have a GPU of its own, gloo otherwise."""
+    """NCCL where every rank can have a GPU of its own, gloo otherwise and in a lab."""
+    if RATE_VARIABLE in os.environ:
+        return "gloo"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
 
@@ -98,12 +115,50 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
         dist.destroy_process_group()
 
 
+def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> list:
+    with tempfile.TemporaryDirectory(prefix="flashcomm-") as name:
+        folder = Path(name)
+        (folder / "call").write_bytes(pickle.dumps((function, args, timeout_s)))
+        paths = os.pathsep.join(path for path in sys.path if path)
+        try:
+            codes = lab.run([sys.executable, "-m", "flashcomm.bench.launch", name], env={"PYTHONPATH": paths})
+        except KeyboardInterrupt as stopped:
+            raise Interrupted(INTERRUPTED) from stopped
+        code = 0 if lab.failed_rank is None else codes[lab.failed_rank]
+        errors = {int(path.stem): json.loads(path.read_text())["message"] for path in folder.glob("*.error")}
+        if errors and code >= 0:
+            # One failure brings others down with it, so the earliest is the cause.
+            rank = min(errors, key=lambda rank: float(errors[rank]["extraInfo"]["timestamp"]))
+            raise RankError(_sentence(rank, 1, errors[rank]["message"]))
+        if lab.failed_rank is not None:
+            raise RankError(_sentence(lab.failed_rank, code, f"exit status {code}"))
+        return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(lab.ranks)]
+
+
+def _lab_main(folder: Path):
+    """One rank of `_run_in_lab`: the call from its file, the result or the error into another."""
+    rank = os.environ["RANK"]
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.error")
+    try:
+        result = _rank_main(*pickle.loads((folder / "call").read_bytes()))
+    except Exception:
+        sys.exit(1)
+    (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+
+
 def _explain(error: ChildFailedError) -> str:
     rank, failure = error.get_first_failure()
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        return f"rank {rank} was killed by signal {-failure.exitcode} ({name}); the other ranks have been stopped"
     message = failure.message
     if isinstance(message, dict):
         message = message.get("message", json.dumps(message))
-    return f"rank {rank} failed: {message}. The other ranks have been stopped"
+    return _sentence(rank, failure.exitcode, message)
+
+
+def _sentence(rank: int, code: int, message: str) -> str:
+    if code < 0:
+        return f"rank {rank} was killed by signal {-code} ({signal.Signals(-code).name}); {_STOPPED}"
+    return f"rank {rank} failed: {message}. {_STOPPED.capitalize()}"
+
+
+if __name__ == "__main__":
+    _lab_main(Path(sys.argv[1]))

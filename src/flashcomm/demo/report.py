@@ -31,11 +31,14 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
 
     Args:
         rows: plain first.
-        facts: what was run and where: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``.
+        facts: what was run and where: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``,
+            and in a lab ``rate`` and ``ranks_per_host``.
     """
     machine = facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    plots = "".join(f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in _plots(rows))
+    plots = "".join(
+        f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in _plots(rows, facts.get("rate"))
+    )
     texts = "".join(
         f"<h3>{', '.join(f'<code>{html.escape(codec)}</code>' for codec in codecs)}</h3><pre>{html.escape(text)}</pre>"
         for text, codecs in by_text(rows).items()
@@ -49,8 +52,7 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
 <p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. Every sum is compressed
 here, also the small ones that <code>auto</code> would leave plain. <b>Bits</b> count scales
 and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b> is the median time from a prompt of
-{facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns; the ranks share this machine's memory,
-so there is no slow link here for compression to speed up. <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
+{facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns. {html.escape(link(facts))} <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
 <b>top-1</b> are teacher-forced over {facts["eval_tokens"]:,} tokens of standard-library source that the model never saw.</p>
 <div class="scroll">{_table(rows)}</div>
 <h2>At a glance</h2><div class="plots">{plots}</div>
@@ -59,6 +61,16 @@ so there is no slow link here for compression to speed up. <b>Perplexity</b>, <b
 <p class="note">{html.escape(versions)}{", commit " + machine["commit"] if machine["commit"] else ""}</p>
 </body></html>
 """
+
+
+def link(facts: dict) -> str:
+    """A sentence about what lies between the ranks, without which times say nothing."""
+    if "rate" not in facts:
+        return "Ranks share this machine, so there is no slow link here for compression to speed up."
+    hosts = facts["ranks"] // facts["ranks_per_host"]
+    each = f" of {facts['ranks_per_host']} ranks" if facts["ranks_per_host"] > 1 else ""
+    limit = "an unlimited link" if facts["rate"] == "none" else f"a link of {facts['rate']}"
+    return f"Ranks run on {hosts} hosts{each}, each behind {limit}: network namespaces of this machine, whose cores they share."
 
 
 def by_text(rows: Sequence[DemoRow]) -> dict[str, list[str]]:
@@ -138,12 +150,16 @@ def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
     return figure
 
 
-def _plots(rows: Sequence[DemoRow]):
+def _plots(rows: Sequence[DemoRow], rate: str | None):
     yield "KL against bits per value", _accuracy_plot(rows)
 
     for title, value, unit in (
         ("Bytes that a rank sends per prompt token", lambda r: r.wire_bytes_per_token, "{:,.0f}"),
-        ("Time to first token, median ms (no slow link)", lambda r: r.ttft_ms, "{:.0f}"),
+        (
+            f"Time to first token, median ms ({f'links of {rate}' if rate else 'no slow link'})",
+            lambda r: r.ttft_ms,
+            "{:.0f}",
+        ),
     ):
         figure, axes = _figure(title)
         names = [r.codec for r in rows][::-1]

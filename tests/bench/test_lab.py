@@ -1,0 +1,284 @@
+"""Real namespaces, real links, real signals; and nothing left of them afterwards."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from flashcomm.bench import lab as module
+from flashcomm.bench import launch
+from flashcomm.bench.lab import Lab
+
+COMMAND = [sys.executable, "-m", "flashcomm.cli", "lab"]
+MIB = 1 << 20
+
+real = pytest.mark.skipif(module.unavailable() is not None, reason=f"no lab here: {module.unavailable()}")
+
+
+def namespaces(pid: int) -> list[str]:
+    listing = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+    return re.findall(rf"^flashcomm-{pid}-\S+", listing, re.MULTILINE)
+
+
+def interfaces() -> set[str]:
+    return {name for _, name in socket.if_nameindex()}
+
+
+def running(marker: str) -> list[str]:
+    """Processes with `marker` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if marker.encode() in path.read_bytes():
+                found.append(path.parent.name)
+    return found
+
+
+def wait_for(condition, seconds=10):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    before = interfaces()
+    yield
+    assert interfaces() == before
+    if module.unavailable() is None:
+        assert not namespaces(os.getpid())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ranks": 0}, "a lab of 0 ranks: give 1 or more"),
+        ({"ranks": 4, "ranks_per_host": 3}, "4 ranks do not fill hosts of 3: give a divisor of 4"),
+        ({"rate": "1gb"}, "rate '1gb': give a number and kbit, mbit or gbit, such as 1gbit or 200mbit"),
+        ({"rate": "0mbit"}, "rate '0mbit': give a number"),
+        ({"rate": "1gbit burst 1"}, "give a number"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Lab(**arguments)
+
+
+def test_what_a_machine_lacks_is_said_before_anything_is_created(monkeypatch):
+    monkeypatch.setattr(module.shutil, "which", lambda tool: None if tool == "tc" else tool)
+    with (
+        pytest.raises(RuntimeError, match="no lab on this machine: the command 'tc' is missing: install iproute2"),
+        Lab(),
+    ):
+        pass
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    with pytest.raises(RuntimeError, match="network namespaces are Linux's, and this is darwin"), Lab():
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop its capabilities")
+def test_without_capabilities():
+    code = "from flashcomm.bench import lab; print(lab.unavailable())"
+    done = subprocess.run(
+        ["setpriv", "--bounding-set=-all", sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert "need CAP_NET_ADMIN and CAP_SYS_ADMIN: run as root" in done.stdout
+
+
+def test_outside_of_with():
+    with pytest.raises(RuntimeError, match="the lab is not up: use it as `with Lab"):
+        Lab().run(["true"])
+
+
+@real
+def test_ranks_get_torchruns_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "7")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    with Lab(ranks=4, rate="1gbit", ranks_per_host=2) as lab:
+        script = (
+            f"env > {tmp_path}/$RANK; echo $NAME > {tmp_path}/name$RANK; command -v python > {tmp_path}/python$RANK"
+        )
+        assert lab.run(["sh", "-c", script], env={"NAME": "given"}) == [0] * 4
+    for rank in range(4):
+        found = dict(line.split("=", 1) for line in (tmp_path / str(rank)).read_text().splitlines() if "=" in line)
+        expected = {
+            "RANK": str(rank), "WORLD_SIZE": "4", "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2",
+            "GROUP_RANK": str(rank // 2), "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": "29500",
+            "GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0", "NCCL_SOCKET_IFNAME": "eth0",
+            "OMP_NUM_THREADS": "1", "FLASHCOMM_LAB_RATE": "1gbit",
+        }  # fmt: skip
+        assert {name: found[name] for name in expected} == expected
+        assert (tmp_path / f"name{rank}").read_text() == "given\n"
+        assert Path((tmp_path / f"python{rank}").read_text().strip()).parent == Path(sys.executable).parent
+
+
+TRANSFER = """
+import os, socket, sys, time
+receiver, size, rank = int(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
+if rank == receiver:
+    with socket.create_server(("", 5000)) as server, server.accept()[0] as peer:
+        start = time.perf_counter()
+        while size:
+            size -= len(peer.recv(min(size, 1 << 16)))
+        print(time.perf_counter() - start, file=open(sys.argv[3], "w"))
+elif rank == 0:
+    address = f"10.77.0.{1 + receiver // int(os.environ['LOCAL_WORLD_SIZE'])}"
+    while True:
+        try:
+            with socket.create_connection((address, 5000)) as peer:
+                sys.exit(peer.sendall(bytes(size)))
+        except ConnectionRefusedError:
+            time.sleep(0.01)
+"""
+
+
+@real
+def test_the_rate_limits_what_leaves_a_host_and_its_interface_counts_it(tmp_path):
+    seconds = []
+    with Lab(ranks=4, rate="20mbit", ranks_per_host=2) as lab:
+        for receiver in (1, 2):
+            command = [sys.executable, "-c", TRANSFER, str(receiver), str(2 * MIB), str(tmp_path / "seconds")]
+            assert lab.run(command, timeout_s=20) == [0] * 4
+            seconds.append(float((tmp_path / "seconds").read_text()))
+        sent, received = lab.bytes_sent(0), lab.counters()[1].received_bytes
+        assert 2 * MIB < sent < 2.2 * MIB
+        assert 2 * MIB < received < 2.2 * MIB
+        assert lab.bytes_sent(1) < 0.2 * MIB
+    # A bucket of 256 KiB at each end of the link passes at once.
+    least = (2 * MIB - 2 * 256 * 1024) * 8 / 20e6
+    assert least < seconds[1] < 2 * least
+    assert seconds[0] < least / 4
+
+
+def sum_of_ranks(count: int) -> tuple[int, float, str]:
+    x = torch.full((count,), float(dist.get_rank()))
+    dist.all_reduce(x)
+    return dist.get_rank(), float(x.sum()), dist.get_backend()
+
+
+def fail_on(rank: int, how: str):
+    if dist.get_rank() == rank and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dist.get_rank() == rank:
+        raise ValueError("wrong number")
+    dist.barrier()
+
+
+@real
+def test_launch_returns_results_and_names_the_rank_that_failed():
+    with Lab(ranks=2, rate=None) as lab:
+        assert launch.run(sum_of_ranks, (5,), ranks=2, lab=lab) == [(0, 5.0, "gloo"), (1, 5.0, "gloo")]
+        with pytest.raises(
+            launch.RankError, match="rank 1 failed: ValueError: wrong number. The other ranks have been"
+        ):
+            launch.run(fail_on, (1, "raised"), ranks=2, lab=lab)
+        with pytest.raises(
+            launch.RankError, match="rank 1 was killed by signal 9 .SIGKILL.; the other ranks have been"
+        ):
+            launch.run(fail_on, (1, "killed"), ranks=2, lab=lab)
+        with pytest.raises(ValueError, match="3 ranks in a lab of 2"):
+            launch.run(sum_of_ranks, (5,), ranks=3, lab=lab)
+
+
+@real
+def test_a_failing_rank_ends_the_others_and_their_children():
+    with Lab(ranks=3, rate=None) as lab:
+        start = time.monotonic()
+        codes = lab.run(["sh", "-c", "[ $RANK = 1 ] && exit 3; setsid sleep 654 & sleep 654"])
+        assert time.monotonic() - start < 4
+        assert codes == [-15, 3, -15]
+        assert lab.failed_rank == 1
+        assert not running("654")
+        assert lab.run(["true"]) == [0, 0, 0]
+        assert lab.failed_rank is None
+        with pytest.raises(ValueError, match="cannot run 'no-such-program': give a program, by path or found in PATH"):
+            lab.run(["no-such-program"])
+        with pytest.raises(TimeoutError, match="still running after 0.2 s: rank 0, 2. All ranks have been ended"):
+            lab.run(["sh", "-c", "[ $RANK = 1 ] || sleep 655"], timeout_s=0.2)
+        assert not running("655")
+
+
+@real
+def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(module, "_GRACE_S", 0.3)
+    with Lab(ranks=2, rate=None) as lab:
+        codes = lab.run(
+            ["sh", "-c", "trap '' TERM; [ $RANK = 0 ] && sleep 0.2 && exit 1; while true; do sleep 0.1; done"]
+        )
+    assert codes == [1, -9]
+
+
+@real
+def test_two_labs_at_a_time_do_not_meet():
+    with Lab(ranks=1, rate=None) as one, Lab(ranks=1, rate=None) as two:
+        assert one.run(["true"]) == two.run(["true"]) == [0]
+        assert len(namespaces(os.getpid())) == 4
+
+
+@real
+def test_a_failed_construction_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(module, "BURST", "nonsense")
+    with pytest.raises(RuntimeError, match="`tc .* burst nonsense .*` failed: "), Lab(ranks=1, rate="1mbit"):
+        pass
+
+
+@real
+def test_the_command_streams_output_and_ends_like_the_first_rank_that_failed():
+    arguments = ["--ranks", "2", "--rate", "none", "--", "sh", "-c", "echo out of $RANK; [ $RANK = 0 ] || exit 5"]
+    done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 5
+    assert sorted(done.stdout.splitlines()) == ["out of 0", "out of 1"]
+    assert "rank 1 ended with 5" in done.stderr
+
+
+@pytest.fixture
+def running_command():
+    """`flashcomm lab` with two ranks that sleep, and a word that only their command lines contain."""
+    marker = f"789{os.getpid()}"
+    process = subprocess.Popen(
+        [*COMMAND, "--ranks", "2", "--rate", "1mbit", "--", "sh", "-c", f"sleep {marker}; true"],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        # The command itself, two shells, two sleeps.
+        wait_for(lambda: len(running(marker)) == 5)
+        yield process, marker
+        process.kill()
+
+
+@real
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_to_the_command_leaves_nothing(running_command, number, status):
+    process, marker = running_command
+    os.killpg(process.pid, number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert "Traceback" not in errors
+    assert ("interrupted; all ranks have been stopped" in errors) == (number == signal.SIGINT)
+    assert not running(marker)
+    assert not namespaces(process.pid)
+
+
+@real
+def test_a_killed_command_takes_its_ranks_along_and_the_next_lab_cleans_up(running_command):
+    process, marker = running_command
+    process.kill()
+    process.wait()
+    # What a rank started itself is not the kernel's to end, but its namespace tells the next lab.
+    wait_for(lambda: len(running(marker)) <= 2)
+    assert len(namespaces(process.pid)) == 3
+    with Lab(ranks=1, rate=None):
+        assert not namespaces(process.pid)
+        wait_for(lambda: not running(marker))
