@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -278,7 +279,8 @@ def _mover(name: str, codec: Codec, x: torch.Tensor, state: GroupState, rows: tu
     """What moves the payloads: memory that the ranks share where all of them can, messages otherwise."""
     if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
         return getattr(shared, name)(codec, *rows, x.dtype, state)
-    return getattr(steps, name)
+    pieces = planner.pieces(x.numel() * x.element_size()) if state.direct(x.device) else 1
+    return partial(getattr(steps, name), pieces=pieces)
 
 
 def _entered(x: torch.Tensor, group: "dist.ProcessGroup | None") -> GroupState:

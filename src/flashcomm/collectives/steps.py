@@ -7,13 +7,18 @@
 A two-step all-reduce is a reduce-scatter followed by an all-gather. The owner of a stripe decodes it from the payload
 that it sent, like everybody else, so all ranks end with the same bits.
 
+Where ranks send to each other directly, a message travels in `pieces`: while one is on its way the next is encoded, and
+those that have arrived are added up and decoded, so that the link has always something to carry. The bits do not
+depend on the pieces.
+
 Shape legend: R ranks, T rows, H columns, S rows of one rank's stripe, P payload bytes of a row.
 
 Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 2411.09510.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -49,62 +54,58 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
     return rows * best[1], cols // best[1]
 
 
-def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """Sum of every rank's x[T, H] into out[T, H]. Returns the bytes that this rank sent."""
-    rows, cols = x.shape
-    width = codec.payload_bytes(cols, x.dtype)
-    received = state.buffer("received", x.device, state.ranks, rows, width)
-    coming = _expect(received, state)
-    mine = kernels.encode(x, codec, out=received[state.rank])
-    _gather(received, mine, state, coming)
-    kernels.decode_sum(received, codec, cols=cols, dtype=x.dtype, out=out)
-    return (state.ranks - 1) * rows * width
+    rows, cols = cut(x.shape[0], x.shape[1], codec, pieces)
+    x, into = x.reshape(rows, cols), out.view(rows, cols)
+    gather = _Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    for piece in gather.pieces:
+        gather.send(piece, kernels.encode(x[piece], codec, out=gather.mine(piece)))
+    for piece in gather.pieces:
+        for peer in state.peers():
+            gather.wait(piece, peer)
+        kernels.decode_sum(gather.payloads[:, piece], codec, cols=cols, dtype=x.dtype, out=into[piece])
+    return gather.finish()
 
 
-def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """Sum of every rank's x[T, H] into out[T, H]. Returns the bytes that this rank sent."""
     first, second = codec.steps
-    rows, cols = cut(x.shape[0], x.shape[1], codec, state.ranks)
+    rows, cols = cut(x.shape[0], x.shape[1], codec, state.ranks * pieces)
+    x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, state)
-    received = _scatter(x.reshape(rows, cols), first, stripes, state)
-    width = second.payload_bytes(cols, x.dtype)
-    gathered = state.buffer("gathered", x.device, state.ranks, stripes.length, width)
-    mine = stripes.real(state.rank)
-    # gloo sends only once the receiver is ready, so be ready before the sums, not after.
-    coming = _expect(gathered, state)
-    kernels.decode_sum_encode(received[:, :mine], first, second, cols=cols, out=gathered[state.rank, :mine])
-    into = out.view(rows, cols)
-
-    def decode(rank: int):
-        part = into[stripes.of(rank)]
-        kernels.decode(gathered[rank, : part.shape[0]], second, cols=cols, dtype=x.dtype, out=part)
-
-    _gather(gathered, gathered[state.rank], state, coming, decode)
-    return (state.ranks - 1) * stripes.length * (received.shape[-1] + width)
+    # gloo sends only once the receiver is ready, so be ready for everything before anything is encoded.
+    scatter = _Scatter(stripes, first.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    gather = _Gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    scatter.send_all(x, first)
+    for piece in gather.pieces:
+        sums = kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.mine(piece))
+        gather.send(piece, sums)
+    for rank, piece, payload in gather.arrivals():
+        kernels.decode(payload, second, cols=cols, dtype=x.dtype, out=into[stripes.of(rank)][piece])
+    return scatter.finish() + gather.finish()
 
 
-def reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+def reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """out[S, H] = sum over ranks of their x[R * S, H] rows that belong to this rank. Returns the bytes sent."""
-    stripes = Stripes(x.shape[0], state)
-    received = _scatter(x, codec, stripes, state)
-    kernels.decode_sum(received, codec, cols=x.shape[1], dtype=x.dtype, out=out)
-    return (state.ranks - 1) * stripes.length * received.shape[-1]
+    cols = x.shape[1]
+    scatter = _Scatter(Stripes(x.shape[0], state), codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    scatter.send_all(x, codec)
+    for piece in scatter.pieces:
+        kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=x.dtype, out=out[piece])
+    return scatter.finish()
 
 
-def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """out[R * T, H] = every rank's x[T, H], each as its payload decodes, our own too. Returns the bytes sent."""
     rows, cols = x.shape
-    width = codec.payload_bytes(cols, x.dtype)
-    received = state.buffer("received", x.device, state.ranks, rows, width)
-    coming = _expect(received, state)
-    mine = kernels.encode(x, codec, out=received[state.rank])
+    gather = _Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    for piece in gather.pieces:
+        gather.send(piece, kernels.encode(x[piece], codec, out=gather.mine(piece)))
     into = out.view(state.ranks, rows, cols)
-
-    def decode(rank: int):
-        kernels.decode(received[rank], codec, cols=cols, dtype=x.dtype, out=into[rank])
-
-    _gather(received, mine, state, coming, decode)
-    return (state.ranks - 1) * rows * width
+    for rank, piece, payload in gather.arrivals():
+        kernels.decode(payload, codec, cols=cols, dtype=x.dtype, out=into[rank, piece])
+    return gather.finish()
 
 
 def all_to_all(
@@ -129,69 +130,130 @@ def all_to_all(
 
 
 class Stripes:
-    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none.
-
-    Missing rows travel as whatever the buffer held, and nobody decodes them.
-    """
+    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none."""
 
     def __init__(self, rows: int, state: GroupState):
-        self.rows, self.length = rows, -(-rows // state.ranks)
+        self.length = -(-rows // state.ranks)
+        edges = [min(rank * self.length, rows) for rank in range(state.ranks + 1)]
+        self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
+        self.sizes = [part.stop - part.start for part in self._slices]
 
     def of(self, rank: int) -> slice:
         """The rows of `rank`."""
-        return slice(min(rank * self.length, self.rows), min((rank + 1) * self.length, self.rows))
-
-    def real(self, rank: int) -> int:
-        """How many rows `rank` has."""
-        return self.of(rank).stop - self.of(rank).start
+        return self._slices[rank]
 
 
-def _scatter(x: torch.Tensor, codec: Codec, stripes: Stripes, state: GroupState) -> torch.Tensor:
-    """Send each rank its stripe of x[T, H]; returns received[R, S, P], what every rank sent to this one."""
-    width = codec.payload_bytes(x.shape[1], x.dtype)
-    sent = state.buffer("sent", x.device, state.ranks, stripes.length, width)
-    received = state.buffer("received", x.device, state.ranks, stripes.length, width)
-    direct = state.direct(x.device)
-    pending = [state.receive(received[peer], peer) for peer in state.peers()] if direct else []
-    for peer in state.peers():
-        kernels.encode(x[stripes.of(peer)], codec, out=sent[peer, : stripes.real(peer)])
-        if direct:
-            pending.append(state.send(sent[peer], peer))
-    # Our own stripe last: the others are on their way meanwhile, and it needs no copy.
-    mine = received if direct else sent
-    kernels.encode(x[stripes.of(state.rank)], codec, out=mine[state.rank, : stripes.real(state.rank)])
-    if not direct:
-        exchange(received, sent, state.group)
-    for work in pending:
-        work.wait()
-    return received[:, : stripes.real(state.rank)]
+def _cut_into(length: int, count: int) -> list[slice]:
+    """`length` rows in `count` runs, as even as possible; fewer where there are fewer rows."""
+    count = max(1, min(count, length))
+    edges = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
-def _expect(received: torch.Tensor, state: GroupState) -> "list[tuple[int, dist.Work]]":
-    """Start receiving every other rank's part of a gather into received[R, ...]; (rank, work) in order of arrival."""
-    if not state.direct(received.device):
-        return []
-    return [(peer, state.receive(received[peer], peer)) for peer in reversed(state.peers())]
+class _Transfers:
+    """What is under way to and from the other ranks."""
+
+    def __init__(self, state: GroupState, device: torch.device):
+        self._state, self._direct = state, state.direct(device)
+        self._going: list[dist.Work] = []
+        self._coming: dict[tuple[int, int], dist.Work] = {}
+        self._sent_bytes = 0
+
+    def _expect(self, part: torch.Tensor, piece: slice, peer: int):
+        if part.numel():
+            self._coming[piece.start, peer] = self._state.receive(part, peer)
+
+    def _send(self, part: torch.Tensor, peer: int):
+        if part.numel():
+            self._going.append(self._state.send(part, peer))
+            self._sent_bytes += part.numel()
+
+    def wait(self, piece: slice, peer: int):
+        """Until that piece from that rank is here."""
+        work = self._coming.pop((piece.start, peer), None)
+        if work is not None:
+            work.wait()
+
+    def finish(self) -> int:
+        """Until the others have what was sent to them; the bytes of it."""
+        for work in self._going:
+            work.wait()
+        return self._sent_bytes
 
 
-def _gather(
-    received: torch.Tensor,
-    mine: torch.Tensor,
-    state: GroupState,
-    coming: "list[tuple[int, dist.Work]]",
-    arrived: Callable[[int], None] = lambda rank: None,
-):
-    """received[R, ...] = every rank's `mine`, which lies in its place already; `arrived(r)` once rank r's is there."""
-    if not state.direct(received.device):
-        # The source must not overlap the destination.
-        gather(received, mine.clone(), state.group)
-        for rank in range(state.ranks):
-            arrived(rank)
-        return
-    going = [state.send(mine, peer) for peer in state.peers()]
-    arrived(state.rank)
-    for peer, work in coming:
-        work.wait()
-        arrived(peer)
-    for work in going:
-        work.wait()
+class _Scatter(_Transfers):
+    """Every rank sends each other its stripe of a message; what this one receives is its own stripe, R times."""
+
+    def __init__(self, stripes: Stripes, width: int, pieces: int, device: torch.device, state: GroupState):
+        super().__init__(state, device)
+        self._stripes, self.pieces = stripes, _cut_into(stripes.length, pieces)
+        self._sent = state.buffer("sent", device, state.ranks, stripes.length, width)
+        self._received = state.buffer("received", device, state.ranks, stripes.length, width)
+        self._mine = stripes.sizes[state.rank]
+        if self._direct:
+            for piece in self.pieces:
+                for peer in state.peers():
+                    self._expect(self._received[peer, : self._mine][piece], piece, peer)
+
+    def send_all(self, x: torch.Tensor, codec: Codec):
+        """Encode and send the rows of x[T, H]."""
+        state = self._state
+        for piece in self.pieces:
+            # Our own stripe last: the others are on their way meanwhile, and where it stays here it needs no copy.
+            for peer in (*state.peers(), state.rank):
+                rows, own = x[self._stripes.of(peer)][piece], self._direct and peer == state.rank
+                part = (self._received if own else self._sent)[peer, piece][: len(rows)]
+                kernels.encode(rows, codec, out=part)
+                if self._direct and not own:
+                    self._send(part, peer)
+        if not self._direct:
+            exchange(self._received, self._sent, state.group)
+            self._sent_bytes = self._sent[1:].numel()
+
+    def wait(self, piece: slice) -> torch.Tensor:
+        """[R, n, P]: that piece of our stripe, as every rank sent it."""
+        for peer in self._state.peers():
+            super().wait(piece, peer)
+        return self._received[:, : self._mine][:, piece]
+
+
+class _Gather(_Transfers):
+    """Every rank sends all others its rows; `sizes` says how many those of each rank are."""
+
+    def __init__(self, sizes: list[int], width: int, pieces: int, device: torch.device, state: GroupState):
+        super().__init__(state, device)
+        self._sizes, self.pieces = sizes, _cut_into(max(sizes), pieces)
+        self.payloads = state.buffer("gathered", device, state.ranks, max(sizes), width)
+        if self._direct:
+            for piece in self.pieces:
+                # The next rank sends to us last.
+                for peer in reversed(state.peers()):
+                    self._expect(self._of(peer, piece), piece, peer)
+
+    def _of(self, rank: int, piece: slice) -> torch.Tensor:
+        return self.payloads[rank, : self._sizes[rank]][piece]
+
+    def mine(self, piece: slice) -> torch.Tensor:
+        """Where to write that piece of this rank's payload."""
+        return self._of(self._state.rank, piece)
+
+    def send(self, piece: slice, payload: torch.Tensor):
+        """Send that piece, which lies in its place, to all others."""
+        state = self._state
+        if self._direct:
+            for peer in state.peers():
+                self._send(payload, peer)
+        else:
+            # The source must not overlap the destination.
+            gather(self.payloads, self.payloads[state.rank].clone(), state.group)
+            self._sent_bytes = self.payloads[1:].numel()
+
+    def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """(rank, piece, payload) of all, our own first, then roughly as they arrive."""
+        state = self._state
+        for piece in self.pieces:
+            yield state.rank, piece, self.mine(piece)
+        for piece in self.pieces:
+            for peer in reversed(state.peers()):
+                self.wait(piece, peer)
+                yield peer, piece, self._of(peer, piece)

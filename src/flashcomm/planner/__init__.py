@@ -4,6 +4,7 @@ Because only the message's shape, its dtype, the codec and the world size enter,
 each other, and the reason is a sentence that `flashcomm.stats()` can count.
 """
 
+import math
 from dataclasses import dataclass
 
 from flashcomm.codecs import Codec, Pair, Plain
@@ -76,3 +77,21 @@ def choose(
         if message_bytes <= MAX_ONE_STEP_BYTES and not batch_invariant:
             return Plan(algorithm="one_step", reason=f"message up to {MAX_ONE_STEP_BYTES >> 10} KiB")
     return Plan(algorithm="two_step", reason="fewest bytes")
+
+
+# Seconds that a byte of the message costs the cores that encode and decode it, and that a piece costs of its own.
+CODEC_S_PER_BYTE = 0.6e-9
+PIECE_S = 1e-3
+MOST_PIECES = 8
+
+
+def pieces(message_bytes: int) -> int:
+    """In how many pieces a message travels, so that codecs work while the link does.
+
+    All but one piece's share of the codecs' time hides behind the transfers, or the other way round, and each piece
+    costs something of its own: c / k + k * p is least at the square root of c / p.
+
+    >>> pieces(64 << 10), pieces(16 << 20)
+    (1, 3)
+    """
+    return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * CODEC_S_PER_BYTE / PIECE_S))))
