@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from flashcomm import codecs, kernels, planner
-from flashcomm.codecs import Codec
+from flashcomm.codecs import Codec, Levels, Pair
 
 
 def all_reduce(
@@ -17,12 +17,14 @@ def all_reduce(
     algorithm: str = "auto",
     *,
     batch_invariant: bool = False,
+    hosts: int = 0,
 ) -> torch.Tensor:
     """What `flashcomm.all_reduce` returns on every rank when rank r holds ``xs[r]``.
 
     Args:
         xs: one tensor per rank, all of one shape, dtype and device.
         codec, algorithm, batch_invariant: as for `flashcomm.all_reduce`.
+        hosts: number of hosts with as many ranks each, in order; 0 for one rank on each.
 
     Returns:
         Tensor of the same shape and dtype.
@@ -39,7 +41,12 @@ def all_reduce(
         raise ValueError("simulate.all_reduce needs one tensor per rank, all of one shape and dtype")
     x, ranks = xs[0], len(xs)
     size = x.numel() * x.element_size()
-    plan = planner.choose(size, ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant)
+    if hosts and ranks % hosts:
+        raise ValueError(f"{ranks} ranks are no {hosts} hosts with as many ranks each")
+    group = planner.Group(ranks=ranks, hosts=hosts or ranks)
+    exact = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+    plan = planner.choose(size, group, codec, algorithm=algorithm, batch_invariant=batch_invariant, exact=exact)
+    codec = plan.codec
     if ranks == 1 or x.numel() == 0:
         return x.clone()
     if plan.algorithm == "plain":
@@ -47,6 +54,8 @@ def all_reduce(
             f"this call runs the plain collective ({plan.reason}), whose order of additions belongs to the backend. "
             "Use algorithm='one_step' or 'two_step', or codec='fp32' for sums in rank order"
         )
+    if isinstance(codec, Levels):
+        return _hierarchical(xs, codec, hosts)
     first, second = codec.steps
     cols = x.shape[-1] if x.dim() else 1
     features = getattr(first, "features", None)
@@ -58,3 +67,15 @@ def all_reduce(
     # Rows are independent, so owning them all is the same as owning a stripe.
     reduced = kernels.decode_sum_encode(payloads, first, second, cols=cols)
     return kernels.decode(reduced, second, cols=cols, dtype=x.dtype).view(x.shape)
+
+
+def _hierarchical(xs: Sequence[torch.Tensor], codec: Levels, hosts: int) -> torch.Tensor:
+    x, size = xs[0], len(xs) // hosts
+    cols, (first, second) = x.shape[-1] if x.dim() else 1, codec.inside.steps
+    sums = []
+    for host in range(hosts):
+        payloads = torch.stack([kernels.encode(r.reshape(-1, cols), first) for r in xs[host * size :][:size]])
+        sums.append(kernels.decode_sum(payloads, first, cols=cols, dtype=torch.float32))
+    name = "one_step" if hosts == 2 and not isinstance(codec.between, Pair) else "two_step"
+    total = all_reduce(sums, codec.between, name)
+    return kernels.decode(kernels.encode(total, second), second, cols=cols, dtype=x.dtype).view(x.shape)

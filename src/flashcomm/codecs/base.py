@@ -76,8 +76,11 @@ class Codec(ABC):
         return cols
 
     @property
-    def steps(self) -> tuple["Codec", "Codec"]:
-        """The formats of the two steps of an all-reduce: the reduce-scatter's and the all-gather's."""
+    def steps(self) -> tuple["Codec", ...]:
+        """The formats of the two steps of an all-reduce: the reduce-scatter's and the all-gather's.
+
+        Of levels four: those inside of a host, then those between hosts.
+        """
         return self, self
 
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:

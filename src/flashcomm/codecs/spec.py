@@ -12,6 +12,7 @@ BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
 BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
 int4g128:int8g128                 the reduce-scatter's format, then the all-gather's
+bf16/int4g128                     inside of a host, then between hosts
 
 and whatever installed packages add under the entry point ``flashcomm.codecs``.
 """
@@ -60,41 +61,8 @@ _COMMON = [
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Pair(Codec):
-    """``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
-
-    A pair describes two transfers, so it cannot encode one tensor; take `steps` apart for that.
-    Source: Flash Communication (arXiv 2412.04964) sends 4 bits, then 8, and calls the mix INT6.
-    """
-
-    first: Codec
-    second: Codec
-
-    def __str__(self) -> str:
-        return f"{self.first}:{self.second}"
-
-    @property
-    def steps(self) -> tuple[Codec, Codec]:
-        return self.first, self.second
-
-    @property
-    def identity(self) -> str:
-        return f"{self.first.identity}:{self.second.identity}"
-
-    @property
-    def unbound(self) -> bool:
-        return self.first.unbound or self.second.unbound
-
-    def check(self, cols: int, ranks: int | None = None):
-        self.first.check(cols, ranks)
-        self.second.check(cols, ranks)
-
-    def bind(self, features: Features, rank: int) -> "Pair":
-        return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))
-
-    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        return (self.first.bits_per_value(cols, dtype) + self.second.bits_per_value(cols, dtype)) / 2
+class _Several(Codec):
+    """Formats for several transfers: it cannot encode one tensor; take `steps` apart for that."""
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
         raise self._refusal()
@@ -108,11 +76,71 @@ class Pair(Codec):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         raise self._refusal()
 
+    def check(self, cols: int, ranks: int | None = None):
+        for step in self.steps:
+            step.check(cols, ranks)
+
     def _refusal(self) -> ValueError:
+        steps = " and ".join(dict.fromkeys(str(step) for step in self.steps))
         return ValueError(
-            f"codec {self} is a pair: one format for each step of an all-reduce. To encode a tensor, "
-            f"use one of its steps, {self.first} or {self.second}"
+            f"codec {self} is several formats, one for each step of an all-reduce. To encode a tensor, "
+            f"use one of its steps, {steps}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Pair(_Several):
+    """``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
+
+    Source: Flash Communication (arXiv 2412.04964) sends 4 bits, then 8, and calls the mix INT6.
+    """
+
+    first: Codec
+    second: Codec
+
+    def __str__(self) -> str:
+        return f"{self.first}:{self.second}"
+
+    @property
+    def steps(self) -> tuple[Codec, ...]:
+        return self.first, self.second
+
+    @property
+    def identity(self) -> str:
+        return f"{self.first.identity}:{self.second.identity}"
+
+    @property
+    def unbound(self) -> bool:
+        return self.first.unbound or self.second.unbound
+
+    def bind(self, features: Features, rank: int) -> "Pair":
+        return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))
+
+    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        return (self.first.bits_per_value(cols, dtype) + self.second.bits_per_value(cols, dtype)) / 2
+
+
+@dataclass(frozen=True, slots=True)
+class Levels(_Several):
+    """``INSIDE/BETWEEN``: formats for the steps inside of a host and between hosts of a hierarchical all-reduce.
+
+    Each may be a pair. Inside, where links are fast, ``bf16`` costs little; bits count between hosts.
+    Source: FlashCommunication V2 (arXiv 2508.03760), hierarchical all-reduce; two formats are our own.
+    """
+
+    inside: Codec
+    between: Codec
+
+    def __str__(self) -> str:
+        return f"{self.inside}/{self.between}"
+
+    @property
+    def steps(self) -> tuple[Codec, ...]:
+        return *self.inside.steps, *self.between.steps
+
+    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
+        """Bits between hosts, where they matter."""
+        return self.between.bits_per_value(cols, dtype)
 
 
 def parse(spec: "str | Codec") -> Codec:
@@ -136,6 +164,18 @@ def parse(spec: "str | Codec") -> Codec:
 
 @lru_cache(maxsize=1024)
 def _parse(spec: str) -> Codec:
+    if "/" in spec:
+        parts = spec.split("/")
+        if len(parts) != 2 or "none" in parts:
+            raise ValueError(
+                f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; use bf16 or fp32 for one as it is"
+            )
+        inside, between = (parse(part) for part in parts)
+        if any(isinstance(step, Keep | Static) for step in (*inside.steps, *between.steps)):
+            raise ValueError(
+                f"codec {spec!r}: formats with a calibration know one group of ranks, not two levels of them"
+            )
+        return Levels(inside, between)
     if ":" in spec:
         parts = spec.split(":")
         if len(parts) != 2 or "none" in parts:
@@ -219,5 +259,5 @@ def allowed() -> str:
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
         f"and _{', _'.join(SCALES)} (scale), int2static to int8static{more}; on them +spike, +hadamard or +taco, "
-        "+keepN; or a pair FIRST:SECOND"
+        "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )

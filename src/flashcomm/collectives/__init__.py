@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import codecs, kernels, planner
-from flashcomm.codecs import FLOAT_DTYPES, Codec, Pair, Plain
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
 from flashcomm.collectives import shared, steps
+from flashcomm.collectives.levels import hierarchical
+from flashcomm.collectives.moving import mover
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
 from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
 
@@ -67,7 +69,8 @@ def all_reduce(
             codec never cross. Not changed, unless it is also `out`. Same shape and dtype on all ranks.
         codec: wire format, for example ``int8g128``; ``none`` for the plain collective.
         group: process group; None for the default one.
-        algorithm: ``auto``, ``one_step``, ``two_step`` or ``plain``; `flashcomm.planner.choose` explains ``auto``.
+        algorithm: ``auto``, ``one_step``, ``two_step``, ``hierarchical`` or ``plain``; `flashcomm.planner.choose`
+            explains ``auto``.
         out: tensor of x's shape, dtype and device for the result; may be `x`.
         async_op: return a `Work`, whose ``wait()`` gives the result. On gloo compressed calls then run on a thread of
             their own, on CUDA on a stream; uncompressed ones and other CPU backends finish before they return.
@@ -90,8 +93,14 @@ def all_reduce(
     if call is None:
         codec = _fitting(codec, x)
         plan = planner.choose(
-            x.numel() * x.element_size(), state.ranks, codec, algorithm=algorithm, batch_invariant=batch_invariant
+            x.numel() * x.element_size(),
+            state.facts,
+            codec,
+            algorithm=algorithm,
+            batch_invariant=batch_invariant,
+            exact="bf16" if x.dtype == torch.bfloat16 else "fp32",
         )
+        codec = plan.codec
         refusal = _compromise(x, codec, plan) if strict else None
         call = _Call(
             op="all_reduce",
@@ -103,7 +112,7 @@ def all_reduce(
             plain_bytes=2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
             run=_plain_all_reduce
             if plan.algorithm == "plain"
-            else _mover(plan.algorithm, codec, x, state, _row_shape(x.shape)),
+            else _moving(plan.algorithm, codec, x, _row_shape(x.shape), state, plan.pieces),
             rows=_row_shape(x.shape),
             refusal=refusal,
         )
@@ -140,12 +149,12 @@ def reduce_scatter(
     key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device.type)
     call = state.calls.get(key) if _is_key(codec) else None
     if call is None:
-        codec = _fitting(codec, x).steps[0]
+        codec = _single(_fitting(codec, x)).steps[0]
         if x.dim() == 0 or x.shape[0] % state.ranks:
             raise ValueError(
                 f"reduce_scatter splits dimension 0 over {state.ranks} ranks, which {list(x.shape)} does not allow"
             )
-        plan = _single_step_plan(algorithm, codec, state)
+        plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
         # A vector is cut into R rows, whose owners sum one each.
         rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else _row_shape(x.shape)
         call = _Call(
@@ -155,7 +164,9 @@ def reduce_scatter(
             contract=_contract("reduce_scatter", plan.algorithm, codec, x, x.shape),
             shape=(x.shape[0] // state.ranks, *x.shape[1:]),
             plain_bytes=x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
-            run=_plain_reduce_scatter if plan.algorithm == "plain" else _mover("reduce_scatter", codec, x, state, rows),
+            run=_plain_reduce_scatter
+            if plan.algorithm == "plain"
+            else _moving("reduce_scatter", codec, x, rows, state, plan.pieces),
             rows=rows,
         )
         state.remember(key, call)
@@ -189,8 +200,8 @@ def all_gather(
     key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device.type)
     call = state.calls.get(key) if _is_key(codec) else None
     if call is None:
-        codec = _fitting(codec, x).steps[1]
-        plan = _single_step_plan(algorithm, codec, state)
+        codec = _single(_fitting(codec, x)).steps[1]
+        plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
         call = _Call(
             op="all_gather",
             plan=plan,
@@ -200,7 +211,7 @@ def all_gather(
             plain_bytes=x.numel() * x.element_size() * (state.ranks - 1),
             run=_plain_all_gather
             if plan.algorithm == "plain"
-            else _mover("all_gather", codec, x, state, _row_shape(x.shape)),
+            else _moving("all_gather", codec, x, _row_shape(x.shape), state, plan.pieces),
             rows=_row_shape(x.shape),
         )
         state.remember(key, call)
@@ -237,13 +248,13 @@ def all_to_all(
     """
     state = _entered(x, group)
     codec = _fitting(codec, x)
-    if isinstance(codec, Pair):
+    if isinstance(_single(codec), Pair):
         raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
     if x.dim() < 2:
         raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
     in_rows = _split("input_split_sizes", input_split_sizes, x.shape[0], state.ranks)
     out_rows = _split("output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks)
-    plan = _single_step_plan(algorithm, codec, state)
+    plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
     shape = (sum(out_rows), *x.shape[1:])
     # An entry of dimension 0 is several of the codec's rows where x has more dimensions than two.
     per_entry = math.prod(x.shape[1:-1])
@@ -275,12 +286,11 @@ def _is_key(codec: object) -> bool:
     return isinstance(codec, str | Codec)
 
 
-def _mover(name: str, codec: Codec, x: torch.Tensor, state: GroupState, rows: tuple[int, int]) -> Callable[..., int]:
-    """What moves the payloads: memory that the ranks share where all of them can, messages otherwise."""
-    if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
-        return getattr(shared, name)(codec, *rows, x.dtype, state)
-    pieces = planner.pieces(x.numel() * x.element_size()) if state.direct(x.device) else 1
-    return partial(getattr(steps, name), pieces=pieces)
+def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], state: GroupState, pieces: int = 1) -> Any:
+    """The function that runs a compressed call on rows of x."""
+    if name == "hierarchical":
+        return partial(hierarchical, pieces=pieces)
+    return mover(name, codec, x.reshape(rows), state, pieces)
 
 
 def _entered(x: torch.Tensor, group: "dist.ProcessGroup | None") -> GroupState:
@@ -304,6 +314,12 @@ def _fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
         raise ValueError(
             f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
         )
+    return codec
+
+
+def _single(codec: Codec) -> Codec:
+    if isinstance(codec, Levels):
+        raise ValueError(f"only all_reduce has levels: of {codec}, give one of {codec.inside} and {codec.between}")
     return codec
 
 
@@ -343,11 +359,14 @@ def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Seq
     return f"op={op}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
 
 
-def _single_step_plan(algorithm: str, codec: Codec, state: GroupState) -> planner.Plan:
-    if algorithm == "two_step":
-        raise ValueError("only all_reduce has two steps. Allowed here: auto, one_step, plain")
+def _single_step_plan(algorithm: str, codec: Codec, state: GroupState, message_bytes: int) -> planner.Plan:
+    if algorithm in ("two_step", "hierarchical"):
+        raise ValueError(f"only all_reduce can be {algorithm}. Allowed here: auto, one_step, plain")
     plan = planner.choose(0, state.ranks, codec, algorithm=algorithm, batch_invariant=True)
-    return planner.Plan(algorithm="one_step", reason=plan.reason) if plan.algorithm == "two_step" else plan
+    if plan.algorithm == "plain":
+        return plan
+    count = planner.pieces(message_bytes) if state.facts.hosts != 1 else 1
+    return planner.Plan(algorithm="one_step", codec=codec, reason=plan.reason, pieces=count)
 
 
 def _split(name: str, sizes: Sequence[int] | None, rows: int | None, ranks: int) -> list[int]:

@@ -216,22 +216,34 @@ def shorten(rows: int, cols: int, codec: Codec, least: int, most_bytes: int) -> 
     return rows * pieces, cols // pieces
 
 
-def one_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+def one_step(
+    codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, state: "GroupState"
+) -> Prepared:
     """As `steps.one_step`, for x[rows, cols]."""
-    return _sum(codec, rows, cols, dtype, state, stripes=1)
+    return _sum(codec, rows, cols, dtype, out_dtype, state, stripes=1)
 
 
-def reduce_scatter(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+def reduce_scatter(
+    codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, state: "GroupState"
+) -> Prepared:
     """As `steps.reduce_scatter`, for x[rows, cols]."""
-    return _sum(codec, rows, cols, dtype, state, stripes=state.ranks)
+    return _sum(codec, rows, cols, dtype, out_dtype, state, stripes=state.ranks)
 
 
-def _sum(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState", stripes: int) -> Prepared:
+def _sum(
+    codec: Codec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    state: "GroupState",
+    stripes: int,
+) -> Prepared:
     from flashcomm.kernels import cpu, epochs
 
     rows, cols = shorten(rows // stripes, cols, codec, 1, PIECE_BYTES // stripes)
-    width, kind = codec.payload_bytes(cols, dtype), cpu.KINDS[dtype]
-    encode, decode = cpu.encoder(codec, cols, kind), cpu.decoder(codec, cols, kind, True)
+    width = codec.payload_bytes(cols, dtype)
+    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], True)
     return Prepared(
         function=epochs.sum_stripes,
         before=(encode.each, decode.each, state.ranks - decode.last_after, decode.after),
@@ -247,16 +259,17 @@ def _sum(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupSt
     )
 
 
-def two_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+def two_step(
+    codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, state: "GroupState"
+) -> Prepared:
     """As `steps.two_step`, for x[rows, cols]."""
     from flashcomm.kernels import cpu, epochs
 
     first, second = codec.steps
     rows, cols = shorten(rows, cols, codec, state.ranks, PIECE_BYTES // state.ranks)
     width, sum_width = first.payload_bytes(cols, dtype), second.payload_bytes(cols, dtype)
-    kind = cpu.KINDS[dtype]
-    encode, add = cpu.encoder(first, cols, kind), cpu.reducer(first, second, cols)
-    decode = cpu.decoder(second, cols, kind, False)
+    encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols)
+    decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], False)
     return Prepared(
         function=epochs.two_step,
         before=(encode.each, add.each, add.after, decode.each),
@@ -272,13 +285,15 @@ def two_step(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "Gro
     )
 
 
-def all_gather(codec: Codec, rows: int, cols: int, dtype: torch.dtype, state: "GroupState") -> Prepared:
+def all_gather(
+    codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, state: "GroupState"
+) -> Prepared:
     """As `steps.all_gather`, for x[rows, cols]."""
     from flashcomm.kernels import cpu, epochs
 
     rows, cols = shorten(rows, cols, codec, 1, PIECE_BYTES)
-    width, kind = codec.payload_bytes(cols, dtype), cpu.KINDS[dtype]
-    encode, decode = cpu.encoder(codec, cols, kind), cpu.decoder(codec, cols, kind, False)
+    width = codec.payload_bytes(cols, dtype)
+    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], False)
     return Prepared(
         function=epochs.gather,
         before=(encode.each, decode.each),

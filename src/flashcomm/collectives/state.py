@@ -12,12 +12,14 @@ import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from flashcomm.collectives import tuning
 from flashcomm.collectives.shared import HALF_BYTES, SharedMemory
+from flashcomm.planner import Group
 
 _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
@@ -33,6 +35,8 @@ class GroupState:
     def __init__(self, group: dist.ProcessGroup, tag: int = _TAG):
         # Weak, because this object is the value under the group's own weak key.
         self._group = weakref.ref(group)
+        self.keep: dist.ProcessGroup | None = None
+        """The group itself, where nobody else has it."""
         self.rank = dist.get_rank(group)
         self.ranks = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
@@ -45,6 +49,8 @@ class GroupState:
         self._met = False
         self.hosts: list[int] = [0] * self.ranks
         """Which host each rank is on, counted from 0 in the order of ranks; known after `meet`."""
+        self.facts = Group(ranks=self.ranks)
+        self._levels: tuple[GroupState, GroupState] | None = None
         self.shared: SharedMemory | None = None
         """Memory that all ranks map, if all are on one host."""
         self.why_not_shared = "the ranks have not met yet"
@@ -78,15 +84,20 @@ class GroupState:
             return
         self._met = True
         facts = self.tell(_facts())
-        names = list(dict.fromkeys(host for host, _, _ in facts))
-        self.hosts = [names.index(host) for host, _, _ in facts]
-        refused = [(rank, why) for rank, (_, _, why) in enumerate(facts) if why]
+        names = list(dict.fromkeys(fact.host for fact in facts))
+        self.hosts = [names.index(fact.host) for fact in facts]
+        refused = [(rank, fact.why_not_shared) for rank, fact in enumerate(facts) if fact.why_not_shared]
         if len(names) > 1:
             self.why_not_shared = f"{len(names)} hosts"
         elif refused:
             self.why_not_shared = f"rank {refused[0][0]}: {refused[0][1]}"
         else:
-            self._open(HALF_BYTES, min(threads for _, threads, _ in facts))
+            self._open(HALF_BYTES, min(fact.threads for fact in facts))
+        sizes = {self.hosts.count(host) for host in range(len(names))}
+        hosts = len(names) if len(sizes) == 1 else 0
+        name = tuning.name_of(_cpu_backend(self.group), [fact.label for fact in facts], bool(self.shared))
+        machine = self.tell(tuning.load(name) if self.rank == 0 else None)[0]
+        self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
 
     def _open(self, half_bytes: int, threads: int):
         """Map memory for synchronous calls, and more for asynchronous ones: their thread could not do it in step."""
@@ -95,6 +106,22 @@ class GroupState:
             self._lane_shared, self.why_not_shared = SharedMemory.open(self, half_bytes, threads)
             if self._lane:
                 self._lane[0].shared = self._lane_shared
+
+    def levels(self) -> "tuple[GroupState, GroupState]":
+        """The ranks of this host, and the ranks that have this one's place on every host: two groups, made once."""
+        if self._levels is None:
+            place = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
+            states = []
+            for labels in (self.hosts, place):
+                members = [self._global_ranks[r] for r in range(self.ranks) if labels[r] == labels[self.rank]]
+                group = dist.new_group(members, backend=dist.get_backend(self.group), use_local_synchronization=True)
+                assert isinstance(group, dist.ProcessGroup)
+                state = GroupState(group, self._tag)
+                state.keep = group
+                state.meet(torch.device("cpu"))
+                states.append(state)
+            self._levels = (states[0], states[1])
+        return self._levels
 
     def reserve(self, half_bytes: int):
         """Have shared memory for pieces of so many bytes; all ranks come here with the same call.
@@ -181,7 +208,9 @@ class GroupState:
         """
         if self._lane is None:
             lane = GroupState(self.group, _LANE_TAG)
-            lane.shared = self._lane_shared
+            lane.shared, lane.hosts, lane.facts = self._lane_shared, self.hosts, self.facts
+            if self.facts.has_levels:
+                lane.levels()
             self._lane = lane, ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
         return self._lane
 
@@ -192,19 +221,30 @@ class GroupState:
         return self._streams[device]
 
 
-def _facts() -> tuple[str, int, str]:
-    """(host, threads, why not to share memory): what this rank tells the others when they meet."""
+class _Facts(NamedTuple):
+    """What a rank tells the others when they meet."""
+
+    host: str
+    """The same for ranks that can share memory, and for no others."""
+    label: str
+    """What people call the host, and what is known of its link."""
+    threads: int
+    why_not_shared: str
+
+
+def _facts() -> _Facts:
+    label = socket.gethostname() + (f"@{rate}" if (rate := os.environ.get("FLASHCOMM_LAB_RATE")) else "")
     try:
         namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
         host = " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *namespaces])
     except OSError:
-        return socket.gethostname(), 1, "no /proc: shared memory needs Linux"
+        return _Facts(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux")
     why = ""
     if os.environ.get("FLASHCOMM_SHARED_MEMORY", "1") == "0":
         why = "FLASHCOMM_SHARED_MEMORY=0"
     elif importlib.util.find_spec("numba") is None:
         why = "numba is not installed (pip install numba)"
-    return host, torch.get_num_threads(), why
+    return _Facts(host, label, torch.get_num_threads(), why)
 
 
 def _cpu_backend(group: dist.ProcessGroup) -> str:

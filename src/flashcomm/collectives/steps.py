@@ -64,7 +64,7 @@ def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     for piece in gather.pieces:
         for peer in state.peers():
             gather.wait(piece, peer)
-        kernels.decode_sum(gather.payloads[:, piece], codec, cols=cols, dtype=x.dtype, out=into[piece])
+        kernels.decode_sum(gather.payloads[:, piece], codec, cols=cols, dtype=out.dtype, out=into[piece])
     return gather.finish()
 
 
@@ -82,7 +82,7 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
         sums = kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.mine(piece))
         gather.send(piece, sums)
     for rank, piece, payload in gather.arrivals():
-        kernels.decode(payload, second, cols=cols, dtype=x.dtype, out=into[stripes.of(rank)][piece])
+        kernels.decode(payload, second, cols=cols, dtype=out.dtype, out=into[stripes.of(rank)][piece])
     return scatter.finish() + gather.finish()
 
 
@@ -92,7 +92,7 @@ def reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.
     scatter = _Scatter(Stripes(x.shape[0], state), codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
     scatter.send_all(x, codec)
     for piece in scatter.pieces:
-        kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=x.dtype, out=out[piece])
+        kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
     return scatter.finish()
 
 
@@ -104,7 +104,7 @@ def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tens
         gather.send(piece, kernels.encode(x[piece], codec, out=gather.mine(piece)))
     into = out.view(state.ranks, rows, cols)
     for rank, piece, payload in gather.arrivals():
-        kernels.decode(payload, codec, cols=cols, dtype=x.dtype, out=into[rank, piece])
+        kernels.decode(payload, codec, cols=cols, dtype=out.dtype, out=into[rank, piece])
     return gather.finish()
 
 
@@ -125,7 +125,7 @@ def all_to_all(
             work.wait()
     else:
         dist.all_to_all_single(received, sent, out_rows, in_rows, group=state.group)
-    kernels.decode(received, codec, cols=cols, dtype=x.dtype, out=out)
+    kernels.decode(received, codec, cols=cols, dtype=out.dtype, out=out)
     return (x.shape[0] - in_rows[state.rank]) * width
 
 

@@ -1,0 +1,35 @@
+"""What moves the payloads of a call: memory that the ranks share where all of them can, messages otherwise."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from flashcomm import kernels
+from flashcomm.codecs import Codec
+from flashcomm.collectives import shared, steps
+from flashcomm.collectives.state import GroupState
+
+
+def mover(
+    name: str,
+    codec: Codec,
+    x: torch.Tensor,
+    state: GroupState,
+    pieces: int = 1,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> Callable[..., int]:
+    """The function ``name`` of `steps` for rows x[T, H], or its counterpart in `shared`; all ranks get the same.
+
+    Args:
+        name: one_step, two_step, reduce_scatter or all_gather.
+        codec: what the payloads are encoded with.
+        x: rows; only their shape, dtype and device matter.
+        state: of the group.
+        pieces: of messages that ranks send each other directly.
+        out_dtype: of the result, if not that of x.
+    """
+    if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
+        return getattr(shared, name)(codec, *x.shape, x.dtype, out_dtype or x.dtype, state)
+    return partial(getattr(steps, name), pieces=pieces if state.direct(x.device) else 1)
