@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from flashcomm.bench import lab
 from flashcomm.demo import MODEL
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli"]
@@ -85,7 +86,20 @@ def test_version_and_help():
         (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),
         (("bench", "all_reduce", "--tp", "one"), "give numbers of ranks of 2 or more"),
-        (("bench", "all_reduce", "--algorithms", "ring"), "unknown algorithm 'ring'"),
+        (
+            ("bench", "all_reduce", "--algorithms", "ring"),
+            "unknown algorithm 'ring'. Allowed: auto, one_step, two_step",
+        ),
+        (
+            ("bench", "all_gather", "--algorithms", "two_step"),
+            "unknown algorithm 'two_step'. Allowed: auto, one_step (",
+        ),
+        (("bench", "all_reduce", "--rate", "1gbit", "--ranks-per-host", "4"), "2 ranks do not fill hosts of 4"),
+        (
+            ("bench", "all_reduce", "--rate", "1gbit", "--mpi"),
+            "--mpi compares ranks of this machine without a slow link",
+        ),
+        (("bench", "all_to_all", "--plot", "out.txt"), "--plot 'out.txt': give a file that ends in .png, .svg or .pdf"),
     ],
 )
 def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message):
@@ -155,6 +169,23 @@ def test_bench_all_reduce(tmp_path):
         ("none", "plain"), ("int4g128", "one_step"), ("int4g128", "two_step"),
     ]  # fmt: skip
     assert rows[2]["wire_bytes"] == (64 << 10) * 4.25 / 16
+    assert rows[2]["chosen"] == "two_step"
+
+
+@pytest.mark.skipif(lab.unavailable() is not None, reason=f"no lab here: {lab.unavailable()}")
+def test_bench_joins_ranks_that_run_already(tmp_path):
+    bench = ("bench", "all_gather", "--sizes", "1k,16k", "--repeats", 1, "--codecs", "int4g128")
+    files = ("--json", tmp_path / "a.json", "--plot", tmp_path / "plots" / "a.png")
+    done = run("lab", "--ranks", 2, "--rate", "100mbit", "--", "python", *COMMAND[1:], *bench, *files)
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert document["op"] == "all_gather"
+    assert {(row["ranks"], row["link"], row["ceiling"]) for row in document["rows"]} == {(2, "100mbit", "link")}
+    assert done.stdout.count("all_gather, bfloat16, 2 ranks, gloo on links of 100mbit") == 1
+    assert (tmp_path / "plots" / "a.png").stat().st_size > 1000
+    done = run("lab", "--ranks", 2, "--rate", "100mbit", "--", "python", *COMMAND[1:], *bench, "--tp", 3)
+    assert done.returncode == 2
+    assert done.stderr.count("--tp 3 on a rank of 2: start 2 ranks or more, and leave --tp out") == 1
 
 
 def test_generate(tmp_path):

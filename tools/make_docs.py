@@ -11,10 +11,14 @@ from flashcomm.codecs import Affine, Block, Codec, Hadamard, Keep, Spike, Static
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
+SAME = ("op", "backend", "dtype", "link", "repeats")
+"""Columns that are said once where all rows agree, in tables of collectives with a link."""
 
 
 def cell(value: object) -> str:
     """A figure with the digits that it deserves."""
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "NO"
     if isinstance(value, float):
@@ -30,9 +34,11 @@ def table(path: Path) -> str:
     """The Markdown of one file of rows."""
     document = json.loads(path.read_text())
     machine, rows = document["machine"], document["rows"]
-    names = [name for name in rows[0] if name not in HIDDEN]
+    same = [name for name in SAME if "link" in rows[0] and len({row[name] for row in rows}) == 1]
+    names = [name for name in rows[0] if name not in HIDDEN and name not in same]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     facts = {k: v for k, v in document.items() if k not in ("machine", "rows", "prompt", "model", "op")}
+    facts |= {name: rows[0][name] for name in same}
     lines = [
         f"# {path.stem}",
         "",

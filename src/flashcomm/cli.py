@@ -1,10 +1,14 @@
 """The `flashcomm` command: every subcommand checks its input before it starts a process."""
 
 import json
+import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +19,7 @@ from rich.table import Table
 
 import flashcomm
 from flashcomm.bench.lab import Lab
+from flashcomm.planner import ALGORITHMS
 
 app = typer.Typer(
     help="Tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.",
@@ -268,48 +273,148 @@ def bench_codec(
     _write_rows(json_file, "codec", rows)
 
 
-@bench_app.command("all_reduce")
-def bench_all_reduce(
-    tp: Annotated[str, typer.Option(help="Comma-separated world sizes.")] = "2,4",
-    codecs: Annotated[
-        str, typer.Option(help="Comma-separated codecs; plain is always measured.")
-    ] = "int8g128,int4g128",
-    sizes: Annotated[str, typer.Option(help="Comma-separated message sizes: 64k, 16m or bytes.")] = "64k,1m,16m,64m",
-    algorithms: Annotated[str, typer.Option(help="Comma-separated: auto, one_step, two_step.")] = "two_step",
-    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 11,
-    json_file: Json = None,
-):
-    """Compressed all-reduces against the backend's own, interleaved, bf16, ranks on this machine."""
-    from flashcomm.bench import all_reduce
-    from flashcomm.planner import ALGORITHMS
+def _bench_collective(op: str):
+    """The command that measures `op`."""
 
-    specs = _codec_list(codecs)
-    worlds = [_number(text, "--tp") for text in tp.split(",")]
-    byte_sizes = [_size(text) for text in sizes.split(",")]
-    chosen = algorithms.split(",")
-    for name in chosen:
-        if name not in ALGORITHMS or name == "plain":
-            _fail(f"unknown algorithm {name!r}. Allowed: auto, one_step, two_step (plain is always measured)")
-    _warm_up(specs)
-    rows = []
-    for ranks in worlds:
-        with _err.status(f"measuring on {ranks} ranks"):
-            rows += all_reduce.run(specs, ranks=ranks, sizes=byte_sizes, algorithms=chosen, repeats=repeats)
-    table = _table(f"bf16 all-reduce, {rows[0].backend} on this machine, medians of {repeats}")
-    for name in ("ranks", "message"):
-        table.add_column(name, justify="right", no_wrap=True)
+    def command(
+        tp: Annotated[
+            str | None, typer.Option(help="Comma-separated world sizes, 2,4 if not given; under torchrun its own.")
+        ] = None,
+        codecs: Annotated[
+            str, typer.Option(help="Comma-separated codecs; plain is always measured.")
+        ] = "int8g128,int4g128",
+        sizes: Annotated[
+            str, typer.Option(help="Comma-separated message sizes: 64k, 16m or bytes.")
+        ] = "4k,64k,1m,16m,64m",
+        algorithms: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(_algorithms(op))}.")] = "auto",
+        repeats: Annotated[int, typer.Option(help="Timed rounds; more for messages up to 1 MiB.", min=1)] = 11,
+        dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+        rate: Rate = None,
+        ranks_per_host: RanksPerHost = 1,
+        mpi: Annotated[bool, typer.Option("--mpi", help="Also Open MPI over shared memory, fp32.")] = False,
+        plot: Annotated[
+            Path | None, typer.Option(help="Draw time over size to this file, such as out.png.", dir_okay=False)
+        ] = None,
+        json_file: Json = None,
+    ):
+        import torch
+
+        from flashcomm.bench import collectives, launch
+        from flashcomm.bench import mpi as open_mpi
+
+        # Every rank checks its input, and one says what is wrong with it.
+        _err.quiet = launch.joined() and os.environ["RANK"] != "0"
+        specs = _codec_list(codecs)
+        byte_sizes = [_size(text) for text in sizes.split(",")]
+        chosen = algorithms.split(",")
+        for name in chosen:
+            if name not in _algorithms(op):
+                _fail(f"unknown algorithm {name!r}. Allowed: {', '.join(_algorithms(op))} (plain is always measured)")
+        _check_dtype(dtype)
+        if plot and plot.suffix not in (".png", ".svg", ".pdf"):
+            _fail(f"--plot {str(plot)!r}: give a file that ends in .png, .svg or .pdf")
+        if plot:
+            _need("matplotlib", "plot")
+        if mpi and (rate or launch.joined()):
+            _fail("--mpi compares ranks of this machine without a slow link: leave out --rate, and torchrun")
+        if mpi and (reason := open_mpi.unavailable()):
+            _fail(reason)
+        worlds = [_number(text, "--tp") for text in (tp or "2,4").split(",")]
+        for ranks in worlds:
+            _checked_lab(ranks, rate, ranks_per_host)
+        _warm_up(specs)
+        if launch.joined():
+            rows = _join(tp, rate, (op, specs, byte_sizes, chosen, repeats, getattr(torch, dtype)))
+            if rows is None:
+                return
+        else:
+            rows = []
+            for ranks in worlds:
+                with _lab(ranks, rate, ranks_per_host) as lab, _err.status(f"measuring on {ranks} ranks"):
+                    what = {"ranks": ranks, "sizes": byte_sizes, "repeats": repeats, "dtype": getattr(torch, dtype)}
+                    measure = partial(collectives.run, op, specs, algorithms=chosen, lab=lab, **what)
+                    rows += open_mpi.around(measure, op, **what) if mpi else measure()
+        for _, table in groupby(rows, key=lambda row: row.ranks):
+            _print_collectives(list(table))
+        if plot:
+            from flashcomm.bench.plot import draw
+
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            draw(rows, plot)
+        _write_rows(json_file, op, rows)
+
+    command.__doc__ = f"Compressed {op} against the backend's own, taking turns; every answer is checked first."
+    return command
+
+
+def _algorithms(op: str) -> tuple[str, ...]:
+    return tuple(name for name in ALGORITHMS if name != "plain") if op == "all_reduce" else ("auto", "one_step")
+
+
+for _op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+    bench_app.command(_op)(_bench_collective(_op))
+
+
+def _join(tp: str | None, rate: str | None, arguments: tuple) -> list | None:
+    """Measure as one rank of those that torchrun or `flashcomm lab` started; rows on rank 0, None on the others."""
+    from flashcomm.bench import collectives, launch
+
+    world = os.environ["WORLD_SIZE"]
+    if tp not in (None, world) or int(world) < 2:
+        _fail(f"--tp {tp or world} on a rank of {world}: start 2 ranks or more, and leave --tp out")
+    if rate:
+        _fail(f"--rate {rate} starts ranks of its own, and this is a rank already: leave it out")
+    rows = launch.join(collectives.measure, arguments)
+    return rows if os.environ["RANK"] == "0" else None
+
+
+_NOTES = {
+    "link": "% of link: the time in which the link carries what the host's interface sent, over the measured time",
+    "copy": "% of copy: the time of a copy of the message in memory, over the measured time",
+    "mpi": "Open MPI: fp32 over shared memory, messages of as many bytes; measured before and after, the better counts",
+}
+
+
+def _print_collectives(rows: list):
+    from flashcomm.bench.collectives import readable
+
+    first = rows[0]
+    where = {"local": "on this machine", "network": "over a network"}.get(first.link, f"on links of {first.link}")
+    hosts = f", {first.ranks_per_host} to a host" if 1 < first.ranks_per_host < first.ranks else ""
+    table = _table(f"{first.op}, {first.dtype}, {first.ranks} ranks{hosts}, {first.backend} {where}")
+    table.add_column("message", justify="right", no_wrap=True)
     for name in ("codec", "algorithm"):
         table.add_column(name, no_wrap=True)
-    for name in ("ms", "p20", "p80", "x plain", "MiB sent", "SQNR dB"):
+    interface = first.interface_bytes is not None
+    for name in (
+        "ms", "p20", "p80", "x plain", "GB/s\nmessage", "GB/s\nsent", "MiB\nsent",
+        *(["MiB\niface"] * interface), f"% of\n{first.ceiling}", "SQNR\ndB",
+    ):  # fmt: skip
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(
-            str(row.ranks), _human(row.message_bytes), row.codec, row.algorithm, f"{row.p50_ms:.2f}",
-            f"{row.p20_ms:.2f}", f"{row.p80_ms:.2f}", f"{row.speedup:.2f}", f"{row.wire_bytes / 2**20:.2f}",
-            f"{row.sqnr_db:.1f}",
+        ran = row.algorithm if row.algorithm == row.chosen else f"{row.algorithm}: {row.chosen}"
+        names = (row.codec, ran) if row.backend == first.backend else (row.backend, row.dtype)
+        figures = (
+            row.p50_ms, row.p20_ms, row.p80_ms, row.speedup, row.algorithm_gbps, row.wire_gbps, _mib(row.wire_bytes),
+            *([_mib(row.interface_bytes)] * interface), row.ceiling_share and 100 * row.ceiling_share, row.sqnr_db,
         )  # fmt: skip
-    _out.print(table)
-    _write_rows(json_file, "all_reduce", rows)
+        table.add_row(readable(row.message_bytes), *names, *map(_figure, figures))
+    # A narrow terminal may break the lines; shortened figures would be none.
+    Console(width=max(_out.width, 130)).print(table)
+    others = ["mpi"] if any(row.backend != first.backend for row in rows) else []
+    for note in (first.ceiling, *others):
+        _out.print(_NOTES[note], style="dim", highlight=False, soft_wrap=True)
+
+
+def _figure(value: float | None) -> str:
+    """Three digits, but no more than three decimals."""
+    if value is None:
+        return ""
+    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value))))}f}" if value > 0 else f"{value:g}"
+
+
+def _mib(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 @app.command("lab", context_settings={"allow_interspersed_args": False})
@@ -378,18 +483,26 @@ def env(json_file: Json = None):
 @contextmanager
 def _lab(ranks: int, rate: str | None, ranks_per_host: int) -> Iterator[Lab | None]:
     """The lab that the options ask for, if any; what is wrong with them is an error before anything starts."""
-    if rate is None:
-        if ranks_per_host > 1:
-            _fail(f"--ranks-per-host {ranks_per_host} is for ranks behind slow links: give --rate too")
+    lab = _checked_lab(ranks, rate, ranks_per_host)
+    if lab is None:
         yield None
         return
     with ExitStack() as stack:
         try:
-            lab = Lab(ranks=ranks, rate=None if rate == "none" else rate, ranks_per_host=ranks_per_host)
             stack.enter_context(lab)
-        except (ValueError, RuntimeError) as error:
+        except RuntimeError as error:
             _fail(str(error))
         yield lab
+
+
+def _checked_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Lab | None:
+    if rate is None and ranks_per_host > 1:
+        _fail(f"--ranks-per-host {ranks_per_host} is for ranks behind slow links: give --rate too")
+    try:
+        if rate is not None:
+            return Lab(ranks=ranks, rate=None if rate == "none" else rate, ranks_per_host=ranks_per_host)
+    except ValueError as error:
+        _fail(str(error))
 
 
 def _table(title: str) -> Table:
@@ -468,10 +581,6 @@ def _size(text: str) -> int:
     if not number.isdigit() or int(number) == 0:
         _fail(f"size {text!r}: give bytes, or a number with k or m, such as 64k,16m")
     return int(number) * unit
-
-
-def _human(size: int) -> str:
-    return f"{size / 2**20:g} MiB" if size >= 1 << 20 else f"{size / 2**10:g} KiB"
 
 
 def _check_calibration(spec: str, path: Path | None, ranks: int):

@@ -238,6 +238,11 @@ def unavailable() -> str | None:
     return None
 
 
+def interface_bytes() -> int:
+    """For a rank in a lab: bytes that its host has sent to others since the lab began, as its interface counts them."""
+    return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
+
+
 def _address(host: int) -> str:
     # Each lab has a bridge of its own, so all may use the same addresses.
     return f"10.77.0.{host + 1}"

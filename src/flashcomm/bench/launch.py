@@ -83,6 +83,23 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
     return [results[rank] for rank in range(ranks)]
 
 
+def joined() -> bool:
+    """Whether this process is a rank that somebody else started: torchrun, or `flashcomm lab`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
+    """Be the rank that the environment says: ``function(*args)`` in this process, with the group of all ranks.
+
+    Args:
+        function, args, timeout_s: as for `run`; nothing is pickled.
+
+    Returns:
+        What the function returned on this rank.
+    """
+    return _rank_main(function, args, timeout_s)
+
+
 def backend() -> str:
     """NCCL where every rank can have a GPU of its own, gloo otherwise and in a lab."""
     if RATE_VARIABLE in os.environ:
@@ -100,7 +117,9 @@ def _interrupt_once(signum: int, frame: Any):
 @record
 def _rank_main(function: Callable, args: tuple, timeout_s: float):
     signal.signal(signal.SIGINT, _interrupt_once)
-    ranks, local_rank = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # The hosts of a lab are one machine.
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // ranks))
     # The command that started us has compiled the kernels and said so.

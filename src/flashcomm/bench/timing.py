@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -35,6 +35,7 @@ def interleaved(
     warmup: int = 2,
     before: Callable[[], object] = lambda: None,
     after: Callable[[], object] = lambda: None,
+    combine: Callable[[Sequence[float]], Sequence[float]] = lambda seconds: seconds,
     progress: Callable[[], object] = lambda: None,
 ) -> dict[str, Times]:
     """Time every variant `repeats` times, in turn, forwards and backwards alternately.
@@ -44,7 +45,8 @@ def interleaved(
         repeats: timed rounds; each runs every variant once.
         warmup: rounds before them that are not timed.
         before: runs before each call, outside its time (a barrier, say).
-        after: runs after each call, inside its time (what makes the slowest rank count).
+        after: runs after each call, inside its time (what waits until the work is done).
+        combine: turns a variant's seconds, in the order of rounds, into those that count (the slowest rank's, say).
         progress: runs after each round.
 
     Returns:
@@ -61,4 +63,4 @@ def interleaved(
             if round_number >= 0:
                 seconds[name].append(time.perf_counter() - start)
         progress()
-    return {name: Times(seconds=tuple(sorted(values))) for name, values in seconds.items()}
+    return {name: Times(seconds=tuple(sorted(combine(values)))) for name, values in seconds.items()}
