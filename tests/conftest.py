@@ -9,6 +9,9 @@ _digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(_kernels
 _cache = f"flashcomm-kernels-{os.getuid()}-{_digest.hexdigest()}"
 os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / _cache)
 
+# What was measured on this machine must not change what is tested.
+os.environ["FLASHCOMM_TUNING"] = str(Path(tempfile.gettempdir()) / "flashcomm-no-tuning.json")
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 

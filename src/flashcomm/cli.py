@@ -19,7 +19,7 @@ from rich.table import Table
 
 import flashcomm
 from flashcomm.bench.lab import Lab
-from flashcomm.planner import ALGORITHMS
+from flashcomm.planner import ALGORITHMS, Group
 
 app = typer.Typer(
     help="Tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.",
@@ -355,6 +355,74 @@ for _op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
     bench_app.command(_op)(_bench_collective(_op))
 
 
+@app.command()
+def tune(
+    tp: Annotated[
+        int | None, typer.Option(help="Ranks to start on this machine, 2 if not given.", min=2, show_default=False)
+    ] = None,
+    rate: Rate = None,
+    ranks_per_host: RanksPerHost = 1,
+    repeats: Annotated[int, typer.Option(help="Timed rounds for each size.", min=1)] = 5,
+    json_file: Json = None,
+):
+    """Measure what collectives cost on a group of ranks, and keep it: `algorithm="auto"` plans with it from then on.
+
+    Where ranks have been started by torchrun or `flashcomm lab`, they are measured; else ranks are started here.
+    """
+    from flashcomm.bench import launch
+    from flashcomm.bench import tune as tuning_bench
+    from flashcomm.collectives import tuning
+
+    _warm_up([*tuning_bench.CODECS, "bf16"])
+    if launch.joined():
+        world = os.environ["WORLD_SIZE"]
+        if int(world) < 2 or rate or str(tp or world) != world:
+            _fail(f"this is one rank of {world} already: start 2 or more, and leave --tp and --rate out")
+        group = launch.join(tuning_bench.measure, (repeats,))
+        if os.environ["RANK"] != "0":
+            return
+    else:
+        ranks = tp or 2
+        with _lab(ranks, rate, ranks_per_host) as lab, _err.status(f"measuring {ranks} ranks"):
+            group = launch.run(tuning_bench.measure, (repeats,), ranks=ranks, lab=lab)[0]
+    target = tuning.save(group.machine)
+    _print_tuning(group)
+    _out.print(f"Kept in {target}; rank 0 reads it when ranks meet.", highlight=False, soft_wrap=True)
+    _write_json(json_file, {"machine": group.machine.as_dict(), "ranks": group.ranks, "hosts": group.hosts})
+
+
+def _print_tuning(group: Group):
+    from flashcomm import planner
+    from flashcomm.bench.collectives import readable
+
+    costs = group.machine
+    assert costs is not None
+    sizes = [point.message_bytes for point in costs.plain.points]
+    table = _table(f"{costs.name}: milliseconds by message, at 4 and at 8 bits")
+    table.add_column("way", no_wrap=True)
+    for size in sizes:
+        table.add_column(readable(size), justify="right", no_wrap=True)
+    ways = [("plain", costs.plain, 16.0, 16.0)]
+    ways += [(f"{way}", cost, 4.25, 8.25) for way, cost in costs.compressed.items()]
+    ways += [(f"{way}, bf16", cost, 16.0, 16.0) for way, cost in costs.uncompressed.items()]
+    for way, cost, few, many in ways:
+        measured = {point.message_bytes for point in cost.points}
+        times = [sorted({f"{1e3 * cost.seconds(size, bits):.3g}" for bits in (few, many)}, key=float) for size in sizes]
+        table.add_row(way, *("\n".join(t) if size in measured else "" for size, t in zip(sizes, times, strict=True)))
+    _out.print(table)
+    table = _table("what algorithm='auto' takes")
+    table.add_column("message", justify="right", no_wrap=True)
+    specs = ("int8g128", "int4g128")
+    for spec in specs:
+        table.add_column(spec, no_wrap=True)
+    for size in planner.SIZES[2:17:2]:
+        plans = [planner.choose(size, group, flashcomm.codec(spec)) for spec in specs]
+        names = [f"{p.algorithm} in {p.pieces} pieces" if p.pieces > 1 else p.algorithm for p in plans]
+        sent = [f" of {p.codec}" if p.declined and p.algorithm != "plain" else "" for p in plans]
+        table.add_row(readable(size), *(name + what for name, what in zip(names, sent, strict=True)))
+    _out.print(table)
+
+
 def _join(tp: str | None, rate: str | None, arguments: tuple) -> list | None:
     """Measure as one rank of those that torchrun or `flashcomm lab` started; rows on rank 0, None on the others."""
     from flashcomm.bench import collectives, launch
@@ -393,6 +461,7 @@ def _print_collectives(rows: list):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         ran = row.algorithm if row.algorithm == row.chosen else f"{row.algorithm}: {row.chosen}"
+        ran += f" of {row.sent}" if row.sent not in (None, row.codec) else ""
         names = (row.codec, ran) if row.backend == first.backend else (row.backend, row.dtype)
         figures = (
             row.p50_ms, row.p20_ms, row.p80_ms, row.speedup, row.algorithm_gbps, row.wire_gbps, _mib(row.wire_bytes),

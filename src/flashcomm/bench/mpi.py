@@ -70,6 +70,7 @@ def around(
                 codec="none",
                 algorithm="plain",
                 chosen="plain",
+                sent=None,
                 speedup=plain.p50_ms / best["p50_ms"],
                 algorithm_gbps=best["message_bytes"] / best["p50_ms"] / 1e6,
                 wire_gbps=None,

@@ -30,6 +30,15 @@ def mover(
         pieces: of messages that ranks send each other directly.
         out_dtype: of the result, if not that of x.
     """
+    key = (name, codec, x.shape, x.dtype, x.device.type, pieces, out_dtype)
+    if key not in state.calls:
+        state.remember(key, _mover(name, codec, x, state, pieces, out_dtype or x.dtype))
+    return state.calls[key]
+
+
+def _mover(
+    name: str, codec: Codec, x: torch.Tensor, state: GroupState, pieces: int, out_dtype: torch.dtype
+) -> Callable[..., int]:
     if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
-        return getattr(shared, name)(codec, *x.shape, x.dtype, out_dtype or x.dtype, state)
+        return getattr(shared, name)(codec, *x.shape, x.dtype, out_dtype, state)
     return partial(getattr(steps, name), pieces=pieces if state.direct(x.device) else 1)

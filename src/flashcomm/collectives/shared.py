@@ -38,7 +38,7 @@ _NONCE_BYTES = 64
 _PAGE = 4096
 # Bytes of payload that a rank publishes at once, and of values that it decodes then: measured 2026-11-21, 2 cores.
 HALF_BYTES = 1 << 20
-PIECE_BYTES = 512 << 10
+PIECE_BYTES = 1 << 20
 _MOST_THREADS = 16
 _BYTES_PER_THREAD = 1 << 20
 # Spins before the core is offered to others, where every rank can have one of its own; about 2 us.

@@ -50,6 +50,8 @@ class GroupState:
         self.hosts: list[int] = [0] * self.ranks
         """Which host each rank is on, counted from 0 in the order of ranks; known after `meet`."""
         self.facts = Group(ranks=self.ranks)
+        self.name = ""
+        """What measured costs of this group are kept under."""
         self._levels: tuple[GroupState, GroupState] | None = None
         self.shared: SharedMemory | None = None
         """Memory that all ranks map, if all are on one host."""
@@ -95,8 +97,8 @@ class GroupState:
             self._open(HALF_BYTES, min(fact.threads for fact in facts))
         sizes = {self.hosts.count(host) for host in range(len(names))}
         hosts = len(names) if len(sizes) == 1 else 0
-        name = tuning.name_of(_cpu_backend(self.group), [fact.label for fact in facts], bool(self.shared))
-        machine = self.tell(tuning.load(name) if self.rank == 0 else None)[0]
+        self.name = tuning.name_of(_cpu_backend(self.group), [fact.label for fact in facts], bool(self.shared))
+        machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
         self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
 
     def _open(self, half_bytes: int, threads: int):

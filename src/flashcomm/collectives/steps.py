@@ -18,7 +18,7 @@ Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 241
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -58,13 +58,11 @@ def one_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     """Sum of every rank's x[T, H] into out[T, H]. Returns the bytes that this rank sent."""
     rows, cols = cut(x.shape[0], x.shape[1], codec, pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
-    gather = _Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    gather = Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
     for piece in gather.pieces:
         gather.send(piece, kernels.encode(x[piece], codec, out=gather.mine(piece)))
     for piece in gather.pieces:
-        for peer in state.peers():
-            gather.wait(piece, peer)
-        kernels.decode_sum(gather.payloads[:, piece], codec, cols=cols, dtype=out.dtype, out=into[piece])
+        kernels.decode_sum(gather.wait_all(piece), codec, cols=cols, dtype=out.dtype, out=into[piece])
     return gather.finish()
 
 
@@ -75,31 +73,31 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, state)
     # gloo sends only once the receiver is ready, so be ready for everything before anything is encoded.
-    scatter = _Scatter(stripes, first.payload_bytes(cols, x.dtype), pieces, x.device, state)
-    gather = _Gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device, state)
-    scatter.send_all(x, first)
+    scatter = Scatter(stripes, first.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    gather = Gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    scatter.send_all(lambda rank, piece: x[stripes.part(rank, piece)], first)
     for piece in gather.pieces:
-        sums = kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.mine(piece))
+        sums = kernels.decode_sum_encode(scatter.wait_all(piece), first, second, cols=cols, out=gather.mine(piece))
         gather.send(piece, sums)
     for rank, piece, payload in gather.arrivals():
-        kernels.decode(payload, second, cols=cols, dtype=out.dtype, out=into[stripes.of(rank)][piece])
+        kernels.decode(payload, second, cols=cols, dtype=out.dtype, out=into[stripes.part(rank, piece)])
     return scatter.finish() + gather.finish()
 
 
 def reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """out[S, H] = sum over ranks of their x[R * S, H] rows that belong to this rank. Returns the bytes sent."""
-    cols = x.shape[1]
-    scatter = _Scatter(Stripes(x.shape[0], state), codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
-    scatter.send_all(x, codec)
+    cols, stripes = x.shape[1], Stripes(x.shape[0], state)
+    scatter = Scatter(stripes, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    scatter.send_all(lambda rank, piece: x[stripes.part(rank, piece)], codec)
     for piece in scatter.pieces:
-        kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
+        kernels.decode_sum(scatter.wait_all(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
     return scatter.finish()
 
 
 def all_gather(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor, pieces: int = 1) -> int:
     """out[R * T, H] = every rank's x[T, H], each as its payload decodes, our own too. Returns the bytes sent."""
     rows, cols = x.shape
-    gather = _Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
+    gather = Gather([rows] * state.ranks, codec.payload_bytes(cols, x.dtype), pieces, x.device, state)
     for piece in gather.pieces:
         gather.send(piece, kernels.encode(x[piece], codec, out=gather.mine(piece)))
     into = out.view(state.ranks, rows, cols)
@@ -138,9 +136,10 @@ class Stripes:
         self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
         self.sizes = [part.stop - part.start for part in self._slices]
 
-    def of(self, rank: int) -> slice:
-        """The rows of `rank`."""
-        return self._slices[rank]
+    def part(self, rank: int, piece: slice) -> slice:
+        """The rows of `rank` that belong to a piece of its stripe; fewer, or none, where the stripe is shorter."""
+        stripe = self._slices[rank]
+        return slice(min(stripe.start + piece.start, stripe.stop), min(stripe.start + piece.stop, stripe.stop))
 
 
 def _cut_into(length: int, count: int) -> list[slice]:
@@ -181,7 +180,7 @@ class _Transfers:
         return self._sent_bytes
 
 
-class _Scatter(_Transfers):
+class Scatter(_Transfers):
     """Every rank sends each other its stripe of a message; what this one receives is its own stripe, R times."""
 
     def __init__(self, stripes: Stripes, width: int, pieces: int, device: torch.device, state: GroupState):
@@ -195,13 +194,13 @@ class _Scatter(_Transfers):
                 for peer in state.peers():
                     self._expect(self._received[peer, : self._mine][piece], piece, peer)
 
-    def send_all(self, x: torch.Tensor, codec: Codec):
-        """Encode and send the rows of x[T, H]."""
+    def send_all(self, rows_of: Callable[[int, slice], torch.Tensor], codec: Codec):
+        """Encode and send the rows that `rows_of` gives for a rank and a piece of its stripe."""
         state = self._state
         for piece in self.pieces:
             # Our own stripe last: the others are on their way meanwhile, and where it stays here it needs no copy.
             for peer in (*state.peers(), state.rank):
-                rows, own = x[self._stripes.of(peer)][piece], self._direct and peer == state.rank
+                rows, own = rows_of(peer, piece), self._direct and peer == state.rank
                 part = (self._received if own else self._sent)[peer, piece][: len(rows)]
                 kernels.encode(rows, codec, out=part)
                 if self._direct and not own:
@@ -210,14 +209,14 @@ class _Scatter(_Transfers):
             exchange(self._received, self._sent, state.group)
             self._sent_bytes = self._sent[1:].numel()
 
-    def wait(self, piece: slice) -> torch.Tensor:
+    def wait_all(self, piece: slice) -> torch.Tensor:
         """[R, n, P]: that piece of our stripe, as every rank sent it."""
         for peer in self._state.peers():
-            super().wait(piece, peer)
+            self.wait(piece, peer)
         return self._received[:, : self._mine][:, piece]
 
 
-class _Gather(_Transfers):
+class Gather(_Transfers):
     """Every rank sends all others its rows; `sizes` says how many those of each rank are."""
 
     def __init__(self, sizes: list[int], width: int, pieces: int, device: torch.device, state: GroupState):
@@ -247,6 +246,12 @@ class _Gather(_Transfers):
             # The source must not overlap the destination.
             gather(self.payloads, self.payloads[state.rank].clone(), state.group)
             self._sent_bytes = self.payloads[1:].numel()
+
+    def wait_all(self, piece: slice) -> torch.Tensor:
+        """[R, n, P]: that piece of every rank's rows."""
+        for peer in self._state.peers():
+            self.wait(piece, peer)
+        return self.payloads[:, piece]
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """(rank, piece, payload) of all, our own first, then roughly as they arrive."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
-from flashcomm.planner.model import SIZES, Cost, Machine, Way, crossover, fit
+from flashcomm.planner.model import SIZES, Cost, Machine, Way, crossover
 
-__all__ = ["ALGORITHMS", "Cost", "Group", "Machine", "Plan", "Way", "choose", "crossover", "fit", "pieces"]
+__all__ = ["ALGORITHMS", "SIZES", "Cost", "Group", "Machine", "Plan", "Way", "choose", "crossover", "pieces"]
 
 ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical", "plain")
 
@@ -170,7 +170,8 @@ def _pieces(message_bytes: int, group: Group, codec: Codec, algorithm: str) -> i
     if ways:
         bits = codec.bits_per_value(4096)
         return min(ways, key=lambda way: ways[way].seconds(message_bytes, bits)).pieces
-    return pieces(message_bytes) if group.hosts != 1 else 1
+    # Steps inside of a host cost several times what codecs do.
+    return pieces(message_bytes * (4 if algorithm == "hierarchical" else 1)) if group.hosts != 1 else 1
 
 
 def _by_rule(message_bytes: int, group: Group, codec: Codec, batch_invariant: bool, exact: str) -> Plan:
@@ -213,7 +214,12 @@ def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, e
 
 def _best(machine: Machine, codec: Codec, message_bytes: int) -> tuple[Way, float]:
     bits = codec.bits_per_value(4096)
-    allowed = [way for way in machine.compressed if not (way.algorithm == "one_step" and isinstance(codec, Pair))]
+    allowed = [
+        way
+        for way, cost in machine.compressed.items()
+        if message_bytes >= cost.points[0].message_bytes or way.pieces == 1
+    ]
+    allowed = [way for way in allowed if not (way.algorithm == "one_step" and isinstance(codec, Pair))]
     if isinstance(codec, Levels):
         allowed = [way for way in allowed if way.algorithm == "hierarchical"]
     return min(

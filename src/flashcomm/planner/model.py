@@ -1,37 +1,69 @@
-"""What a collective costs on one link: a latency, the cores' time per byte of the message, the link's per byte sent.
+"""What a collective costs on one link: lines of latency and seconds per byte between the sizes that were measured.
 
-    seconds = latency + message_bytes * (codec_s_per_byte + bits / 16 * wire_s_per_byte)
+At each size two formats, of 4 and 8 bits, tell the link's share, which grows with the bits, from the cores'. Between
+sizes, and beyond the largest, time grows along a line, alpha + beta * bytes; below the smallest it stays as it is. So
+whatever overlaps in a call is in its cost, and whatever the cores lose to the transfers.
 
-for each way to run it; `bits` per value on the wire, of a bf16 message. `flashcomm tune` fits the three numbers to
-calls on the real group, so whatever overlaps there is in them, and so is what the cores lose to the transfers.
-
-Source: the alpha-beta model of collectives (Hockney 1994), with a term for the codec; the fit is our own.
+Source: the alpha-beta model of collectives (Hockney 1994), with a term for the codec; the lines in pieces are our own.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-
-import numpy as np
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 SIZES = tuple(1 << n for n in range(10, 29))
 """Message sizes that are compared: 1 KiB to 256 MiB."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cost:
-    """Of one way to run a collective. The wire's share is 0 where only one format was measured."""
+class Point(NamedTuple):
+    """What calls of one size cost: ``fixed_s + bits * per_bit_s`` seconds."""
 
-    latency_s: float
-    codec_s_per_byte: float
-    wire_s_per_byte: float = 0.0
+    message_bytes: int
+    fixed_s: float
+    per_bit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one way to run a collective: points in order of their sizes."""
+
+    points: tuple[Point, ...]
 
     def seconds(self, message_bytes: int, bits: float = 16.0) -> float:
-        """How long a call takes.
+        """How long a call takes whose values have so many bits on the wire.
 
-        >>> Cost(latency_s=1e-3, codec_s_per_byte=1e-9, wire_s_per_byte=2e-9).seconds(1_000_000, bits=8)
-        0.003
+        >>> cost = Cost((Point(1000, 1.0, 0.0), Point(2000, 1.0, 0.25)))
+        >>> cost.seconds(10, bits=4), cost.seconds(1500, bits=4), cost.seconds(3000, bits=4)
+        (1.0, 1.5, 3.0)
         """
-        return self.latency_s + message_bytes * (self.codec_s_per_byte + bits / 16 * self.wire_s_per_byte)
+        points = self.points
+        times = [point.fixed_s + bits * point.per_bit_s for point in points]
+        if message_bytes <= points[0].message_bytes or len(points) == 1:
+            return times[0]
+        right = min(bisect_right([point.message_bytes for point in points], message_bytes), len(points) - 1)
+        left = right - 1
+        share = (message_bytes - points[left].message_bytes) / (
+            points[right].message_bytes - points[left].message_bytes
+        )
+        # Noise may let a larger message seem cheaper; beyond what was measured that must not go on.
+        rise = times[right] - times[left]
+        return times[left] + share * (rise if share <= 1 else max(0.0, rise))
+
+    @classmethod
+    def measured(cls, samples: Sequence[tuple[int, float, float]]) -> "Cost":
+        """From (message bytes, bits, seconds), with one or two numbers of bits at each size.
+
+        >>> Cost.measured([(1000, 4, 1.0), (1000, 8, 2.0)])
+        Cost(points=(Point(message_bytes=1000, fixed_s=0.0, per_bit_s=0.25),))
+        """
+        points = []
+        for size in sorted({size for size, _, _ in samples}):
+            seen = sorted((bits, seconds) for n, bits, seconds in samples if n == size)
+            (few, low), (many, high) = seen[0], seen[-1]
+            per_bit = max(0.0, (high - low) / (many - few)) if many > few else 0.0
+            points.append(Point(size, max(0.0, low - few * per_bit), per_bit))
+        return cls(tuple(points))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,48 +93,27 @@ class Machine:
     uncompressed: dict[Way, Cost] = field(default_factory=dict)
     """bf16 and fp32 as they are, through our own algorithms: over shared memory they beat the backend."""
 
+    def knows(self, way: Way, message_bytes: int) -> bool:
+        """Whether the cost of `way` holds for messages of this size: it was not given up, and does not start later."""
+        points = self.compressed[way].points
+        given_up = points[-1].message_bytes < self.plain.points[-1].message_bytes
+        return (way.pieces == 1 or points[0].message_bytes <= message_bytes) and not (
+            given_up and points[-1].message_bytes < message_bytes
+        )
+
     def as_dict(self) -> dict:
         """As JSON stores it."""
-        ways = {
-            kind: {str(w): asdict(c) for w, c in getattr(self, kind).items()} for kind in ("compressed", "uncompressed")
-        }
-        return {"name": self.name, "plain": asdict(self.plain), **ways}
+        spell = lambda costs: {str(way): cost.points for way, cost in costs.items()}  # noqa: E731
+        ours = {"compressed": spell(self.compressed), "uncompressed": spell(self.uncompressed)}
+        return {"name": self.name, "plain": self.plain.points, **ours}
 
     @classmethod
     def from_dict(cls, fields: dict) -> "Machine":
         """The inverse of `as_dict`."""
-        ways = {
-            kind: {Way.parse(w): Cost(**c) for w, c in fields[kind].items()} for kind in ("compressed", "uncompressed")
-        }
-        return cls(name=fields["name"], plain=Cost(**fields["plain"]), **ways)
-
-
-def fit(samples: Sequence[tuple[int, float, float]], wire: bool) -> Cost:
-    """The cost that comes nearest to (message bytes, bits, seconds), by relative error, with no number below 0.
-
-    Args:
-        samples: measured calls, of several sizes and, if `wire`, of several bits per value.
-        wire: tell the link's share from the cores'.
-
-    >>> fit([(0, 16, 1.0), (1000, 16, 3.0), (2000, 16, 5.0)], wire=False)
-    Cost(latency_s=1.0, codec_s_per_byte=0.002, wire_s_per_byte=0.0)
-    """
-    terms = [lambda size, bits: 1.0, lambda size, bits: float(size)]
-    if wire:
-        terms.append(lambda size, bits: size * bits / 16)
-    rows = np.array([[term(size, bits) / seconds for term in terms] for size, bits, seconds in samples])
-    scale = np.abs(rows).max(0)
-    active = list(range(len(terms)))
-    while True:
-        solution = np.linalg.lstsq(rows[:, active] / scale[active], np.ones(len(rows)))[0] / scale[active]
-        if solution.min() >= 0 or len(active) == 1:
-            break
-        # A negative cost is noise: leave out the worst and fit the others again.
-        active.pop(int((solution * scale[active]).argmin()))
-    values = [0.0] * 3
-    for i, value in zip(active, solution, strict=True):
-        values[i] = float(f"{max(0.0, value):.6g}")
-    return Cost(latency_s=values[0], codec_s_per_byte=values[1], wire_s_per_byte=values[2])
+        cost = lambda points: Cost(tuple(Point(*point) for point in points))  # noqa: E731
+        read = lambda costs: {Way.parse(way): cost(points) for way, points in costs.items()}  # noqa: E731
+        ours = {"compressed": read(fields["compressed"]), "uncompressed": read(fields["uncompressed"])}
+        return cls(name=fields["name"], plain=cost(fields["plain"]), **ours)
 
 
 def crossover(wins: Sequence[bool], sizes: Sequence[int] = SIZES) -> int | None:
