@@ -385,6 +385,8 @@ def tune(
         ranks = tp or 2
         with _lab(ranks, rate, ranks_per_host) as lab, _err.status(f"measuring {ranks} ranks"):
             group = launch.run(tuning_bench.measure, (repeats,), ranks=ranks, lab=lab)[0]
+    assert group is not None
+    assert group.machine is not None
     target = tuning.save(group.machine)
     _print_tuning(group)
     _out.print(f"Kept in {target}; rank 0 reads it when ranks meet.", highlight=False, soft_wrap=True)

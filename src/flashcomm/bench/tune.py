@@ -14,7 +14,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import planner
 from flashcomm.bench.timing import interleaved
-from flashcomm.codecs import Codec, Levels, parse
+from flashcomm.codecs import Cast, Codec, Levels, parse
 from flashcomm.collectives import state_of
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
@@ -27,6 +27,7 @@ CODECS = ("int8g128", "int4g128")
 _PIECES = (1, 2, 4, 8)
 _BEHIND = 2.0
 _LARGE_BYTES = 1 << 20
+_LARGE_REPEATS = 3
 _LEAST_PIECE_BYTES = 256 << 10
 
 
@@ -51,26 +52,26 @@ def measure(
     # Any call makes the ranks meet.
     flashcomm.all_reduce(torch.zeros(1), "none")
     state = state_of(None)
-    ways = _ways(state.facts)
-    tried = ways
-    samples: dict[str, list[tuple[int, float, float]]] = {}
+    variants = [(way, codec) for way in _ways(state.facts) for codec in map(parse, (*CODECS, "bf16"))]
+    # Pieces are for what the cores have to do.
+    variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
+    samples: dict[tuple[Way | None, bool], list[tuple[int, float, float]]] = {}
     for size in sizes:
         progress(f"messages of {size >> 10} KiB")
-        times = _times(size, tried, repeats)
-        for name, (bits, seconds) in times.items():
-            samples.setdefault(name.split(" ")[0] if bits < 16 else name, []).append((size, bits, seconds))
-        # All ranks see the same times.
-        best = min(seconds for bits, seconds in times.values() if bits < 16)
-        fast = {name.split(" ")[0] for name, (bits, seconds) in times.items() if bits < 16 and seconds < _BEHIND * best}
+        fit = [(way, codec) for way, codec in variants if size >= way.pieces * _LEAST_PIECE_BYTES or way.pieces == 1]
+        times = _times(size, fit, repeats if size < _LARGE_BYTES else min(repeats, _LARGE_REPEATS))
+        for (way, codec), seconds in times.items():
+            exact = codec is None or isinstance(codec, Cast)
+            samples.setdefault((way, exact), []).append((size, codec.bits_per_value(_ROW) if codec else 16.0, seconds))
         if size >= _LARGE_BYTES:
-            tried = [way for way in tried if str(way) in fast or size < way.pieces * _LEAST_PIECE_BYTES]
-    costs = {name: Cost.measured(points) for name, points in samples.items()}
-    exact = {name.split(" ")[0]: cost for name, cost in costs.items() if name.endswith(" bf16")}
+            # All ranks see the same times.
+            variants = [v for v in variants if v not in times or times[v] < _BEHIND * min(times.values())]
+    costs = {key: Cost.measured(points) for key, points in samples.items()}
     machine = Machine(
         name=state.name,
-        plain=costs["plain"],
-        compressed={way: costs[str(way)] for way in ways if str(way) in costs},
-        uncompressed={Way.parse(name): cost for name, cost in exact.items()},
+        plain=costs[None, True],
+        compressed={way: cost for (way, exact), cost in costs.items() if way and not exact},
+        uncompressed={way: cost for (way, exact), cost in costs.items() if way and exact},
     )
     return replace(state.facts, machine=Machine.from_dict(state.tell(machine.as_dict())[0]))
 
@@ -87,26 +88,21 @@ def _run(way: Way, x: torch.Tensor, codec: Codec, state: GroupState, out: torch.
         mover(way.algorithm, codec, x, state, way.pieces)(x, codec, state, out)
 
 
-def _times(size: int, ways: Sequence[Way], repeats: int) -> dict[str, tuple[float, float]]:
-    """(bits per value, seconds of the slowest rank) of each variant."""
+def _times(
+    size: int, variants: Sequence[tuple[Way, Codec]], repeats: int
+) -> dict[tuple[Way | None, Codec | None], float]:
+    """Seconds that the slowest rank needs for each variant, and for the backend's own all-reduce."""
     values = size // 2
     x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
     out, state = torch.empty_like(x), state_of(None)
     calls = 20 if size <= 64 << 10 else 1
-    bits: dict[str, float] = {"plain": 16.0}
-    variants: dict[str, Callable[[], object]] = {
-        "plain": lambda: flashcomm.all_reduce(x, "none", out=out),
+    timed: dict[tuple[Way | None, Codec | None], Callable[[], object]] = {
+        (None, None): lambda: flashcomm.all_reduce(x, "none", out=out)
     }
-    for way in ways:
-        if size < way.pieces * _LEAST_PIECE_BYTES and way.pieces > 1:
-            continue
-        for spec in (*CODECS, "bf16"):
-            codec = parse(spec)
-            name = f"{way} {spec}"
-            variants[name] = lambda codec=codec, way=way: _run(way, x, codec, state, out)
-            bits[name] = codec.bits_per_value(x.shape[1])
-    repeated = {name: lambda call=call: [call() for _ in range(calls)] for name, call in variants.items()}
+    for way, codec in variants:
+        timed[way, codec] = lambda way=way, codec=codec: _run(way, x, codec, state, out)
+    repeated = {str(n): lambda call=call: [call() for _ in range(calls)] for n, call in enumerate(timed.values())}
     times = interleaved(repeated, repeats=repeats, warmup=1, before=dist.barrier)
-    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in variants], dtype=torch.float64)
+    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64)
     dist.all_reduce(medians, dist.ReduceOp.MAX)
-    return {name: (bits[name], seconds) for name, seconds in zip(variants, medians.tolist(), strict=True)}
+    return dict(zip(timed, medians.tolist(), strict=True))

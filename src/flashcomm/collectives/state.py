@@ -97,7 +97,8 @@ class GroupState:
             self._open(HALF_BYTES, min(fact.threads for fact in facts))
         sizes = {self.hosts.count(host) for host in range(len(names))}
         hosts = len(names) if len(sizes) == 1 else 0
-        self.name = tuning.name_of(_cpu_backend(self.group), [fact.label for fact in facts], bool(self.shared))
+        labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
+        self.name = tuning.name_of(_cpu_backend(self.group), labels, bool(self.shared))
         machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
         self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
 

@@ -209,28 +209,31 @@ def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, e
     way, seconds = _exact_way(machine, message_bytes)
     if way is None:
         return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
-    return Plan(algorithm=way.algorithm, codec=parse(exact), reason=reason, pieces=way.pieces, declined=True)
+    sent = Levels(parse(exact), parse(exact)) if way.algorithm == "hierarchical" else parse(exact)
+    return Plan(algorithm=way.algorithm, codec=sent, reason=reason, pieces=way.pieces, declined=True)
 
 
 def _best(machine: Machine, codec: Codec, message_bytes: int) -> tuple[Way, float]:
     bits = codec.bits_per_value(4096)
-    allowed = [
-        way
+    seconds = {
+        way: cost.seconds(message_bytes, bits)
         for way, cost in machine.compressed.items()
-        if message_bytes >= cost.points[0].message_bytes or way.pieces == 1
-    ]
-    allowed = [way for way in allowed if not (way.algorithm == "one_step" and isinstance(codec, Pair))]
-    if isinstance(codec, Levels):
-        allowed = [way for way in allowed if way.algorithm == "hierarchical"]
-    return min(
-        ((way, machine.compressed[way].seconds(message_bytes, bits)) for way in allowed), key=lambda pair: pair[1]
-    )
+        if machine.holds(cost, way, message_bytes)
+        and not (way.algorithm == "one_step" and isinstance(codec, Pair))
+        and not (way.algorithm != "hierarchical" and isinstance(codec, Levels))
+    }
+    best = min(seconds, key=lambda way: seconds[way])
+    return best, seconds[best]
 
 
 def _exact_way(machine: Machine, message_bytes: int) -> tuple[Way | None, float]:
     """The fastest way to send values as they are; None for the backend's own."""
     plain = machine.plain.seconds(message_bytes)
-    ours = [(way, cost.seconds(message_bytes)) for way, cost in machine.uncompressed.items()]
+    ours = [
+        (way, cost.seconds(message_bytes))
+        for way, cost in machine.uncompressed.items()
+        if machine.holds(cost, way, message_bytes)
+    ]
     way, seconds = min(ours, key=lambda pair: pair[1], default=(None, math.inf))
     return (way, seconds) if seconds < MARGIN * plain else (None, plain)
 

@@ -93,13 +93,11 @@ class Machine:
     uncompressed: dict[Way, Cost] = field(default_factory=dict)
     """bf16 and fp32 as they are, through our own algorithms: over shared memory they beat the backend."""
 
-    def knows(self, way: Way, message_bytes: int) -> bool:
-        """Whether the cost of `way` holds for messages of this size: it was not given up, and does not start later."""
-        points = self.compressed[way].points
-        given_up = points[-1].message_bytes < self.plain.points[-1].message_bytes
-        return (way.pieces == 1 or points[0].message_bytes <= message_bytes) and not (
-            given_up and points[-1].message_bytes < message_bytes
-        )
+    def holds(self, cost: Cost, way: Way, message_bytes: int) -> bool:
+        """Whether the cost of `way` holds for messages of this size: it does not start later, and was not given up."""
+        first, last = cost.points[0].message_bytes, cost.points[-1].message_bytes
+        given_up = last < self.plain.points[-1].message_bytes and last < message_bytes
+        return (way.pieces == 1 or first <= message_bytes) and not given_up
 
     def as_dict(self) -> dict:
         """As JSON stores it."""
