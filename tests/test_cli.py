@@ -67,7 +67,7 @@ def test_version_and_help():
         (("demo", "--model", "no/such/model"), "no model in"),
         (("generate", "demo", "--tp", "3"), "--tp 3 does not divide the 8 attention heads and 8 key/value heads"),
         (("demo", "--tp", "3"), "Allowed: 1, 2, 4, 8"),
-        (("demo", "--algorithm", "ring"), "unknown algorithm 'ring'. Allowed: auto, one_step, two_step, plain"),
+        (("demo", "--algorithm", "ring"), "unknown algorithm 'ring'. Allowed: auto, one_step, two_step, hierarchical"),
         (("generate", "demo", "--codec", "int4:int8", "--algorithm", "one_step"), "one_step sends once"),
         (("bench", "codec", "--codecs", "int4:int8"), "is a pair of formats: measure its steps, int4g128 and int8g128"),
         (("generate", "demo", "--codec", "int8,int4"), "give one codec"),

@@ -62,7 +62,7 @@ def test_pair_is_two_formats_and_encodes_nothing_itself():
         lambda: pair.encode(torch.zeros(1, 128)),
         lambda: pair.step(torch.zeros(1, 1)),
     ):
-        with pytest.raises(ValueError, match="is a pair.*int4g128 or int8g128"):
+        with pytest.raises(ValueError, match="is several formats.*int4g128 and int8g128"):
             call()
 
 

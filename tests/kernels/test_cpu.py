@@ -99,7 +99,7 @@ def test_threads_change_no_byte():
         (lambda: kernels.encode(torch.zeros(4), "int4"), r"encode takes a \[rows, cols\] tensor.*float32 \[4\]"),
         (lambda: kernels.encode(torch.zeros(4, 4, dtype=torch.int32), "int4"), "int32"),
         (lambda: kernels.encode([1.0], "int4"), "list"),
-        (lambda: kernels.encode(torch.zeros(2, 4), "int4:int8"), "is a pair"),
+        (lambda: kernels.encode(torch.zeros(2, 4), "int4:int8"), "is several formats"),
         (
             lambda: kernels.encode(torch.zeros(2, 4), "int4g4", out=torch.zeros(2, 5)),
             r"out must be torch.uint8 \[2, 6\]",

@@ -429,7 +429,7 @@ class _Call:
         if target is not out:
             out.copy_(target)
         record(self.counted, wire_bytes=sent, plain_bytes=self.plain_bytes)
-        if self.plan.algorithm == "plain":
+        if self.plan.algorithm == "plain" or self.plan.declined:
             record_plain(self.op, self.plan.reason)
         elif reason := kernels.any_missing(self.codec, out.device.type):
             record_slow(self.op, reason)
