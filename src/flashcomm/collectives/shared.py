@@ -20,6 +20,7 @@ import select
 import struct
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -90,6 +91,8 @@ class SharedMemory:
         self.half_bytes = half_bytes
         self.broken: str | None = None
         self._scratch: dict[int, np.ndarray] = {}
+        # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flashcomm-shared")
         self._region_bytes = threads * 2 * half_bytes
         self._header_bytes = -(-(_NONCE_BYTES + self.ranks * threads * _COUNTER_BYTES) // _PAGE) * _PAGE
         self.size = self._header_bytes + self.ranks * self._region_bytes
@@ -178,9 +181,7 @@ class SharedMemory:
         if threads == 1:
             missing = work(0)
         else:
-            from flashcomm.kernels.cpu import pool
-
-            missing = max(pool(threads).map(work, range(threads)))
+            missing = max(self._pool.map(work, range(threads)))
         if missing >= 0:
             self.broken = self._describe(missing)
             raise RuntimeError(self.broken)
