@@ -1,7 +1,10 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from flashcomm.codecs import parse
-from flashcomm.planner import choose
+from flashcomm.planner import Cost, Group, Machine, Way, choose
 
 MIB = 1 << 20
 
@@ -39,3 +42,90 @@ def test_batch_invariant_ignores_the_size():
 
 def test_one_rank_needs_no_algorithm():
     assert choose(MIB, 1, parse("int8"), algorithm="two_step").algorithm == "plain"
+
+
+def machine(plain, two_step, one_step, exact=None):
+    """Costs of 10 us and so many seconds per MiB, of plain, of compressed at 4 bits, and of one step as it is."""
+
+    def cost(per_mib, few=4.25):
+        return Cost.measured([(size, bits, 1e-5 + per_mib * size / MIB * bits / few) for size in (4096, MIB, 16 * MIB)
+                              for bits in (4.25, 8.25)])  # fmt: skip
+
+    return Machine(
+        name="here",
+        plain=Cost.measured([(size, 16.0, 2e-5 + plain * size / MIB) for size in (4096, MIB, 16 * MIB)]),
+        compressed={Way(algorithm="two_step"): cost(two_step), Way(algorithm="one_step"): cost(one_step)},
+        uncompressed={Way(algorithm="one_step"): cost(exact, 16.0)} if exact else {},
+    )
+
+
+def test_a_measured_group_takes_what_costs_least():
+    group = Group(ranks=4, hosts=4, machine=machine(plain=10e-3, two_step=3e-3, one_step=6e-3))
+    plan = choose(8 * MIB, group, parse("int4g128"))
+    assert (plan.algorithm, plan.reason, plan.declined) == ("two_step", "measured to win from 1 KiB on", False)
+    # 8 bits take 5.8 ms per MiB, 16 bits 11 ms, more than plain.
+    assert choose(8 * MIB, group, parse("int8g128")).algorithm == "two_step"
+    refused = choose(8 * MIB, group, parse("fp32"))
+    assert (refused.algorithm, refused.reason) == ("plain", "compression does not pay on this link")
+    assert refused.declined
+    assert choose(8 * MIB, group, parse("int4:int8")).algorithm == "two_step"
+
+
+def test_values_travel_as_they_are_where_that_is_fastest():
+    group = Group(ranks=2, shared=True, machine=machine(plain=1e-3, two_step=4e-4, one_step=4e-4, exact=2e-4))
+    plan = choose(8 * MIB, group, parse("int4g128"), exact="fp32")
+    assert (plan.algorithm, str(plan.codec), plan.declined) == ("one_step", "fp32", True)
+    assert choose(8 * MIB, group, parse("int4g128"), algorithm="two_step").codec == parse("int4g128")
+
+
+def test_compression_starts_where_it_wins_for_good():
+    # One lucky size among losses.
+    plain = Cost.measured([(4096, 16.0, 1.0), (65536, 16.0, 5.0), (MIB, 16.0, 5.0), (16 * MIB, 16.0, 50.0)])
+    two_step = Cost.measured([(4096, 4.25, 2.0), (65536, 4.25, 4.0), (MIB, 4.25, 6.0), (16 * MIB, 4.25, 20.0)])
+    here = Machine(name="here", plain=plain, compressed={Way(algorithm="two_step"): two_step})
+    group = Group(ranks=4, hosts=4, machine=here)
+    assert choose(65536, group, parse("int4g128")).algorithm == "plain"
+    assert choose(65536, group, parse("int4g128")).reason == "message under 2 MiB"
+    assert choose(4 * MIB, group, parse("int4g128")).algorithm == "two_step"
+
+
+def test_what_was_given_up_is_not_taken_beyond():
+    costs = machine(plain=10e-3, two_step=3e-3, one_step=1e-3)
+    short = Cost(costs.compressed[Way(algorithm="one_step")].points[:2])
+    given_up = replace(costs, compressed={**costs.compressed, Way(algorithm="one_step"): short})
+    group = Group(ranks=4, hosts=4, machine=given_up)
+    assert choose(MIB, group, parse("int4g128")).algorithm == "one_step"
+    assert choose(2 * MIB, group, parse("int4g128")).algorithm == "two_step"
+
+
+def test_a_machine_survives_json():
+    costs = machine(plain=10e-3, two_step=3e-3, one_step=6e-3, exact=1e-3)
+    again = Machine.from_dict(json.loads(json.dumps(costs.as_dict())))
+    assert vars(again) == vars(costs)
+    assert Way.parse(str(Way(algorithm="two_step", pieces=4))) == Way(algorithm="two_step", pieces=4)
+
+
+def test_hosts_with_several_ranks_get_levels():
+    two_hosts = Group(ranks=4, hosts=2)
+    plan = choose(8 * MIB, two_hosts, parse("int4g128"))
+    assert (plan.algorithm, str(plan.codec)) == ("hierarchical", "bf16/int4g128")
+    plan = choose(8 * MIB, two_hosts, parse("int8/int4:int8"))
+    assert (plan.algorithm, str(plan.codec)) == ("hierarchical", "int8g128/int4g128:int8g128")
+    # Levels that a group does not have leave their format unused.
+    assert str(choose(8 * MIB, Group(ranks=4), parse("int8/int4")).codec) == "int8g128"
+    assert str(choose(8 * MIB, 4, parse("int8/int4")).codec) == "int4g128"
+
+
+@pytest.mark.parametrize(
+    ("group", "codec", "algorithm", "message"),
+    [
+        (4, "int8", "hierarchical", "this group of 4 has one rank on each host. Use two_step"),
+        (Group(ranks=4), "int8", "hierarchical", "this group of 4 has one host"),
+        (Group(ranks=5, hosts=0), "int8", "hierarchical", "hosts with different numbers of ranks"),
+        (Group(ranks=4, hosts=2), "int8/int4", "two_step", "two_step knows no levels"),
+        (Group(ranks=4, hosts=2), "none", "hierarchical", "codec 'none' is the plain collective"),
+    ],
+)
+def test_what_a_group_cannot_do_is_refused(group, codec, algorithm, message):
+    with pytest.raises(ValueError, match=message):
+        choose(MIB, group, parse(codec), algorithm=algorithm)

@@ -428,7 +428,7 @@ class _Call:
                 ) from error
         if target is not out:
             out.copy_(target)
-        record(self.counted, wire_bytes=sent, plain_bytes=self.plain_bytes)
+        record(self.counted, self.plan.reason, wire_bytes=sent, plain_bytes=self.plain_bytes)
         if self.plan.algorithm == "plain" or self.plan.declined:
             record_plain(self.op, self.plan.reason)
         elif reason := kernels.any_missing(self.codec, out.device.type):

@@ -177,7 +177,7 @@ def _pieces(message_bytes: int, group: Group, codec: Codec, algorithm: str) -> i
 def _by_rule(message_bytes: int, group: Group, codec: Codec, batch_invariant: bool, exact: str) -> Plan:
     if not batch_invariant:
         if group.shared:
-            return _exact(group, codec, exact, "uncompressed is faster in shared memory", message_bytes)
+            return _exact(group, codec, exact, "compression does not pay in shared memory", message_bytes)
         if message_bytes < MIN_COMPRESSED_BYTES:
             return _exact(group, codec, exact, f"message under {MIN_COMPRESSED_BYTES >> 10} KiB", message_bytes)
     if group.has_levels:
@@ -200,13 +200,13 @@ def _as(way: Way, message_bytes: int, group: Group, codec: Codec, reason: str) -
 def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, exact: str) -> Plan:
     start = _pays_from(machine, codec)
     if start is not None and message_bytes >= start:
-        way, seconds = _best(machine, codec, message_bytes)
-        reason = f"{seconds * 1e3:.3g} ms predicted, plain {machine.plain.seconds(message_bytes) * 1e3:.3g} ms"
+        way, _ = _best(machine, codec, message_bytes)
+        reason = f"measured to win from {_human(start)} on"
         if way.algorithm == "hierarchical":
             return _hierarchical(message_bytes, group, codec, exact, reason)
         return Plan(algorithm=way.algorithm, codec=codec, reason=reason, pieces=way.pieces)
     reason = "compression does not pay on this link" if start is None else f"message under {_human(start)}"
-    way, seconds = _exact_way(machine, message_bytes)
+    way, _ = _exact_way(machine, message_bytes)
     if way is None:
         return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
     sent = Levels(parse(exact), parse(exact)) if way.algorithm == "hierarchical" else parse(exact)

@@ -1,0 +1,101 @@
+"""Two levels of links: real hosts in a lab, the bits that one process predicts, the bytes that the formula says."""
+
+import subprocess
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+import promises
+import ranks
+import values
+from flashcomm.bench import lab, launch
+from flashcomm.collectives import state_of, steps
+
+needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
+
+
+def hierarchical_on_ranks(hosts: int) -> list[str]:
+    torch.set_num_threads(1)
+    bad, size, rank = [], dist.get_world_size(), dist.get_rank()
+    for spec in ("int4g128", "int8g128/int4g128:int8g128", "fp32/mxfp4", "bf16:int8g128/int2g32+spike"):
+        for shape in ((64, 1024), (3, 300), (7,), (5, 128), (0, 128), ()):
+            for dtype in values.DTYPES:
+                xs = [promises.tensor(r, shape, dtype) for r in range(size)]
+                got = flashcomm.all_reduce(xs[rank], spec, algorithm="hierarchical")
+                later = flashcomm.all_reduce(xs[rank], spec, algorithm="hierarchical", async_op=True).wait()
+                if not xs[0].numel():
+                    continue
+                want = flashcomm.simulate.all_reduce(xs, spec, "hierarchical", hosts=hosts)
+                if not (promises.same(got, want) and promises.same(later, want)):
+                    bad.append(f"{spec} {list(shape)} {dtype}: not the bits that one process predicts")
+                if not all(promises.same(got, theirs) for theirs in promises.everyone(got)):
+                    bad.append(f"{spec} {list(shape)} {dtype}: ranks hold different bits")
+    # Between hosts a rank sends its share of the message: all of it to the one other host, or two parts to each other.
+    x = torch.zeros(96, 1024, dtype=torch.bfloat16)
+    flashcomm.reset_stats()
+    flashcomm.all_reduce(x, "int4g128", algorithm="hierarchical")
+    row = flashcomm.codec("int4g128").payload_bytes(1024)
+    expected = 2 * (hosts - 1) * 96 * row // hosts // (size // hosts)
+    if flashcomm.stats()["wire_bytes"] != expected:
+        bad.append(f"sent {flashcomm.stats()['wire_bytes']} bytes between hosts instead of {expected}")
+    if flashcomm.stats()["calls"] != {"all_reduce/hierarchical/bf16/int4g128": 1}:
+        bad.append(f"stats: {flashcomm.stats()}")
+    return bad
+
+
+@needs_lab
+@pytest.mark.parametrize(("size", "per_host"), [(4, 2), (6, 2)])
+def test_levels_give_the_bits_that_one_process_predicts(size, per_host):
+    with lab.Lab(ranks=size, rate=None, ranks_per_host=per_host) as hosts:
+        assert launch.run(hierarchical_on_ranks, (size // per_host,), ranks=size, lab=hosts) == [[]] * size
+
+
+def bytes_between_hosts() -> int:
+    torch.set_num_threads(1)
+    x = torch.ones(256, 4096, dtype=torch.bfloat16)
+    flashcomm.all_reduce(x, "int4g128", algorithm="hierarchical")
+    dist.barrier()
+    before = lab.interface_bytes()
+    for _ in range(4):
+        flashcomm.all_reduce(x, "int4g128", algorithm="hierarchical")
+    dist.barrier()
+    return (lab.interface_bytes() - before) // 4
+
+
+@needs_lab
+def test_the_interface_carries_what_the_formula_says():
+    payload = 256 * flashcomm.codec("int4g128").payload_bytes(4096)
+    with lab.Lab(ranks=4, rate=None, ranks_per_host=2) as hosts:
+        for sent in launch.run(bytes_between_hosts, (), ranks=4, lab=hosts):
+            # Headers and acknowledgements take some percent; without levels the host would send twice as much.
+            assert payload <= sent <= 1.1 * payload
+
+
+def pieces_on_ranks():
+    """The bits do not depend on the pieces in which a message travels."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    state = state_of(None)
+    for name in ("one_step", "two_step"):
+        for spec in ("int4g128", "int2g32+spike"):
+            for shape in ((37, 256), (1, 2048), (3, 100), (2, 128)):
+                x, codec = promises.tensor(rank, shape), flashcomm.codec(spec)
+                results = []
+                for pieces in (1, 2, 3, 8):
+                    out = torch.empty_like(x)
+                    sent = getattr(steps, name)(x, codec, state, out, pieces=pieces)
+                    assert sent >= (size - 1) * shape[0] * codec.payload_bytes(shape[1]) // size
+                    results.append(out)
+                want = flashcomm.simulate.all_reduce([promises.tensor(r, shape) for r in range(size)], spec, name)
+                assert all(promises.same(result, want) for result in results), (name, spec, shape)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bits_do_not_depend_on_pieces(size):
+    ranks.shared(size, messages=True).run(pieces_on_ranks)
+
+
+@needs_lab
+def test_nothing_is_left_of_the_labs():
+    assert "flashcomm-" not in subprocess.run(("ip", "netns", "list"), capture_output=True, text=True).stdout
