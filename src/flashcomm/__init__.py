@@ -14,7 +14,7 @@ from flashcomm.codecs import parse as codec
 from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
 from flashcomm.kernels import decode, encode
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def __getattr__(name: str):

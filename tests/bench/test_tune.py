@@ -1,0 +1,83 @@
+"""`flashcomm tune`: costs of a real group, kept, and what `auto` makes of them."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+import ranks
+from flashcomm.bench import tune
+from flashcomm.collectives import state_of, tuning
+from flashcomm.planner import Cost, Machine, Way
+
+
+def tuned_on_ranks(file: str):
+    """Measure, keep, meet again in a new group, and see that `auto` goes by what was kept."""
+    import os
+
+    group = tune.measure(repeats=1, sizes=(4096, 1 << 20))
+    assert group.machine is not None
+    state = state_of(None)
+    assert group.machine.name == state.name
+    again = state.tell(group.machine.as_dict())
+    assert all(costs == again[0] for costs in again), "ranks hold different costs"
+    os.environ["FLASHCOMM_TUNING"] = file
+    if state.rank == 0:
+        tuning.save(group.machine)
+    dist.barrier()
+    fresh = dist.new_group(list(range(dist.get_world_size())))
+    x = torch.ones(64, 1024).bfloat16()
+    flashcomm.reset_stats()
+    flashcomm.all_reduce(x, "int4g128", fresh)
+    facts = state_of(fresh).facts
+    assert facts.machine is not None
+    assert vars(facts.machine) == vars(group.machine)
+    # A machine on which only two steps with 4 bits are fast: what is decided follows from what was kept.
+    slow = Cost.measured([(4096, 16.0, 1.0), (1 << 20, 16.0, 2.0)])
+    fast = Cost.measured([(4096, 4.25, 0.1), (1 << 20, 4.25, 0.2)])
+    state_of(fresh).facts = replace(
+        facts, machine=Machine(name="here", plain=slow, compressed={Way(algorithm="two_step", pieces=1): fast})
+    )
+    state_of(fresh).calls.clear()
+    flashcomm.reset_stats()
+    flashcomm.all_reduce(x, "int4g128", fresh)
+    os.environ["FLASHCOMM_TUNING"] = file + ".none"
+    return flashcomm.stats()["reasons"]
+
+
+@pytest.mark.parametrize("messages", [True, False], ids=["messages", "shared memory"])
+def test_auto_goes_by_what_was_measured(messages, tmp_path):
+    for reasons in ranks.shared(2, messages=messages).run(tuned_on_ranks, str(tmp_path / "tuning.json")):
+        assert reasons == {"all_reduce/two_step/int4g128": {"measured to win from 1 KiB on": 1}}
+    kept = json.loads((tmp_path / "tuning.json").read_text())
+    assert list(kept) == [kept[name]["name"] for name in kept]
+
+
+def test_a_file_that_cannot_be_read_is_ignored_and_said_so(tmp_path, monkeypatch, caplog):
+    file = tmp_path / "tuning.json"
+    monkeypatch.setenv("FLASHCOMM_TUNING", str(file))
+    assert tuning.load("gloo: 2 on here") is None
+    assert not caplog.records
+    for text in ("{", "[]", '{"gloo: 2 on here": {"name": 1}}'):
+        file.write_text(text)
+        assert tuning.load("gloo: 2 on here") is None
+        assert "no file of 'flashcomm tune'" in caplog.text
+        caplog.clear()
+
+
+def test_machines_are_kept_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCOMM_TUNING", str(tmp_path / "deep" / "tuning.json"))
+    cost = Cost.measured([(4096, 16.0, 1.0)])
+    for name in ("a", "b", "a"):
+        tuning.save(Machine(name=name, plain=cost))
+    assert [vars(tuning.load(name))["name"] for name in ("a", "b")] == ["a", "b"]
+    assert tuning.load("c") is None
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tuning.json"]
+
+
+def test_one_rank_has_nothing_to_measure():
+    with pytest.raises(ranks.RankFailed, match="one rank has no link to measure: give 2 or more"):
+        ranks.shared(1).run(tune.measure)
