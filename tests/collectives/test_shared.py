@@ -133,25 +133,17 @@ def no_room_for_a_file():
         os.memfd_create = real
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ranks.RankFailed, reason="SharedMemory.open raises on that rank; the others wait"
-)
 def test_a_rank_that_cannot_create_a_file_is_a_reason_too():
     answers = ranks.shared(2).run(no_room_for_a_file)
     assert answers == [(False, "rank 0 cannot create memory: [Errno 24] Too many open files")] * 2
 
 
-HALF_OPEN = pytest.mark.xfail(strict=True, raises=ranks.RankFailed, reason="_open keeps one memory without the other")
-
-
-@HALF_OPEN
 def test_without_memory_for_asynchronous_calls_there_is_none():
     used, why = ranks.shared(2).run(one_rank_cannot_open, 1)[0]
     assert not used
     assert why.startswith("rank 1 cannot share memory with rank 0")
 
 
-@HALF_OPEN
 @pytest.mark.parametrize("allowed", [2, 3], ids=["for synchronous calls", "for asynchronous calls"])
 def test_memory_that_cannot_grow_is_an_error_and_stays(allowed):
     assert ranks.shared(2).run(one_rank_cannot_open, allowed) == [(True, "")] * 2
@@ -374,9 +366,6 @@ def grow_under_way(late):
         check(work.wait())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ranks.RankFailed, reason="GroupState._open changes the lane's memory under its calls"
-)
 def test_memory_grows_while_asynchronous_calls_are_under_way():
     ranks.shared(2).run(grow_under_way, 1)
 

@@ -103,16 +103,23 @@ class SharedMemory:
     ) -> "tuple[SharedMemory | None, str]":
         """(memory, "") if every rank could map it; (None, why) on all ranks if one could not."""
         memory = cls(state, half_bytes, threads)
-        mine = os.memfd_create("flashcomm", os.MFD_CLOEXEC)
+        mine, nonce, refusal = -1, secrets.token_bytes(_NONCE_BYTES), ""
         try:
-            os.ftruncate(mine, memory.size)
-            nonce = secrets.token_bytes(_NONCE_BYTES)
-            os.pwrite(mine, nonce, 0)
-            offers = state.tell((os.getpid(), mine, nonce))
-            pid, theirs, nonce = offers[0]
-            refusals = state.tell(memory._map(pid, theirs, nonce, [pid for pid, _, _ in offers], state.timeout_s))
+            try:
+                mine = os.memfd_create("flashcomm", os.MFD_CLOEXEC)
+                os.ftruncate(mine, memory.size)
+                os.pwrite(mine, nonce, 0)
+            except (OSError, AttributeError) as error:
+                refusal = str(error)
+            offers = state.tell((os.getpid(), mine, nonce, refusal))
+            for rank, offer in enumerate(offers):
+                if offer[3]:
+                    return None, f"rank {rank} cannot create memory: {offer[3]}"
+            pid, theirs, nonce, _ = offers[0]
+            refusals = state.tell(memory._map(pid, theirs, nonce, [offer[0] for offer in offers], state.timeout_s))
         finally:
-            os.close(mine)
+            if mine >= 0:
+                os.close(mine)
         for rank, refusal in enumerate(refusals):
             if refusal:
                 return None, f"rank {rank} cannot share memory with rank 0: {refusal}"
@@ -131,7 +138,7 @@ class SharedMemory:
                 os.close(file)
             for rank, peer in enumerate(pids):
                 watched.append(-1 if rank == self.rank else os.pidfd_open(peer))
-        except OSError as error:
+        except (OSError, AttributeError) as error:
             for fd in watched:
                 if fd >= 0:
                     os.close(fd)

@@ -94,7 +94,7 @@ class GroupState:
         elif refused:
             self.why_not_shared = f"rank {refused[0][0]}: {refused[0][1]}"
         else:
-            self._open(HALF_BYTES, min(fact.threads for fact in facts))
+            self.why_not_shared = self._open(HALF_BYTES, min(fact.threads for fact in facts))
         sizes = {self.hosts.count(host) for host in range(len(names))}
         hosts = len(names) if len(sizes) == 1 else 0
         labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
@@ -102,13 +102,21 @@ class GroupState:
         machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
         self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
 
-    def _open(self, half_bytes: int, threads: int):
-        """Map memory for synchronous calls, and more for asynchronous ones: their thread could not do it in step."""
-        self.shared, self.why_not_shared = SharedMemory.open(self, half_bytes, threads)
-        if self.shared:
-            self._lane_shared, self.why_not_shared = SharedMemory.open(self, half_bytes, threads)
+    def _open(self, half_bytes: int, threads: int) -> str:
+        """Map memory for synchronous calls, and more for asynchronous ones: their thread could not do it in step.
+
+        Returns:
+            "", or why there is no more than there was.
+        """
+        memory, why = SharedMemory.open(self, half_bytes, threads)
+        lane_memory, why = SharedMemory.open(self, half_bytes, threads) if memory else (None, why)
+        if lane_memory:
             if self._lane:
-                self._lane[0].shared = self._lane_shared
+                # What other ranks began in the memory that was, this rank must finish there too.
+                self._lane[1].submit(int).result()
+                self._lane[0].shared = lane_memory
+            self.shared, self._lane_shared = memory, lane_memory
+        return why
 
     def levels(self) -> "tuple[GroupState, GroupState]":
         """The ranks of this host, and the ranks that have this one's place on every host: two groups, made once."""
@@ -133,9 +141,9 @@ class GroupState:
             RuntimeError: the memory cannot grow.
         """
         if self.shared and half_bytes > self.shared.half_bytes:
-            self._open(1 << (half_bytes - 1).bit_length(), self.shared.threads)
-            if not self._lane_shared:
-                raise RuntimeError(f"a row of {half_bytes} bytes needs more shared memory: {self.why_not_shared}")
+            why = self._open(1 << (half_bytes - 1).bit_length(), self.shared.threads)
+            if why:
+                raise RuntimeError(f"a row of {half_bytes} bytes needs more shared memory: {why}")
 
     def remember(self, key: tuple, call: Any):
         """Keep a call that was decided."""
