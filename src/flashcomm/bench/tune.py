@@ -5,6 +5,7 @@ the time from the link's; see `flashcomm.planner.model`. A way that has fallen f
 messages.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ _PIECES = (1, 2, 4, 8)
 _BEHIND = 2.0
 _LARGE_BYTES = 1 << 20
 _LARGE_REPEATS = 3
-_LEAST_PIECE_BYTES = 256 << 10
+_LEAST_PIECE_BYTES = 1 << 20
 
 
 def measure(
@@ -64,8 +65,16 @@ def measure(
             exact = codec is None or isinstance(codec, Cast)
             samples.setdefault((way, exact), []).append((size, codec.bits_per_value(_ROW) if codec else 16.0, seconds))
         if size >= _LARGE_BYTES:
-            # All ranks see the same times.
-            variants = [v for v in variants if v not in times or times[v] < _BEHIND * min(times.values())]
+            # All ranks see the same times. An algorithm goes with all its pieces and formats: these change places as
+            # messages grow.
+            best: dict[tuple[str, Codec], float] = {}
+            for way, codec in fit:
+                best[way.algorithm, codec] = min(times[way, codec], best.get((way.algorithm, codec), math.inf))
+            least = {codec: min(t for (_, c), t in best.items() if c == codec) for _, codec in best}
+            behind = {
+                (name, isinstance(codec, Cast)) for (name, codec), t in best.items() if t > _BEHIND * least[codec]
+            }
+            variants = [v for v in variants if (v[0].algorithm, isinstance(v[1], Cast)) not in behind]
     costs = {key: Cost.measured(points) for key, points in samples.items()}
     machine = Machine(
         name=state.name,
