@@ -42,7 +42,7 @@ DEMO_PROMPT = "def read_config(path):\n    "
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", dir_okay=False)]
 Ranks = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks, all on this machine.", min=1)]
-Algorithm = Annotated[str, typer.Option(help="auto, one_step or two_step; see docs/algorithms.md.")]
+Algorithm = Annotated[str, typer.Option(help="auto, one_step, two_step or hierarchical; see docs/algorithms.md.")]
 Calibration = Annotated[
     Path | None, typer.Option(help="File from 'flashcomm calibrate', for codecs that need one.", dir_okay=False)
 ]
