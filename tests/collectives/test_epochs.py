@@ -156,7 +156,7 @@ class Call:
 
     def prepared(self, state) -> shared.Prepared:
         """As `collectives` would run it."""
-        ready = getattr(shared, self.name)(parse(self.codec), self.rows, self.cols, self.dtype, state)
+        ready = getattr(shared, self.name)(parse(self.codec), self.rows, self.cols, self.dtype, self.dtype, state)
         return dataclasses.replace(ready, piece=self.piece) if self.piece else ready
 
 
