@@ -268,6 +268,7 @@ def disagree(case):
     x = torch.zeros(8, 128, dtype=torch.bfloat16)
     calls = {
         "codec": lambda: flashcomm.all_reduce(x, "int8g128" if rank else "int4g128", algorithm="two_step"),
+        "codec of auto": lambda: flashcomm.all_reduce(x, "int8g128" if rank else "int4g128"),
         "dtype": lambda: flashcomm.all_reduce(x.float() if rank else x, "int8g128", algorithm="two_step"),
         "shape": lambda: flashcomm.all_reduce(x[: 8 - rank], "int8g128", algorithm="two_step"),
         "algorithm": lambda: flashcomm.all_reduce(x, "int8g128", algorithm="two_step" if rank else "one_step"),
@@ -284,7 +285,7 @@ def disagree(case):
     return message, total.unique().item()
 
 
-@pytest.mark.parametrize("case", ["codec", "dtype", "shape", "algorithm", "op"])
+@pytest.mark.parametrize("case", ["codec", "codec of auto", "dtype", "shape", "algorithm", "op"])
 def test_ranks_that_disagree_all_raise_and_name_both_sides(case):
     for message, total in ranks.shared(2).run(disagree, case):
         assert "ranks disagree about this collective: rank 0 calls op=" in message

@@ -129,3 +129,10 @@ def test_hosts_with_several_ranks_get_levels():
 def test_what_a_group_cannot_do_is_refused(group, codec, algorithm, message):
     with pytest.raises(ValueError, match=message):
         choose(MIB, group, parse(codec), algorithm=algorithm)
+
+
+def test_a_format_whose_algorithm_was_given_up_travels_as_it_is():
+    costs = machine(plain=10e-3, two_step=3e-3, one_step=1e-3)
+    alone = replace(costs, compressed={Way(algorithm="one_step"): costs.compressed[Way(algorithm="one_step")]})
+    plan = choose(8 * MIB, Group(ranks=4, hosts=4, machine=alone), parse("int4:int8"))
+    assert (plan.algorithm, plan.declined) == ("plain", True)

@@ -100,19 +100,22 @@ def all_reduce(
             batch_invariant=batch_invariant,
             exact="bf16" if x.dtype == torch.bfloat16 else "fp32",
         )
-        codec = plan.codec
-        refusal = _compromise(x, codec, plan) if strict else None
+        refusal = _compromise(x, plan.codec, plan) if strict else None
+        if x.numel():
+            # Also where values will travel as they are: a wrong format must not wait for a larger message.
+            codec.check(x.shape[-1] if x.dim() else 1, state.ranks)
         call = _Call(
             op="all_reduce",
             plan=plan,
-            codec=codec,
+            codec=plan.codec,
+            # What was asked for, so that ranks that differ find out even where neither compresses.
             contract=_contract("all_reduce", plan.algorithm, codec, x, x.shape)
             + (f", strict={refusal or 'yes'}" if strict else ""),
             shape=tuple(x.shape),
             plain_bytes=2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
             run=_plain_all_reduce
             if plan.algorithm == "plain"
-            else _moving(plan.algorithm, codec, x, _row_shape(x.shape), state, plan.pieces),
+            else _moving(plan.algorithm, plan.codec, x, _row_shape(x.shape), state, plan.pieces),
             rows=_row_shape(x.shape),
             refusal=refusal,
         )

@@ -162,14 +162,15 @@ def _hierarchical(message_bytes: int, group: Group, codec: Codec, exact: str, re
 
 def _pieces(message_bytes: int, group: Group, codec: Codec, algorithm: str) -> int:
     """The best measured number of pieces for an algorithm; without measurements, by rule between hosts."""
-    ways = {
-        way: cost
-        for way, cost in (group.machine.compressed if group.machine else {}).items()
-        if way.algorithm == algorithm
-    }
-    if ways:
+    if machine := group.machine:
         bits = codec.bits_per_value(4096)
-        return min(ways, key=lambda way: ways[way].seconds(message_bytes, bits)).pieces
+        seconds = {
+            way: cost.seconds(message_bytes, bits)
+            for way, cost in machine.compressed.items()
+            if way.algorithm == algorithm and machine.holds(cost, way, message_bytes)
+        }
+        if seconds:
+            return min(seconds, key=lambda way: seconds[way]).pieces
     # Steps inside of a host cost several times what codecs do.
     return pieces(message_bytes * (4 if algorithm == "hierarchical" else 1)) if group.hosts != 1 else 1
 
@@ -199,8 +200,8 @@ def _as(way: Way, message_bytes: int, group: Group, codec: Codec, reason: str) -
 
 def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, exact: str) -> Plan:
     start = _pays_from(machine, codec)
-    if start is not None and message_bytes >= start:
-        way, _ = _best(machine, codec, message_bytes)
+    way, _ = _best(machine, codec, message_bytes)
+    if way and start is not None and message_bytes >= start:
         reason = f"measured to win from {_human(start)} on"
         if way.algorithm == "hierarchical":
             return _hierarchical(message_bytes, group, codec, exact, reason)
@@ -213,7 +214,8 @@ def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, e
     return Plan(algorithm=way.algorithm, codec=sent, reason=reason, pieces=way.pieces, declined=True)
 
 
-def _best(machine: Machine, codec: Codec, message_bytes: int) -> tuple[Way, float]:
+def _best(machine: Machine, codec: Codec, message_bytes: int) -> tuple[Way | None, float]:
+    """The fastest way to compress; None where all that the format allows were given up."""
     bits = codec.bits_per_value(4096)
     seconds = {
         way: cost.seconds(message_bytes, bits)
@@ -222,8 +224,8 @@ def _best(machine: Machine, codec: Codec, message_bytes: int) -> tuple[Way, floa
         and not (way.algorithm == "one_step" and isinstance(codec, Pair))
         and not (way.algorithm != "hierarchical" and isinstance(codec, Levels))
     }
-    best = min(seconds, key=lambda way: seconds[way])
-    return best, seconds[best]
+    best = min(seconds, key=lambda way: seconds[way], default=None)
+    return best, seconds[best] if best else math.inf
 
 
 def _exact_way(machine: Machine, message_bytes: int) -> tuple[Way | None, float]:
