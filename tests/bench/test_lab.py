@@ -33,6 +33,11 @@ def interfaces() -> set[str]:
     return {name for _, name in socket.if_nameindex()}
 
 
+def seconds(number: int) -> str:
+    """A time to sleep that no other process of this machine has in its command line."""
+    return f"{number}{os.getpid()}"
+
+
 def running(marker: str) -> list[str]:
     """Processes with `marker` in their command line."""
     found = []
@@ -194,18 +199,18 @@ def test_launch_returns_results_and_names_the_rank_that_failed():
 def test_a_failing_rank_ends_the_others_and_their_children():
     with Lab(ranks=3, rate=None) as lab:
         start = time.monotonic()
-        codes = lab.run(["sh", "-c", "[ $RANK = 1 ] && exit 3; setsid sleep 654 & sleep 654"])
+        codes = lab.run(["sh", "-c", f"[ $RANK = 1 ] && exit 3; setsid sleep {seconds(654)} & sleep {seconds(654)}"])
         assert time.monotonic() - start < 4
         assert codes == [-15, 3, -15]
         assert lab.failed_rank == 1
-        assert not running("654")
+        assert not running(seconds(654))
         assert lab.run(["true"]) == [0, 0, 0]
         assert lab.failed_rank is None
         with pytest.raises(ValueError, match="cannot run 'no-such-program': give a program, by path or found in PATH"):
             lab.run(["no-such-program"])
         with pytest.raises(TimeoutError, match="still running after 0.2 s: rank 0, 2. All ranks have been ended"):
-            lab.run(["sh", "-c", "[ $RANK = 1 ] || sleep 655"], timeout_s=0.2)
-        assert not running("655")
+            lab.run(["sh", "-c", f"[ $RANK = 1 ] || sleep {seconds(655)}"], timeout_s=0.2)
+        assert not running(seconds(655))
 
 
 @real
@@ -244,7 +249,7 @@ def test_the_command_streams_output_and_ends_like_the_first_rank_that_failed():
 @pytest.fixture
 def running_command():
     """`flashcomm lab` with two ranks that sleep, and a word that only their command lines contain."""
-    marker = f"789{os.getpid()}"
+    marker = seconds(789)
     process = subprocess.Popen(
         [*COMMAND, "--ranks", "2", "--rate", "1mbit", "--", "sh", "-c", f"sleep {marker}; true"],
         stderr=subprocess.PIPE,
