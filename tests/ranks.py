@@ -11,6 +11,13 @@ import sys
 import traceback
 from datetime import timedelta
 
+WAYS = {
+    "memory": {},
+    "connections": {"FLASHCOMM_SHARED_MEMORY": "0"},
+    "gloo": {"FLASHCOMM_SHARED_MEMORY": "0", "FLASHCOMM_CONNECTIONS": "0"},
+}
+"""How messages may go between ranks of one host, and what to set for that."""
+
 _context = multiprocessing.get_context("spawn")
 
 
@@ -97,12 +104,12 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
 
 
 @functools.cache
-def shared(ranks: int, path: str = "", messages: bool = False) -> Ranks:
+def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:
     """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them.
 
-    They share memory, as ranks of one host do, unless they are to send messages.
+    Messages go by one of `WAYS`.
     """
-    _kept.append(Ranks(ranks, path=path, env={"FLASHCOMM_SHARED_MEMORY": "0"} if messages else None))
+    _kept.append(Ranks(ranks, path=path, env=WAYS[by]))
     return _kept[-1]
 
 

@@ -48,9 +48,9 @@ def tuned_on_ranks(file: str):
     return flashcomm.stats()["reasons"]
 
 
-@pytest.mark.parametrize("messages", [True, False], ids=["messages", "shared memory"])
-def test_auto_goes_by_what_was_measured(messages, tmp_path):
-    for reasons in ranks.shared(2, messages=messages).run(tuned_on_ranks, str(tmp_path / "tuning.json")):
+@pytest.mark.parametrize("by", ranks.WAYS)
+def test_auto_goes_by_what_was_measured(by, tmp_path):
+    for reasons in ranks.shared(2, by=by).run(tuned_on_ranks, str(tmp_path / "tuning.json")):
         assert reasons == {"all_reduce/two_step/int4g128": {"measured to win from 1 KiB on": 1}}
     kept = json.loads((tmp_path / "tuning.json").read_text())
     assert list(kept) == [kept[name]["name"] for name in kept]

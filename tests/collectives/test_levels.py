@@ -91,9 +91,10 @@ def pieces_on_ranks():
                 assert all(promises.same(result, want) for result in results), (name, spec, shape)
 
 
+@pytest.mark.parametrize("by", ["connections", "gloo"])
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_bits_do_not_depend_on_pieces(size):
-    ranks.shared(size, messages=True).run(pieces_on_ranks)
+def test_bits_do_not_depend_on_pieces(size, by):
+    ranks.shared(size, by=by).run(pieces_on_ranks)
 
 
 @needs_lab

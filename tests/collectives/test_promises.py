@@ -8,11 +8,11 @@ import ranks
 WORLD_SIZES = (1, 2, 3, 4, 5, 7)
 
 
-@pytest.mark.parametrize("messages", [True, False], ids=["messages", "shared memory"])
+@pytest.mark.parametrize("by", ranks.WAYS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("promise", promises.PROMISES, ids=lambda f: f.__name__)
-def test_promise(promise, world_size, messages):
-    violations = ranks.shared(world_size, messages=messages).run(promises.check, promise, "flashcomm")
+def test_promise(promise, world_size, by):
+    violations = ranks.shared(world_size, by=by).run(promises.check, promise, "flashcomm")
     assert violations == [[]] * world_size
 
 

@@ -227,7 +227,7 @@ def errors_on_ranks():
     flashcomm.all_reduce(x, "int8", algorithm="two_step", strict=True)
 
 
-@pytest.mark.parametrize("messages", [True, False], ids=["messages", "shared memory"])
+@pytest.mark.parametrize("by", ranks.WAYS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "function",
@@ -242,8 +242,8 @@ def errors_on_ranks():
     ],
     ids=lambda f: f.__name__,
 )
-def test_on_ranks(function, world_size, messages):
-    ranks.shared(world_size, messages=messages).run(function)
+def test_on_ranks(function, world_size, by):
+    ranks.shared(world_size, by=by).run(function)
 
 
 def test_wrong_arguments_are_refused_before_any_communication():

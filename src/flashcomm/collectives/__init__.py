@@ -259,6 +259,11 @@ def all_to_all(
     out_rows = _split("output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks)
     plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
     shape = (sum(out_rows), *x.shape[1:])
+    if in_rows[state.rank] != out_rows[state.rank]:
+        raise ValueError(
+            f"rank {state.rank} keeps {in_rows[state.rank]} rows by input_split_sizes and "
+            f"{out_rows[state.rank]} by output_split_sizes: give the same number"
+        )
     # An entry of dimension 0 is several of the codec's rows where x has more dimensions than two.
     per_entry = math.prod(x.shape[1:-1])
     in_rows, out_rows = ([n * per_entry for n in sizes] for sizes in (in_rows, out_rows))
@@ -424,7 +429,12 @@ class _Call:
         elif rows.numel() or (self.even_if_empty and rows.shape[1]):
             try:
                 sent = self.run(rows, self.codec, state, _with_cols(target, rows.shape[1]))
-            except RuntimeError as error:
+            except BaseException as error:
+                if state.connections:
+                    # What is still under way would be taken for the next call's.
+                    state.connections.close(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
+                if not isinstance(error, RuntimeError):
+                    raise
                 raise RuntimeError(
                     f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
                     "A peer that is gone, or that does not join within the group's timeout, looks like this"

@@ -1,4 +1,4 @@
-"""What flashcomm keeps per process group: the agreed contracts, the reused buffers, the lane for asynchronous calls.
+"""What flashcomm keeps per process group: how ranks reach each other, agreed contracts, buffers, the asynchronous lane.
 
 Hazard: gloo aborts the process when ranks send messages of different sizes, and the other side may not even notice.
 So before the first transfer of every new combination of operation, codec, dtype and shape the ranks compare what they
@@ -6,6 +6,7 @@ are about to do, and all of them raise if they differ.
 """
 
 import importlib.util
+import logging
 import math
 import os
 import socket
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 
 from flashcomm.collectives import tuning
+from flashcomm.collectives.connections import Connections, Transfer
 from flashcomm.collectives.shared import HALF_BYTES, SharedMemory
 from flashcomm.planner import Group
 
 _CONTRACT_BYTES = 512
+_log = logging.getLogger("flashcomm")
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
@@ -57,6 +60,9 @@ class GroupState:
         """Memory that all ranks map, if all are on one host."""
         self.why_not_shared = "the ranks have not met yet"
         self._lane_shared: SharedMemory | None = None
+        self.connections: Connections | None = None
+        """Our own, if there is no shared memory and all ranks reach each other."""
+        self.why_not_connected = "the ranks have not met yet"
         self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -95,10 +101,13 @@ class GroupState:
             self.why_not_shared = f"rank {refused[0][0]}: {refused[0][1]}"
         else:
             self.why_not_shared = self._open(HALF_BYTES, min(fact.threads for fact in facts))
+        if not self.shared:
+            self._connect()
         sizes = {self.hosts.count(host) for host in range(len(names))}
         hosts = len(names) if len(sizes) == 1 else 0
+        by = "shared memory" if self.shared else "connections" if self.connections else ""
         labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
-        self.name = tuning.name_of(_cpu_backend(self.group), labels, bool(self.shared))
+        self.name = tuning.name_of(_cpu_backend(self.group), labels, by)
         machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
         self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
 
@@ -117,6 +126,12 @@ class GroupState:
                 self._lane[0].shared = lane_memory
             self.shared, self._lane_shared = memory, lane_memory
         return why
+
+    def _connect(self):
+        if self.direct(torch.device("cpu")):
+            self.connections, self.why_not_connected = Connections.open(self)
+            if not self.connections and self.rank == 0:
+                _log.warning("gloo's messages instead of faster connections: %s", self.why_not_connected)
 
     def levels(self) -> "tuple[GroupState, GroupState]":
         """The ranks of this host, and the ranks that have this one's place on every host: two groups, made once."""
@@ -199,27 +214,33 @@ class GroupState:
         """The other ranks, the next one first, so that not everybody starts with rank 0."""
         return [(self.rank + i) % self.ranks for i in range(1, self.ranks)]
 
-    def send(self, part: torch.Tensor, peer: int) -> dist.Work:
+    def send(self, part: torch.Tensor, peer: int) -> dist.Work | Transfer:
         """Start sending a contiguous `part`, which must stay as it is until ``wait()``."""
+        if self.connections:
+            return self.connections.send(part, peer)
         work = dist.isend(part, self._global_ranks[peer], group=self.group, tag=self._tag)
         assert work is not None
         return work
 
-    def receive(self, part: torch.Tensor, peer: int) -> dist.Work:
-        """Start receiving into a contiguous `part`."""
+    def receive(self, part: torch.Tensor, peer: int) -> dist.Work | Transfer:
+        """Start receiving into a contiguous `part`, after those that this rank receives from that peer already."""
+        if self.connections:
+            return self.connections.receive(part, peer)
         work = dist.irecv(part, self._global_ranks[peer], group=self.group, tag=self._tag)
         assert work is not None
         return work
 
     def lane(self) -> tuple["GroupState", ThreadPoolExecutor]:
-        """For asynchronous calls on gloo: buffers and a tag of their own, and the one thread that runs them, in order.
+        """For asynchronous calls on gloo: buffers and connections of their own, and the one thread that runs them.
 
-        gloo pairs point-to-point messages by rank and tag, in the order in which they were started. With a tag that
-        only this thread uses, that order is the caller's on every rank, whatever else the group does meanwhile.
+        Messages are paired by the order in which they were started. With connections, or a tag of gloo's, that only
+        this thread uses, that order is the caller's on every rank, whatever else the group does meanwhile.
         """
         if self._lane is None:
             lane = GroupState(self.group, _LANE_TAG)
             lane.shared, lane.hosts, lane.facts = self._lane_shared, self.hosts, self.facts
+            if self.connections:
+                lane._connect()
             if self.facts.has_levels:
                 lane.levels()
             self._lane = lane, ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from flashcomm import kernels
 from flashcomm.codecs import Codec
+from flashcomm.collectives.connections import Transfer
 from flashcomm.collectives.state import GroupState, exchange, gather
 
 # A stripe is whole rows; where that leaves some ranks idle, rows are cut at group borders until at least this share of
@@ -72,7 +73,7 @@ def two_step(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor
     rows, cols = cut(x.shape[0], x.shape[1], codec, state.ranks * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, state)
-    # gloo sends only once the receiver is ready, so be ready for everything before anything is encoded.
+    # Of gloo's messages each waits until its receiver is ready, so be ready for all before anything is encoded.
     scatter = Scatter(stripes, first.payload_bytes(cols, x.dtype), pieces, x.device, state)
     gather = Gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device, state)
     scatter.send_all(lambda rank, piece: x[stripes.part(rank, piece)], first)
@@ -154,8 +155,8 @@ class _Transfers:
 
     def __init__(self, state: GroupState, device: torch.device):
         self._state, self._direct = state, state.direct(device)
-        self._going: list[dist.Work] = []
-        self._coming: dict[tuple[int, int], dist.Work] = {}
+        self._going: list[dist.Work | Transfer] = []
+        self._coming: dict[tuple[int, int], dist.Work | Transfer] = {}
         self._sent_bytes = 0
 
     def _expect(self, part: torch.Tensor, piece: slice, peer: int):

@@ -22,19 +22,19 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm" / "tuning.json"
 
 
-def name_of(backend: str, hosts: Sequence[tuple[int, str]], shared: bool) -> str:
+def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "") -> str:
     """What costs are kept under: the backend, and how many ranks are on which hosts.
 
     Args:
         backend: of the process group.
         hosts: number and name of each rank's host.
-        shared: whether the ranks share memory.
+        by: what carries payloads, if not the backend.
 
-    >>> name_of("gloo", [(0, "a"), (0, "a"), (1, "b"), (1, "b")], shared=False)
-    'gloo: 2 on a, 2 on b'
+    >>> name_of("gloo", [(0, "a"), (0, "a"), (1, "b"), (1, "b")], by="connections")
+    'gloo: 2 on a, 2 on b, by connections'
     """
     counts = Counter(hosts)
-    return f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}" + ", shared" * shared
+    return f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}" + (f", by {by}" if by else "")
 
 
 def load(name: str) -> Machine | None:

@@ -1,0 +1,281 @@
+"""Messages between the ranks of a CPU group, over TCP connections of our own.
+
+gloo moves a message only once the receiver has said that it is ready, by threads that must wake each other up. Here a
+rank writes into its connection at once and the kernel carries the bytes while codecs run. Nothing runs in the
+background: `Connections.send` and `Transfer.wait` move whatever can be moved, in both directions.
+
+Between two ranks messages are received in the order in which they were sent. Each says how long it is, so ranks that
+differ find out. Ranks find each other through the group, which also carries the secret that opens a connection. Where
+one cannot be made, which may be a firewall's doing, all ranks use the group's own messages.
+
+Hazard: after an error nobody knows what is still under way; this rank closes all its connections, which its peers
+notice at once, and every later call raises.
+
+Source: our own.
+"""
+
+import contextlib
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+if TYPE_CHECKING:
+    from flashcomm.collectives.state import GroupState
+
+_LENGTH = struct.Struct("!Q")
+_SECRET_BYTES = 32
+# The secret of whom it is for, and the rank that says so.
+_HELLO = struct.Struct(f"!{_SECRET_BYTES}sI")
+_CONNECT_S, _POLL_MS = 5.0, 1000
+# SIOCGIFADDR, which Python has no name for.
+_GET_ADDRESS = 0x8915
+
+
+class Transfer:
+    """A message on its way to or from a peer."""
+
+    def __init__(self, connections: "Connections", peer: int, part: torch.Tensor, header: bytes):
+        self._connections, self.peer, self.header = connections, peer, bytearray(header)
+        self.length = part.numel()
+        self.views = [memoryview(self.header), part.view(-1).numpy().data]
+        """What is still to be moved."""
+
+    def moved(self, count: int):
+        """So many bytes have been."""
+        while self.views and count >= len(self.views[0]):
+            count -= len(self.views.pop(0))
+        if count:
+            self.views[0] = self.views[0][count:]
+
+    def wait(self):
+        """Until the message is here, or has been given to the kernel.
+
+        Raises:
+            RuntimeError: a peer has closed its connection, sends another length, or did not come in time.
+        """
+        if self.views:
+            self._connections.wait(self)
+
+
+class Connections:
+    """One connection from this rank to each other; made by all ranks together, or by none."""
+
+    def __init__(self, state: "GroupState"):
+        self.rank, self.ranks, self._timeout_s = state.rank, state.ranks, state.timeout_s
+        self.broken: str | None = None
+        self._sockets: dict[int, socket.socket] = {}
+        self._peers: dict[int, int] = {}
+        self._going: dict[int, deque[Transfer]] = {}
+        self._coming: dict[int, deque[Transfer]] = {}
+        self._poll = select.poll()
+        self._finalizer = weakref.finalize(self, _close, self._sockets)
+
+    @classmethod
+    def open(cls, state: "GroupState") -> "tuple[Connections | None, str]":
+        """(connections, "") if every rank reached every other; (None, why) on all ranks if one did not."""
+        self = cls(state)
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        with contextlib.ExitStack() as stack:
+            listener, offer, why = None, None, ""
+            if os.environ.get("FLASHCOMM_CONNECTIONS", "1") == "0":
+                why = "FLASHCOMM_CONNECTIONS=0"
+            else:
+                try:
+                    listener = stack.enter_context(_listen(state.ranks))
+                    offer = (_addresses(), listener.getsockname()[1], secret)
+                except OSError as error:
+                    why = f"cannot listen: {error}"
+            offers = state.tell(offer)
+            if listener and all(offers):
+                why = self._connect(listener, offers)
+            whys = state.tell(why)
+        # Higher ranks connect to lower ones, so they know more of what went wrong.
+        for rank, why in reversed(list(enumerate(whys))):
+            if why:
+                self.close()
+                return None, f"rank {rank}: {why}"
+        for peer, connection in self._sockets.items():
+            connection.setblocking(False)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._peers[connection.fileno()] = peer
+            self._going[peer], self._coming[peer] = deque(), deque()
+        return self, ""
+
+    def _connect(self, listener: socket.socket, offers: list[tuple[list[str], int, bytes]]) -> str:
+        """Reach the lower ranks, then let the higher ones reach us; "" or why that failed."""
+        end = time.monotonic() + _CONNECT_S
+        for peer in range(self.rank):
+            addresses, port, secret = offers[peer]
+            for address in addresses:
+                with contextlib.suppress(OSError):
+                    self._sockets[peer] = _greet(address, port, secret, offers[self.rank][2], self.rank, end)
+                    break
+            else:
+                return f"cannot reach rank {peer} at {' or '.join(addresses)}, port {port}"
+        while len(self._sockets) < self.ranks - 1 and (left := end - time.monotonic()) > 0:
+            listener.settimeout(left)
+            # Whoever does not know our secret is not a rank.
+            with contextlib.suppress(OSError, struct.error):
+                connection, _ = listener.accept()
+                connection.settimeout(left)
+                secret, peer = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
+                if secret != offers[self.rank][2]:
+                    connection.close()
+                    continue
+                connection.sendall(_HELLO.pack(offers[peer][2], self.rank))
+                self._sockets[peer] = connection
+        missing = [peer for peer in range(self.ranks) if peer != self.rank and peer not in self._sockets]
+        return f"rank {missing[0]} did not connect within {_CONNECT_S:g} s" if missing else ""
+
+    def close(self, why: str = "closed"):
+        """Let the peers know that nothing will come any more; the first reason is the one that later calls give."""
+        self.broken = self.broken or why
+        self._finalizer()
+
+    def send(self, part: torch.Tensor, peer: int) -> Transfer:
+        """Start sending a contiguous uint8 `part`, which must stay as it is until ``wait()``."""
+        transfer = self._add(self._going[peer], Transfer(self, peer, part, _LENGTH.pack(part.numel())))
+        if len(self._going[peer]) == 1:
+            self._write(peer)
+        # A peer's bytes must not fill the kernel's buffers while we are busy with ours.
+        self._move(0)
+        return transfer
+
+    def receive(self, part: torch.Tensor, peer: int) -> Transfer:
+        """Receive into a contiguous uint8 `part`, after all that this rank receives from that peer already."""
+        return self._add(self._coming[peer], Transfer(self, peer, part, bytes(_LENGTH.size)))
+
+    def _add(self, line: deque[Transfer], transfer: Transfer) -> Transfer:
+        if self.broken:
+            raise RuntimeError(self.broken)
+        line.append(transfer)
+        if len(line) == 1:
+            self._watch(transfer.peer)
+        return transfer
+
+    def wait(self, transfer: Transfer):
+        """Move messages until that one has been moved."""
+        if self.broken:
+            raise RuntimeError(self.broken)
+        end = time.monotonic() + self._timeout_s
+        while transfer.views:
+            if not self._move(_POLL_MS) and time.monotonic() > end:
+                self._fail(transfer.peer, f"did not come within the group's timeout of {self._timeout_s:g} s")
+
+    def _move(self, patience_ms: int) -> bool:
+        """Move what can be moved without waiting, once something can; whether anything could."""
+        events = self._poll.poll(patience_ms)
+        for descriptor, event in events:
+            peer = self._peers[descriptor]
+            if event & ~select.POLLOUT and self._coming[peer]:
+                self._read(peer)
+            if event & ~select.POLLIN and self._going[peer]:
+                self._write(peer)
+        return bool(events)
+
+    def _watch(self, peer: int):
+        """Look at a connection only while something is expected of it: who is done may be gone."""
+        events = (select.POLLIN if self._coming[peer] else 0) | (select.POLLOUT if self._going[peer] else 0)
+        if events:
+            self._poll.register(self._sockets[peer], events)
+        else:
+            self._poll.unregister(self._sockets[peer])
+
+    def _write(self, peer: int):
+        line = self._going[peer]
+        while line:
+            try:
+                line[0].moved(self._sockets[peer].sendmsg(line[0].views))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._fail(peer, f"has closed its connection ({error.strerror})")
+            if line[0].views:
+                return
+            line.popleft()
+        self._watch(peer)
+
+    def _read(self, peer: int):
+        line = self._coming[peer]
+        while line:
+            try:
+                count = self._sockets[peer].recvmsg_into(line[0].views)[0]
+            except BlockingIOError:
+                return
+            except OSError as error:
+                self._fail(peer, f"has closed its connection ({error.strerror})")
+            if count == 0:
+                self._fail(peer, "has closed its connection")
+            line[0].moved(count)
+            length = _LENGTH.unpack(line[0].header)[0]
+            if len(line[0].views) < 2 and length != line[0].length:
+                self._fail(peer, f"sends {length} bytes where {line[0].length} were expected")
+            if line[0].views:
+                return
+            line.popleft()
+        self._watch(peer)
+
+    def _fail(self, peer: int, what: str) -> NoReturn:
+        self.close(f"rank {peer} {what}, as rank {self.rank} sees it")
+        raise RuntimeError(self.broken)
+
+
+def _close(sockets: dict[int, socket.socket]):
+    for connection in sockets.values():
+        connection.close()
+
+
+def _listen(ranks: int) -> socket.socket:
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, backlog=ranks, dualstack_ipv6=True)
+    return socket.create_server(("", 0), backlog=ranks)
+
+
+def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, end: float) -> socket.socket:
+    """A connection to a rank that has shown that it knows our secret, as we know its."""
+    connection = socket.create_connection((address, port), timeout=max(0.001, end - time.monotonic()))
+    try:
+        connection.sendall(_HELLO.pack(theirs, rank))
+        answer = connection.recv(_HELLO.size, socket.MSG_WAITALL)
+        if answer[:_SECRET_BYTES] != ours:
+            raise ConnectionError("somebody else listens there")
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _addresses() -> list[str]:
+    """Where the other ranks may find this one: on the interface that gloo is told to use, else on that which leads to
+    rank 0, or by name.
+    """
+    found = []
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+        return [_address_of(interface)]
+    with contextlib.suppress(OSError):
+        master = os.environ.get("MASTER_ADDR", "localhost")
+        family, kind, _, _, there = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            # Sends nothing; only asks the kernel for the way.
+            probe.connect(there)
+            found.append(probe.getsockname()[0])
+    with contextlib.suppress(OSError):
+        found += [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
+    return list(dict.fromkeys(found))
+
+
+def _address_of(interface: str) -> str:
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", interface.encode()))
+    return socket.inet_ntoa(answer[20:24])
