@@ -34,6 +34,14 @@ def test_only_a_declined_compression_counts_as_declined():
     assert not choose(4096, 1, parse("int8")).declined
 
 
+def test_small_messages_go_as_they_are_by_the_fastest_way():
+    for group in (Group(ranks=4, hosts=4, connected=True), Group(ranks=4, shared=True)):
+        plan = choose(4096, group, parse("int8"))
+        assert (plan.algorithm, str(plan.codec), plan.declined) == ("one_step", "bf16", True)
+    assert choose(8 * MIB, Group(ranks=4, hosts=4, connected=True), parse("int8")).algorithm == "two_step"
+    assert choose(8 * MIB, Group(ranks=4, shared=True), parse("int8")).codec == parse("bf16")
+
+
 def test_batch_invariant_ignores_the_size():
     for ranks in (2, 3, 8):
         plans = {choose(size, ranks, parse("int8"), batch_invariant=True).algorithm for size in (0, 4096, MIB, 1 << 30)}

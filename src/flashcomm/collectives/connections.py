@@ -34,7 +34,7 @@ _LENGTH = struct.Struct("!Q")
 _SECRET_BYTES = 32
 # The secret of whom it is for, and the rank that says so.
 _HELLO = struct.Struct(f"!{_SECRET_BYTES}sI")
-_CONNECT_S, _POLL_MS = 5.0, 1000
+_CONNECT_S, _HELLO_S, _POLL_MS = 5.0, 1.0, 1000
 # SIOCGIFADDR, which Python has no name for.
 _GET_ADDRESS = 0x8915
 
@@ -114,24 +114,20 @@ class Connections:
         end = time.monotonic() + _CONNECT_S
         for peer in range(self.rank):
             addresses, port, secret = offers[peer]
-            for address in addresses:
+            for tried, address in enumerate(addresses):
                 with contextlib.suppress(OSError):
-                    self._sockets[peer] = _greet(address, port, secret, offers[self.rank][2], self.rank, end)
+                    seconds = max(0.001, end - time.monotonic()) / (len(addresses) - tried)
+                    self._sockets[peer] = _greet(address, port, secret, offers[self.rank][2], self.rank, seconds)
                     break
             else:
                 return f"cannot reach rank {peer} at {' or '.join(addresses)}, port {port}"
         while len(self._sockets) < self.ranks - 1 and (left := end - time.monotonic()) > 0:
             listener.settimeout(left)
-            # Whoever does not know our secret is not a rank.
-            with contextlib.suppress(OSError, struct.error):
+            with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
-                connection.settimeout(left)
-                secret, peer = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
-                if secret != offers[self.rank][2]:
-                    connection.close()
-                    continue
-                connection.sendall(_HELLO.pack(offers[peer][2], self.rank))
-                self._sockets[peer] = connection
+                peer = _welcome(connection, [offer[2] for offer in offers], self.rank)
+                if peer is not None:
+                    self._sockets[peer] = connection
         missing = [peer for peer in range(self.ranks) if peer != self.rank and peer not in self._sockets]
         return f"rank {missing[0]} did not connect within {_CONNECT_S:g} s" if missing else ""
 
@@ -240,18 +236,30 @@ def _listen(ranks: int) -> socket.socket:
     return socket.create_server(("", 0), backlog=ranks)
 
 
-def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, end: float) -> socket.socket:
+def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, seconds: float) -> socket.socket:
     """A connection to a rank that has shown that it knows our secret, as we know its."""
-    connection = socket.create_connection((address, port), timeout=max(0.001, end - time.monotonic()))
+    connection = socket.create_connection((address, port), timeout=seconds)
     try:
         connection.sendall(_HELLO.pack(theirs, rank))
         answer = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        if answer[:_SECRET_BYTES] != ours:
+        if not secrets.compare_digest(answer[:_SECRET_BYTES], ours):
             raise ConnectionError("somebody else listens there")
     except OSError:
         connection.close()
         raise
     return connection
+
+
+def _welcome(connection: socket.socket, secrets_of: list[bytes], rank: int) -> int | None:
+    """The rank that has connected, once it has been answered; None for whoever does not know our secret."""
+    with contextlib.suppress(OSError, struct.error):
+        connection.settimeout(_HELLO_S)
+        secret, peer = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
+        if secrets.compare_digest(secret, secrets_of[rank]):
+            connection.sendall(_HELLO.pack(secrets_of[peer], rank))
+            return peer
+    connection.close()
+    return None
 
 
 def _addresses() -> list[str]:

@@ -109,7 +109,13 @@ class GroupState:
         labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
         self.name = tuning.name_of(_cpu_backend(self.group), labels, by)
         machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
-        self.facts = Group(ranks=self.ranks, hosts=hosts, shared=bool(self.shared), machine=machine)
+        self.facts = Group(
+            ranks=self.ranks,
+            hosts=hosts,
+            shared=bool(self.shared),
+            connected=bool(self.connections),
+            machine=machine,
+        )
 
     def _open(self, half_bytes: int, threads: int) -> str:
         """Map memory for synchronous calls, and more for asynchronous ones: their thread could not do it in step.

@@ -21,11 +21,11 @@ MIN_COMPRESSED_BYTES = 64 << 10
 """Below, encoding costs more than the bytes that it saves."""
 MAX_ONE_STEP_BYTES = 256 << 10
 """Up to here more than two ranks are better served by one transfer of more bytes than by two of fewer."""
-MAX_SHARED_ONE_STEP_BYTES = 64 << 10
-"""The same in shared memory, where a step costs some microseconds."""
+MAX_EXACT_ONE_STEP_BYTES = 64 << 10
+"""The same for values as they are, between hosts or in shared memory, where a step costs some microseconds."""
 # Seconds that a byte of the message costs the cores that encode and decode it, and that a piece costs of its own:
-# 4 gloo ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
-CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 1e-3
+# 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
+CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.6e-3
 MOST_PIECES = 8
 # What a measured way must win by before compression is worth its error, and before an algorithm of ours replaces the
 # backend's.
@@ -41,6 +41,8 @@ class Group:
     """Number of hosts if all have the same number of ranks, else 0."""
     shared: bool = False
     """Whether all ranks map the same memory."""
+    connected: bool = False
+    """Whether ranks have connections of our own, which are faster than the backend's messages."""
     machine: Machine | None = None
     """What `flashcomm tune` measured here, if it has."""
 
@@ -119,7 +121,7 @@ def pieces(message_bytes: int) -> int:
     own: c / k + k * p is least at the square root of c / p.
 
     >>> pieces(64 << 10), pieces(16 << 20)
-    (1, 3)
+    (1, 4)
     """
     return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * CODEC_S_PER_BYTE / PIECE_S))))
 
@@ -147,10 +149,10 @@ def _check(algorithm: str, codec: Codec, group: Group):
 
 
 def _exact(group: Group, codec: Codec, exact: str, reason: str, message_bytes: int) -> Plan:
-    """Uncompressed, through shared memory where there is some."""
-    if not group.shared:
+    """Uncompressed, without the backend where that is faster."""
+    if not (group.shared or group.connected):
         return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
-    algorithm = "one_step" if message_bytes <= MAX_SHARED_ONE_STEP_BYTES or group.ranks == 2 else "two_step"
+    algorithm = "one_step" if message_bytes <= MAX_EXACT_ONE_STEP_BYTES or group.ranks == 2 else "two_step"
     return Plan(algorithm=algorithm, codec=parse(exact), reason=reason, declined=True)
 
 
