@@ -118,6 +118,24 @@ def test_env(tmp_path):
     document = json.loads((tmp_path / "env.json").read_text())
     assert document["paths"]["CPU codecs"]["state"] == "numba"
     assert document["versions"]["torch"]
+    assert document["paths"]["shared memory"] == {"state": "on", "why": ""}
+    assert document["paths"]["lab"]["state"] in ("on", "off")
+    assert document["tuning"] == {"file": os.environ["FLASHCOMM_TUNING"], "groups": []}
+    assert "nothing measured yet: see 'flashcomm tune'" in done.stdout
+
+
+def test_env_says_what_was_measured_and_what_is_off(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLASHCOMM_TUNING", str(tmp_path / "tuning.json"))
+    (tmp_path / "tuning.json").write_text('{"gloo: 2 on a, shared": {}}')
+    monkeypatch.setenv("FLASHCOMM_SHARED_MEMORY", "0")
+    done = run("env")
+    assert "gloo: 2 on a, shared" in done.stdout
+    assert "off: FLASHCOMM_SHARED_MEMORY=0" in done.stdout
+    (tmp_path / "tuning.json").write_text("no JSON")
+    done = run("env")
+    assert done.returncode == 0
+    assert "nothing measured yet" in done.stdout
+    assert "is no file of 'flashcomm tune'" in done.stderr
 
 
 def test_bench_codec(tmp_path):

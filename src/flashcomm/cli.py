@@ -515,24 +515,27 @@ def run_in_lab(
 
 @app.command()
 def env(json_file: Json = None):
-    """What is installed, which fast paths are on, and why one is off."""
+    """What is installed, what has been measured, which fast paths are on, and why one is off."""
     import torch
     import torch.distributed as dist
 
     from flashcomm import kernels
-    from flashcomm.bench import machine
+    from flashcomm.bench import lab, machine
+    from flashcomm.collectives import state, tuning
 
-    facts = machine.describe()
+    facts, groups = machine.describe(), tuning.names()
     codec = flashcomm.codec("int8g128")
     cpu, cpu_why = kernels.route(codec, "cpu")
     gpu, gpu_why = kernels.route(codec, "cuda") if torch.cuda.is_available() else ("off", "no CUDA device")
     paths = {
         "CPU codecs": (cpu, cpu_why),
         "GPU codecs": (gpu, gpu_why),
+        "shared memory": _unless(state.why_not_shared()),
         "gloo": ("on", "") if dist.is_gloo_available() else ("off", "this torch is built without it"),
         "NCCL": ("on", "") if dist.is_nccl_available() else ("off", "this torch is built without it"),
         "transformers": _presence("transformers", "pip install 'flashcomm[transformers]'"),
         "plots": _presence("matplotlib", "pip install 'flashcomm[plot]'"),
+        "lab": _unless(lab.unavailable()),
     }
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("flashcomm", flashcomm.__version__ + (f" (commit {facts['commit']})" if facts["commit"] else ""))
@@ -540,13 +543,16 @@ def env(json_file: Json = None):
     table.add_row("GPU", facts["gpu"] or "none")
     for name, version in facts["versions"].items():
         table.add_row(name, version)
-    for name, (state, why) in paths.items():
-        table.add_row(name, f"{state}{': ' + why if why else ''}")
+    for name, (found, why) in paths.items():
+        table.add_row(name, f"{found}{': ' + why if why else ''}")
+    measured = groups or ["nothing measured yet: see 'flashcomm tune'"]
+    table.add_row("tuning", "\n".join([str(tuning.path()), *measured]))
     _out.print(table, highlight=False)
     document = {
         "flashcomm": flashcomm.__version__,
         **facts,
         "paths": {n: {"state": s, "why": w} for n, (s, w) in paths.items()},
+        "tuning": {"file": str(tuning.path()), "groups": groups},
     }
     _write_json(json_file, document)
 
@@ -590,6 +596,10 @@ def _table(title: str) -> Table:
 
 def _presence(module: str, remedy: str) -> tuple[str, str]:
     return ("on", "") if find_spec(module) else ("off", remedy)
+
+
+def _unless(why: str | None) -> tuple[str, str]:
+    return ("off", why) if why else ("on", "")
 
 
 def _fail(message: str):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
 from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Work", "all_gather", "all_reduce", "all_to_all", "reduce_scatter", "reset_stats", "stats"]
 
@@ -54,7 +57,7 @@ class Work:
 def all_reduce(
     x: torch.Tensor,
     codec: str | Codec = "int8g128",
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
@@ -68,7 +71,9 @@ def all_reduce(
         x: bf16, fp16 or fp32 of any shape and strides; the last dimension is a token's values, which groups of the
             codec never cross. Not changed, unless it is also `out`. Same shape and dtype on all ranks.
         codec: wire format, for example ``int8g128``; ``none`` for the plain collective.
-        group: process group; None for the default one.
+        group: process group; None for the default one. Or a `DeviceMesh`: of 1 dimension, its group; of 2, all of its
+            ranks in ascending order, where dimension 0 leads from host to host and dimension 1 from rank to rank of a
+            host, the levels of ``hierarchical``. Ranks must ascend along both. See docs/algorithms.md.
         algorithm: ``auto``, ``one_step``, ``two_step``, ``hierarchical`` or ``plain``; `flashcomm.planner.choose`
             explains ``auto``.
         out: tensor of x's shape, dtype and device for the result; may be `x`.
@@ -126,7 +131,7 @@ def all_reduce(
 def reduce_scatter(
     x: torch.Tensor,
     codec: str | Codec = "int8g128",
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
@@ -179,7 +184,7 @@ def reduce_scatter(
 def all_gather(
     x: torch.Tensor,
     codec: str | Codec = "int8g128",
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
@@ -224,7 +229,7 @@ def all_gather(
 def all_to_all(
     x: torch.Tensor,
     codec: str | Codec = "int8g128",
-    group: dist.ProcessGroup | None = None,
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
     output_split_sizes: Sequence[int] | None = None,
     input_split_sizes: Sequence[int] | None = None,
@@ -301,7 +306,7 @@ def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], sta
     return mover(name, codec, x.reshape(rows), state, pieces)
 
 
-def _entered(x: torch.Tensor, group: "dist.ProcessGroup | None") -> GroupState:
+def _entered(x: torch.Tensor, group: "dist.ProcessGroup | DeviceMesh | None") -> GroupState:
     """The state of `group`, once `x` is a tensor that a collective can take."""
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         raise ValueError(

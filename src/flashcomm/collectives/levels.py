@@ -27,6 +27,7 @@ def hierarchical(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Te
     """Sum of every rank's x[T, C] into out[T, C]. Returns the bytes that this rank sent to other hosts."""
     assert isinstance(codec, Levels)
     inside, between = state.levels()
+    inside.meet(x.device)
     pieces = pieces if between.direct(x.device) else 1
     rows, cols = cut(x.shape[0], x.shape[1], codec, inside.ranks * between.ranks * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)

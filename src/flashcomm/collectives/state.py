@@ -6,6 +6,7 @@ are about to do, and all of them raise if they differ.
 """
 
 import importlib.util
+import itertools
 import logging
 import math
 import os
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import device_mesh
 
 from flashcomm.collectives import tuning
 from flashcomm.collectives.connections import Connections, Transfer
@@ -28,14 +30,15 @@ _log = logging.getLogger("flashcomm")
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
-# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
-_TAG, _LANE_TAG = 0xFC, 0xFD
+# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one. The next
+# tag is that of the messages of asynchronous calls.
+_TAG = 0xFC
 
 
 class GroupState:
     """State of one process group on this rank."""
 
-    def __init__(self, group: dist.ProcessGroup, tag: int = _TAG):
+    def __init__(self, group: dist.ProcessGroup, tag: int = _TAG, hosts: "list[int] | None" = None):
         # Weak, because this object is the value under the group's own weak key.
         self._group = weakref.ref(group)
         self.keep: dist.ProcessGroup | None = None
@@ -44,15 +47,18 @@ class GroupState:
         self.ranks = dist.get_world_size(group)
         self._global_ranks = dist.get_process_group_ranks(group)
         self._tag = tag
+        self.tags = itertools.count(tag + 2, 2)
+        """Tags for the meshes over the same group, whose lanes are threads of their own."""
         self._gloo = _cpu_backend(group) == "gloo"
         self._contracts: set[str] = set()
         self.calls: dict[tuple, Any] = {}
         """Calls that were decided and checked, by what they were given."""
         self._buffers: dict[tuple, torch.Tensor] = {}
         self._met = False
-        self.hosts: list[int] = [0] * self.ranks
-        """Which host each rank is on, counted from 0 in the order of ranks; known after `meet`."""
-        self.facts = Group(ranks=self.ranks)
+        self._given = hosts
+        self.hosts: list[int] = hosts or [0] * self.ranks
+        """Which host each rank is on, counted from 0 in the order of ranks; given, or known after `meet`."""
+        self.facts = Group(ranks=self.ranks, hosts=_num_hosts(self.hosts))
         self.name = ""
         """What measured costs of this group are kept under."""
         self._levels: tuple[GroupState, GroupState] | None = None
@@ -61,7 +67,7 @@ class GroupState:
         self.why_not_shared = "the ranks have not met yet"
         self._lane_shared: SharedMemory | None = None
         self.connections: Connections | None = None
-        """Our own, if there is no shared memory and all ranks reach each other."""
+        """Our own, if all ranks reach each other; for what does not go through shared memory."""
         self.why_not_connected = "the ranks have not met yet"
         self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -92,8 +98,9 @@ class GroupState:
             return
         self._met = True
         facts = self.tell(_facts())
-        names = list(dict.fromkeys(fact.host for fact in facts))
-        self.hosts = [names.index(fact.host) for fact in facts]
+        places = self._given or [fact.host for fact in facts]
+        names = list(dict.fromkeys(places))
+        self.hosts = [names.index(place) for place in places]
         refused = [(rank, fact.why_not_shared) for rank, fact in enumerate(facts) if fact.why_not_shared]
         if len(names) > 1:
             self.why_not_shared = f"{len(names)} hosts"
@@ -101,17 +108,14 @@ class GroupState:
             self.why_not_shared = f"rank {refused[0][0]}: {refused[0][1]}"
         else:
             self.why_not_shared = self._open(HALF_BYTES, min(fact.threads for fact in facts))
-        if not self.shared:
-            self._connect()
-        sizes = {self.hosts.count(host) for host in range(len(names))}
-        hosts = len(names) if len(sizes) == 1 else 0
+        self._connect()
         by = "shared memory" if self.shared else "connections" if self.connections else ""
         labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
         self.name = tuning.name_of(_cpu_backend(self.group), labels, by)
         machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
         self.facts = Group(
             ranks=self.ranks,
-            hosts=hosts,
+            hosts=_num_hosts(self.hosts),
             shared=bool(self.shared),
             connected=bool(self.connections),
             machine=machine,
@@ -135,15 +139,17 @@ class GroupState:
 
     def _connect(self):
         if self.direct(torch.device("cpu")):
-            self.connections, self.why_not_connected = Connections.open(self)
-            if not self.connections and self.rank == 0:
-                _log.warning("gloo's messages instead of faster connections: %s", self.why_not_connected)
+            self.connections, why = Connections.open(self)
+            if why and not self.shared and self.rank == 0:
+                _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
+            self.why_not_connected = why
 
     def levels(self) -> "tuple[GroupState, GroupState]":
-        """The ranks of this host, and the ranks that have this one's place on every host: two groups, made once."""
+        """The ranks of this host, and those with this one's place on every host: a mesh's groups, or two made once."""
         if self._levels is None:
             place = [self.hosts[:rank].count(host) for rank, host in enumerate(self.hosts)]
             states = []
+            _even_out(self.group)
             for labels in (self.hosts, place):
                 members = [self._global_ranks[r] for r in range(self.ranks) if labels[r] == labels[self.rank]]
                 group = dist.new_group(members, backend=dist.get_backend(self.group), use_local_synchronization=True)
@@ -243,11 +249,11 @@ class GroupState:
         this thread uses, that order is the caller's on every rank, whatever else the group does meanwhile.
         """
         if self._lane is None:
-            lane = GroupState(self.group, _LANE_TAG)
+            lane = GroupState(self.group, self._tag + 1)
             lane.shared, lane.hosts, lane.facts = self._lane_shared, self.hosts, self.facts
-            if self.connections:
-                lane._connect()
+            lane._connect()
             if self.facts.has_levels:
+                # Groups of its own, also where a mesh has some: the lane grows memory when others may be using those.
                 lane.levels()
             self._lane = lane, ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
         return self._lane
@@ -285,6 +291,11 @@ def _facts() -> _Facts:
     return _Facts(host, label, torch.get_num_threads(), why)
 
 
+def why_not_shared() -> str:
+    """Why this process cannot share memory with the other ranks of its host; "" if it can where they can."""
+    return _facts().why_not_shared
+
+
 def _cpu_backend(group: dist.ProcessGroup) -> str:
     """The backend that serves CPU tensors; `dist.get_backend` does not know it for a group that has several."""
     try:
@@ -293,14 +304,48 @@ def _cpu_backend(group: dist.ProcessGroup) -> str:
         return "none"
 
 
+def _even_out(*groups: dist.ProcessGroup):
+    """Let all ranks be in as many groups as each other, before they make one without the rest of the world.
+
+    torch names such a group by its ranks and by how many groups a rank is in, so a rank in more of them would wait for
+    another name. Over a mesh's row and then its column the largest number comes round to all of its ranks.
+    """
+    names = dist.distributed_c10d._world.pg_names
+    most = len(names)
+    for group in groups:
+        counts: list = [None] * dist.get_world_size(group)
+        dist.all_gather_object(counts, most, group=group)
+        most = max(counts)
+    while len(names) < most:
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+def _num_hosts(hosts: list[int]) -> int:
+    """Number of hosts that can be a level, of the host of each rank; 0 if they cannot."""
+    members = [[rank for rank, theirs in enumerate(hosts) if theirs == host] for host in dict.fromkeys(hosts)]
+    return len(members) if len({len(ranks) for ranks in members}) == 1 and _ascends(members) else 0
+
+
+def _ascends(rows: list[list[int]]) -> bool:
+    """Whether ranks ascend along rows and columns.
+
+    torch numbers the ranks of a group in ascending order, so only then is a row's i-th rank in the i-th column's group,
+    and the i-th rank of a column in the i-th row's.
+    """
+    return all(list(line) == sorted(line) for line in (*rows, *zip(*rows, strict=True)))
+
+
 _states: "weakref.WeakKeyDictionary[dist.ProcessGroup, GroupState]" = weakref.WeakKeyDictionary()
+_meshes: "weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.WeakKeyDictionary[dist.ProcessGroup, GroupState]]"
+_meshes = weakref.WeakKeyDictionary()
+"""States of meshes with levels, by their groups between and inside: a mesh may be made anew for every call."""
 
 
-def state_of(group: "dist.ProcessGroup | None") -> GroupState:
+def state_of(group: "dist.ProcessGroup | device_mesh.DeviceMesh | None") -> GroupState:
     """The state of `group`, of the default group for None.
 
     Raises:
-        ValueError: torch.distributed is not initialised, or this process is not in `group`.
+        ValueError: torch.distributed is not initialised, this process is not in `group`, or a mesh that is no group.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError(
@@ -309,10 +354,61 @@ def state_of(group: "dist.ProcessGroup | None") -> GroupState:
         )
     group = dist.group.WORLD if group is None else group
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a process group that this rank belongs to, not {group!r}")
+        if isinstance(group, device_mesh.DeviceMesh):
+            return _state_of_mesh(group)
+        raise ValueError(f"group must be a process group that this rank belongs to, or a DeviceMesh, not {group!r}")
     state = _states.get(group)
     if state is None:
         state = _states[group] = GroupState(group)
+    return state
+
+
+def _state_of_mesh(mesh: "device_mesh.DeviceMesh") -> GroupState:
+    if mesh.ndim not in (1, 2):
+        raise ValueError(
+            f"a mesh of {mesh.ndim} dimensions, {list(mesh.shape)}, is no group: give one of 2, hosts and the ranks of "
+            "each, or of 1. Of a larger mesh take a part by the names of its dimensions, such as mesh['host', 'rank']"
+        )
+    if mesh.get_coordinate() is None:
+        raise ValueError(
+            f"group must be a mesh that this rank belongs to: rank {dist.get_rank()} is not in {mesh.mesh.tolist()}"
+        )
+    if mesh.ndim == 1 or 1 in mesh.shape:
+        # One row or one column is all ranks, without levels.
+        return state_of(mesh.get_group(0 if mesh.ndim == 1 or mesh.shape[1] == 1 else 1))
+    between, inside = mesh.get_group(0), mesh.get_group(1)
+    states = _meshes.setdefault(between, weakref.WeakKeyDictionary())
+    if inside not in states:
+        states[inside] = _with_levels(mesh.mesh.tolist(), between, inside)
+    return states[inside]
+
+
+def _with_levels(rows: list[list[int]], between: dist.ProcessGroup, inside: dist.ProcessGroup) -> GroupState:
+    """The state of all ranks in `rows`, one row for each host; the two groups are those that this rank is in."""
+    if not _ascends(rows):
+        tidy = sorted(map(sorted, rows))
+        advice = f"{tidy} has the same hosts" if _ascends(tidy) else "Start the ranks of a host one after the other"
+        raise ValueError(
+            f"the ranks of a mesh must ascend along both dimensions, as torch numbers those of its groups: not {rows}. "
+            + advice
+        )
+    mine = next(row for row in rows if dist.get_rank() in row)
+    if dist.get_process_group_ranks(inside) != mine:
+        raise ValueError(
+            f"the group of dimension 1 must have the ranks {mine} as the mesh {rows} says, not "
+            f"{dist.get_process_group_ranks(inside)}: let DeviceMesh or init_device_mesh make its groups"
+        )
+    members, backend = sorted(itertools.chain(*rows)), dist.get_backend(inside)
+    group, whole = dist.group.WORLD, len(members) == dist.get_world_size()
+    if not whole or dist.get_backend(group) != backend:
+        _even_out(inside, between)
+        group = dist.new_group(members, backend=backend, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    host_of = {rank: host for host, ranks in enumerate(rows) for rank in ranks}
+    state = GroupState(group, next(state_of(group).tags), [host_of[rank] for rank in members])
+    # The default group ends when its owner ends it.
+    state.keep = group if group is not dist.group.WORLD else None
+    state._levels = state_of(inside), state_of(between)
     return state
 
 

@@ -37,6 +37,17 @@ def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "") -> str
     return f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}" + (f", by {by}" if by else "")
 
 
+def names() -> list[str]:
+    """The groups in the file; none, and a word in the log, if it cannot be read."""
+    try:
+        return [str(name) for name in json.loads(path().read_text())]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError) as error:
+        _log.warning("%s is no file of 'flashcomm tune' and is ignored: %s", path(), error)
+        return []
+
+
 def load(name: str) -> Machine | None:
     """The machine of that name; None, and a word in the log if the file cannot be read, where there is none."""
     try:

@@ -38,7 +38,7 @@ class Group:
 
     ranks: int
     hosts: int = 1
-    """Number of hosts if all have the same number of ranks, else 0."""
+    """Number of hosts if all have the same number of ranks, which follow each other alike on each, else 0."""
     shared: bool = False
     """Whether all ranks map the same memory."""
     connected: bool = False
@@ -141,10 +141,11 @@ def _check(algorithm: str, codec: Codec, group: Group):
     if algorithm in ("one_step", "two_step") and isinstance(codec, Levels):
         raise ValueError(f"{algorithm} knows no levels, so it cannot use both formats of {codec}. Use hierarchical")
     if algorithm == "hierarchical" and group.ranks > 1 and not group.has_levels:
-        what = {0: "hosts with different numbers of ranks", 1: "one host"}.get(group.hosts, "one rank on each host")
+        uneven = "hosts with different numbers of ranks, or on which they follow each other differently"
+        what = {0: uneven, 1: "one host"}.get(group.hosts, "one rank on each host")
         raise ValueError(
             f"hierarchical needs several hosts with the same number of ranks, more than one, and this group of "
-            f"{group.ranks} has {what}. Use two_step"
+            f"{group.ranks} has {what}. Use two_step, or say what is a host with a DeviceMesh of 2 dimensions"
         )
 
 
