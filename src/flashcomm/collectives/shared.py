@@ -22,7 +22,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -62,22 +62,30 @@ class Prepared:
     cols: int
     x_rows: int
     out_rows: int
+    x_stride: int
+    """Bytes of a row of x, and `out_stride` of one of out."""
+    out_stride: int
+    most_threads: int
+    """How many are worth their while."""
     half_bytes: int
     """What the memory must have room for; see `SharedMemory.half_bytes`."""
     sent: int
     """Bytes that this rank gives to others, as if it sent them one by one."""
 
     def __call__(self, x: torch.Tensor, codec: Codec, state: "GroupState", out: torch.Tensor) -> int:
+        """Run on all of x and out, of any shape and strides that hold so many values; returns the bytes sent."""
         assert state.shared is not None
-        state.shared.run(self, _as(x, self.x_rows, self.cols), _as(out, self.out_rows, self.cols))
+        x_stride = self.x_stride
+        if not x.is_contiguous():
+            x = x.reshape(self.x_rows, self.cols)
+            x = x if x.stride(1) == 1 else x.contiguous()
+            x_stride = x.stride(0) * x.element_size()
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+        # Of contiguous tensors only the addresses matter, whatever their shapes.
+        state.shared.run(self, x.data_ptr(), x_stride, target.data_ptr())
+        if target is not out:
+            out.copy_(target)
         return self.sent
-
-
-def _as(t: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """`t` as rows of that length, with unit stride in a row."""
-    if t.shape[1] != cols:
-        return t.reshape(rows, cols)
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 class SharedMemory:
@@ -165,33 +173,33 @@ class SharedMemory:
         place[epochs.TIMEOUT_NS] = int(timeout_s * 1e9)
         return place
 
-    def run(self, ready: Prepared, x: torch.Tensor, out: torch.Tensor):
-        """Run on the rows of x and out, on one thread or on several.
+    def run(self, ready: Prepared, x: int, x_stride: int, out: int):
+        """Run on the rows of x, so many bytes from each other, and of out, which is contiguous: both are addresses.
 
         Raises:
             RuntimeError: a rank has ended, or did not come in time.
         """
         if self.broken:
             raise RuntimeError(self.broken)
-        addresses = (x.data_ptr(), x.stride(0) * x.element_size(), out.data_ptr(), out.stride(0) * out.element_size())
-        threads = min(self.threads, ready.rows, 1 + ready.rows * ready.cols * x.element_size() // _BYTES_PER_THREAD)
-
-        def work(thread: int) -> int:
-            scratch = self._scratch.get(thread)
-            if scratch is None or len(scratch) < ready.scratch_bytes:
-                scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
-            first, last = ready.rows * thread // threads, ready.rows * (thread + 1) // threads
-            return ready.function(
-                self._places[thread], *ready.before, scratch, *addresses, *ready.after, first, last, ready.piece
-            )
-
+        threads = min(self.threads, ready.most_threads)
         if threads == 1:
-            missing = work(0)
+            missing = self._work(ready, x, x_stride, out, 0, 1)
         else:
-            missing = max(self._pool.map(work, range(threads)))
+            work = partial(self._work, ready, x, x_stride, out)
+            missing = max(self._pool.map(work, range(threads), [threads] * threads))
         if missing >= 0:
             self.broken = self._describe(missing)
             raise RuntimeError(self.broken)
+
+    def _work(self, ready: Prepared, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
+        scratch = self._scratch.get(thread)
+        if scratch is None or len(scratch) < ready.scratch_bytes:
+            scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
+        first, last = ready.rows * thread // threads, ready.rows * (thread + 1) // threads
+        addresses = (x, x_stride, out, ready.out_stride)
+        return ready.function(
+            self._places[thread], *ready.before, scratch, *addresses, *ready.after, first, last, ready.piece
+        )
 
     def _describe(self, missing: int) -> str:
         events = int(self._polls.view(np.int16)[missing * 4 + 3])
@@ -262,6 +270,9 @@ def _sum(
         cols=cols,
         x_rows=stripes * rows,
         out_rows=rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=stripes * width,
         sent=(state.ranks - 1) * rows * width,
     )
@@ -288,6 +299,9 @@ def two_step(
         cols=cols,
         x_rows=rows,
         out_rows=rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=max(width, sum_width),
         sent=(state.ranks - 1) * -(-rows // state.ranks) * (width + sum_width),
     )
@@ -312,6 +326,9 @@ def all_gather(
         cols=cols,
         x_rows=rows,
         out_rows=state.ranks * rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=width,
         sent=(state.ranks - 1) * rows * width,
     )
@@ -321,3 +338,7 @@ def _piece(row_bytes: int, payload_bytes: int, multiple: int = 1) -> int:
     """Rows to a piece: by the bytes of values in it, and so that their payload fits into half a region."""
     n = min(PIECE_BYTES // max(1, row_bytes), HALF_BYTES // max(1, payload_bytes))
     return n // multiple * multiple or max(1, n)
+
+
+def _threads(rows: int, cols: int, dtype: torch.dtype) -> int:
+    return min(rows, 1 + rows * cols * dtype.itemsize // _BYTES_PER_THREAD)

@@ -275,7 +275,7 @@ def state_of(group: "dist.ProcessGroup | None") -> GroupState:
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in `group`.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not dist.is_initialized():
         raise ValueError(
             "torch.distributed has no process group yet: call torch.distributed.init_process_group() first, "
             "for example in a script started by torchrun"
