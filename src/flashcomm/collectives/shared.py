@@ -19,9 +19,9 @@ import secrets
 import select
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
@@ -51,11 +51,17 @@ class Prepared:
     """A collective on rows of one length and type, ready to run: called like the functions of `steps`."""
 
     function: Callable[..., int]
-    before: tuple
-    """Arguments between the place and the scratch memory."""
+    programs: Sequence[np.ndarray]
+    """What it does to a row, as `kernels.cpu` writes it."""
+    times: int = 0
+    """For how many ranks the second of them runs, where the third sees the rest."""
     scratch_bytes: int
-    after: tuple
-    """Arguments behind the addresses of x and out."""
+    width: int
+    """Bytes of a row's payload, and `sum_width` of a sum's."""
+    sum_width: int = 0
+    stripes: int = 1
+    mine: int = 0
+    """Of the stripes, the one that this rank adds."""
     piece: int
     """Rows that are published at once."""
     rows: int
@@ -71,6 +77,19 @@ class Prepared:
     """What the memory must have room for; see `SharedMemory.half_bytes`."""
     sent: int
     """Bytes that this rank gives to others, as if it sent them one by one."""
+    call: np.ndarray = field(init=False)
+    """All that `function` needs to know, by the fields of `kernels.epochs`."""
+
+    def __post_init__(self):
+        from flashcomm.kernels import epochs
+
+        fields = np.zeros(epochs.STEPS, np.int64)
+        fields[epochs.ROWS], fields[epochs.PIECE], fields[epochs.OUT_STRIDE] = self.rows, self.piece, self.out_stride
+        fields[epochs.WIDTH], fields[epochs.SUM_WIDTH], fields[epochs.TIMES] = self.width, self.sum_width, self.times
+        fields[epochs.STRIPES], fields[epochs.MINE] = self.stripes, self.mine
+        ends = epochs.STEPS + np.cumsum([0, *(program.size for program in self.programs)])
+        fields[epochs.PROGRAMS :][: len(ends)] = ends
+        object.__setattr__(self, "call", np.concatenate([fields, *(program.ravel() for program in self.programs)]))
 
     def __call__(self, x: torch.Tensor, codec: Codec, state: "GroupState", out: torch.Tensor) -> int:
         """Run on all of x and out, of any shape and strides that hold so many values; returns the bytes sent."""
@@ -98,7 +117,7 @@ class SharedMemory:
         self.rank, self.ranks, self.threads = state.rank, state.ranks, threads
         self.half_bytes = half_bytes
         self.broken: str | None = None
-        self._scratch: dict[int, np.ndarray] = {}
+        self._scratch = [np.empty(0, np.uint8)] * threads
         # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flashcomm-shared")
         self._region_bytes = threads * 2 * half_bytes
@@ -192,14 +211,10 @@ class SharedMemory:
             raise RuntimeError(self.broken)
 
     def _work(self, ready: Prepared, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
-        scratch = self._scratch.get(thread)
-        if scratch is None or len(scratch) < ready.scratch_bytes:
+        scratch = self._scratch[thread]
+        if scratch.size < ready.scratch_bytes:
             scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
-        first, last = ready.rows * thread // threads, ready.rows * (thread + 1) // threads
-        addresses = (x, x_stride, out, ready.out_stride)
-        return ready.function(
-            self._places[thread], *ready.before, scratch, *addresses, *ready.after, first, last, ready.piece
-        )
+        return ready.function(self._places[thread], ready.call, scratch, x, x_stride, out, thread, threads)
 
     def _describe(self, missing: int) -> str:
         events = int(self._polls.view(np.int16)[missing * 4 + 3])
@@ -262,9 +277,12 @@ def _sum(
     encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], True)
     return Prepared(
         function=epochs.sum_stripes,
-        before=(encode.each, decode.each, state.ranks - decode.last_after, decode.after),
+        programs=(encode.each, decode.each, decode.after),
+        times=state.ranks - decode.last_after,
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
-        after=(width, stripes, state.rank % stripes, rows),
+        width=width,
+        stripes=stripes,
+        mine=state.rank % stripes,
         piece=_piece(stripes * cols * dtype.itemsize, stripes * width),
         rows=rows,
         cols=cols,
@@ -291,9 +309,10 @@ def two_step(
     decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], False)
     return Prepared(
         function=epochs.two_step,
-        before=(encode.each, add.each, add.after, decode.each),
+        programs=(encode.each, add.each, add.after, decode.each),
         scratch_bytes=max(encode.scratch_bytes, add.scratch_bytes, decode.scratch_bytes),
-        after=(width, sum_width),
+        width=width,
+        sum_width=sum_width,
         piece=_piece(cols * dtype.itemsize, max(width, sum_width), state.ranks),
         rows=rows,
         cols=cols,
@@ -318,9 +337,9 @@ def all_gather(
     encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], False)
     return Prepared(
         function=epochs.gather,
-        before=(encode.each, decode.each),
+        programs=(encode.each, decode.each),
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
-        after=(width, rows),
+        width=width,
         piece=_piece(cols * dtype.itemsize, width),
         rows=rows,
         cols=cols,

@@ -50,6 +50,8 @@ class _Operand:
         return _Operand(self.register, self.offset + more)
 
 
+# Of a step in a table: address, count, then the operands' registers and offsets.
+STEP_FIELDS = 2 + 2 * simd.MAX_OPERANDS
 # Values that a scratch array has room for beyond a row.
 _ROOM = 256
 
@@ -104,8 +106,8 @@ class _Program:
         self._steps.append((step, [o if isinstance(o, _Operand) else _Operand(_NUMBER, int(o)) for o in operands]))
 
     def table(self) -> np.ndarray:
-        """[steps, 2 + 2 * operands] int64: address, count, then the operands' registers and offsets."""
-        table = np.zeros((len(self._steps), 2 + 2 * simd.MAX_OPERANDS), np.int64)
+        """[steps, STEP_FIELDS] int64."""
+        table = np.zeros((len(self._steps), STEP_FIELDS), np.int64)
         for row, (step, operands) in zip(table, self._steps, strict=True):
             row[:2] = step.address, len(operands)
             row[2 : 2 + len(operands)] = [o.register for o in operands]
