@@ -89,7 +89,7 @@ def all_reduce(
     """
     state = _entered(x, group)
     key = ("all_reduce", codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant)
-    call = state.calls.get(key) if _is_key(codec) else None
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _fitting(codec, x)
         plan = planner.choose(
@@ -152,7 +152,7 @@ def reduce_scatter(
     """
     state = _entered(x, group)
     key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device)
-    call = state.calls.get(key) if _is_key(codec) else None
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _single(_fitting(codec, x)).steps[0]
         if x.dim() == 0 or x.shape[0] % state.ranks:
@@ -205,7 +205,7 @@ def all_gather(
     """
     state = _entered(x, group)
     key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device)
-    call = state.calls.get(key) if _is_key(codec) else None
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _single(_fitting(codec, x)).steps[1]
         plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
@@ -292,13 +292,8 @@ def all_to_all(
     return _run(call, x, state, out, async_op)
 
 
-# A tuple, because `str | Codec` would make a new object in every call.
+# What may be given as a codec, and remembers a call; a tuple, because `str | Codec` would be made anew in every call.
 _KEYS = str, Codec
-
-
-def _is_key(codec: object) -> bool:
-    """Whether a call may be remembered under what was given as its codec."""
-    return isinstance(codec, _KEYS)
 
 
 def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], state: GroupState, pieces: int = 1) -> Any:
@@ -310,7 +305,7 @@ def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], sta
 
 def _entered(x: torch.Tensor, group: "dist.ProcessGroup | None") -> GroupState:
     """The state of `group`, once `x` is a tensor that a collective can take."""
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
         raise ValueError(
             f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
         )

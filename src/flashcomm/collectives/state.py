@@ -275,12 +275,13 @@ def state_of(group: "dist.ProcessGroup | None") -> GroupState:
     Raises:
         ValueError: torch.distributed is not initialised, or this process is not in `group`.
     """
-    if not dist.is_initialized():
+    world = dist.group.WORLD
+    if world is None:
         raise ValueError(
             "torch.distributed has no process group yet: call torch.distributed.init_process_group() first, "
             "for example in a script started by torchrun"
         )
-    group = dist.group.WORLD if group is None else group
+    group = world if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         raise ValueError(f"group must be a process group that this rank belongs to, not {group!r}")
     state = _states.get(group)
