@@ -115,7 +115,8 @@ class Log:
         self, each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last
     ):
         # Operands are numbers and registers; a program that never names its source reads nothing.
-        reads_after = bool((after[:, 2 : 2 + cpu.simd.MAX_OPERANDS] == cpu._SOURCE).any())
+        named = after[:, 2 : 2 + cpu.simd.MAX_OPERANDS]
+        reads_after = sum(bool((named == register).any()) for register in (cpu._SOURCE, cpu._NEXT))
         strides = int(rank_stride), int(source), int(source_stride), int(target), int(target_stride)
         self.add(Rows(int(ranks) + reads_after, *strides, int(first), int(last)))
 

@@ -274,11 +274,12 @@ def _sum(
 
     rows, cols = shorten(rows // stripes, cols, codec, 1, PIECE_BYTES // stripes)
     width = codec.payload_bytes(cols, dtype)
-    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], True)
+    encode = cpu.encoder(codec, cols, cpu.KINDS[dtype])
+    decode = cpu.decoder(codec, cols, cpu.KINDS[out_dtype], state.ranks)
     return Prepared(
         function=epochs.sum_stripes,
         programs=(encode.each, decode.each, decode.after),
-        times=state.ranks - decode.last_after,
+        times=decode.times,
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
         width=width,
         stripes=stripes,
@@ -305,8 +306,8 @@ def two_step(
     first, second = codec.steps
     rows, cols = shorten(rows, cols, codec, state.ranks, PIECE_BYTES // state.ranks)
     width, sum_width = first.payload_bytes(cols, dtype), second.payload_bytes(cols, dtype)
-    encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols)
-    decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], False)
+    encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols, state.ranks)
+    decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], 1)
     return Prepared(
         function=epochs.two_step,
         programs=(encode.each, add.each, add.after, decode.each),
@@ -334,7 +335,7 @@ def all_gather(
 
     rows, cols = shorten(rows, cols, codec, 1, PIECE_BYTES)
     width = codec.payload_bytes(cols, dtype)
-    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], False)
+    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], 1)
     return Prepared(
         function=epochs.gather,
         programs=(encode.each, decode.each),
