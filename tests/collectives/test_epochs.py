@@ -115,7 +115,8 @@ class Log:
         self, each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last
     ):
         # Operands are numbers and registers; a program that never names its source reads nothing.
-        reads_after = bool((after[:, 2 : 2 + cpu.simd.MAX_OPERANDS] == cpu._SOURCE).any())
+        named = after[:, 2 : 2 + cpu.simd.MAX_OPERANDS]
+        reads_after = sum(bool((named == register).any()) for register in (cpu._SOURCE, cpu._NEXT))
         strides = int(rank_stride), int(source), int(source_stride), int(target), int(target_stride)
         self.add(Rows(int(ranks) + reads_after, *strides, int(first), int(last)))
 
@@ -138,7 +139,9 @@ def uncompiled(log, *faults) -> types.ModuleType:
     context = types.SimpleNamespace(get_dummy_value=lambda: None)
     module.publish = lambda *args: publish(None, None, None)[1](context, builder, None, args)
     module.observe = lambda *args: observe(None, None)[1](context, builder, None, args)
-    module.run_rows, module._meet, module._epoch = log.run_rows, module._meet.py_func, module._epoch.py_func
+    module.run_rows = log.run_rows
+    for name in ("_meet", "_epoch", "_program"):
+        setattr(module, name, getattr(module, name).py_func)
     return module
 
 
@@ -211,13 +214,12 @@ class Machine:
             xs.append(x)
             outs.append(out)
         self._kept += xs + outs
-        width, *others = ready.after
-        words = len(self._words(0, width))
+        words, sum_words = (len(self._words(0, width)) for width in (ready.width, ready.sum_width))
         for rank, out in enumerate(outs):
             for row in range(len(out)):
-                self.expected[rank][_row(out, row)] = self._result(call, ready, xs, rank, row, words, others)
+                self.expected[rank][_row(out, row)] = self._result(call, ready, xs, rank, row, words, sum_words)
 
-    def _result(self, call, ready, xs, rank, row, words, others):
+    def _result(self, call, ready, xs, rank, row, words, sum_words):
         """The words that a rank must have read when it writes a row of its result."""
         of = lambda peer, row: parts(("x", _row(xs[peer], row)), words)  # noqa: E731
         everyone = range(self.ranks)
@@ -226,7 +228,7 @@ class Machine:
         if call.name == "reduce_scatter":
             return [word for peer in everyone for word in of(peer, rank * ready.rows + row)]
         payloads = [word for peer in everyone for word in of(peer, row)]
-        return payloads if call.name == "one_step" else parts(Made(payloads), len(self._words(0, others[0])))
+        return payloads if call.name == "one_step" else parts(Made(payloads), sum_words)
 
     def actors(self) -> list[list]:
         """What every thread of every rank does."""

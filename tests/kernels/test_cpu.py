@@ -66,6 +66,18 @@ def test_sums_are_the_specifications(ranks, pair):
     assert same_bytes(kernels.decode_sum_encode(payloads, first, second, cols=300), expected)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("spec", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", values.DTYPES)
+def test_sums_of_uncompressed_rows_of_all_16_bit_patterns(dtype, spec, ranks):
+    x, codec = values.every_pattern(dtype).reshape(-1, 4096), codecs.parse(spec)
+    # Every pattern meets others.
+    payloads = torch.stack([codec.encode(x.roll(12_345 * r)) for r in range(ranks)])
+    for out_dtype in values.DTYPES:
+        expected = codecs.decode_sum(payloads, codec, 4096, out_dtype)
+        assert same_bytes(kernels.decode_sum(payloads, codec, cols=4096, dtype=out_dtype), expected)
+
+
 def test_rows_may_be_strided_and_results_land_in_out():
     base = torch.randn(40, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     codec = codecs.parse("int5g64")

@@ -9,7 +9,7 @@ Not supported: autograd (these are for inference), integer and fp64 tensors exce
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from flashcomm.collectives import shared, steps
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
 from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
-from flashcomm.collectives.stats import record, record_plain, record_slow, reset_stats, stats
+from flashcomm.collectives.stats import Tally, reset_stats, stats, tally
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -93,8 +93,8 @@ def all_reduce(
     Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
     """
     state = _entered(x, group)
-    key = ("all_reduce", codec, algorithm, x.shape, x.dtype, x.device.type, strict, batch_invariant)
-    call = state.calls.get(key) if _is_key(codec) else None
+    key = ("all_reduce", codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant)
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _fitting(codec, x)
         plan = planner.choose(
@@ -109,14 +109,16 @@ def all_reduce(
         if x.numel():
             # Also where values will travel as they are: a wrong format must not wait for a larger message.
             codec.check(x.shape[-1] if x.dim() else 1, state.ranks)
-        call = _Call(
+        call = _decided(
+            x,
+            state,
             op="all_reduce",
             plan=plan,
             codec=plan.codec,
             # What was asked for, so that ranks that differ find out even where neither compresses.
             contract=_contract("all_reduce", plan.algorithm, codec, x, x.shape)
             + (f", strict={refusal or 'yes'}" if strict else ""),
-            shape=tuple(x.shape),
+            shape=x.shape,
             plain_bytes=2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
             run=_plain_all_reduce
             if plan.algorithm == "plain"
@@ -154,8 +156,8 @@ def reduce_scatter(
         ValueError, RuntimeError: as for `all_reduce`.
     """
     state = _entered(x, group)
-    key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device.type)
-    call = state.calls.get(key) if _is_key(codec) else None
+    key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device)
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _single(_fitting(codec, x)).steps[0]
         if x.dim() == 0 or x.shape[0] % state.ranks:
@@ -165,7 +167,9 @@ def reduce_scatter(
         plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
         # A vector is cut into R rows, whose owners sum one each.
         rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else _row_shape(x.shape)
-        call = _Call(
+        call = _decided(
+            x,
+            state,
             op="reduce_scatter",
             plan=plan,
             codec=codec,
@@ -205,12 +209,14 @@ def all_gather(
         ValueError, RuntimeError: as for `all_reduce`.
     """
     state = _entered(x, group)
-    key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device.type)
-    call = state.calls.get(key) if _is_key(codec) else None
+    key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device)
+    call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _single(_fitting(codec, x)).steps[1]
         plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
-        call = _Call(
+        call = _decided(
+            x,
+            state,
             op="all_gather",
             plan=plan,
             codec=codec,
@@ -279,7 +285,9 @@ def all_to_all(
             return (rows.shape[0] - in_rows[state.rank]) * rows.shape[1] * rows.element_size()
         return steps.all_to_all(rows, codec, state, out, out_rows, in_rows)
 
-    call = _Call(
+    call = _decided(
+        x,
+        state,
         op="all_to_all",
         plan=plan,
         codec=codec,
@@ -294,9 +302,8 @@ def all_to_all(
     return _run(call, x, state, out, async_op)
 
 
-def _is_key(codec: object) -> bool:
-    """Whether a call may be remembered under what was given as its codec."""
-    return isinstance(codec, str | Codec)
+# What may be given as a codec, and remembers a call; a tuple, because `str | Codec` would be made anew in every call.
+_KEYS = str, Codec
 
 
 def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], state: GroupState, pieces: int = 1) -> Any:
@@ -308,13 +315,14 @@ def _moving(name: str, codec: Codec, x: torch.Tensor, rows: tuple[int, int], sta
 
 def _entered(x: torch.Tensor, group: "dist.ProcessGroup | DeviceMesh | None") -> GroupState:
     """The state of `group`, once `x` is a tensor that a collective can take."""
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
         raise ValueError(
             f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
-    kernels.check_storage(x)
+    if not x.data_ptr():
+        kernels.check_storage(x)
     state = state_of(group)
     state.meet(x.device)
     return state
@@ -347,23 +355,9 @@ def _compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan) -> str | None
     return None
 
 
-def _result(x: torch.Tensor, shape: tuple[int, ...], out: torch.Tensor | None) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=x.dtype, device=x.device)
-    if tuple(out.shape) != shape or out.dtype != x.dtype or out.device != x.device:
-        raise ValueError(
-            f"out must be {x.dtype} {list(shape)} on {x.device}, not {out.dtype} {list(out.shape)} on {out.device}"
-        )
-    return out
-
-
 def _row_shape(shape: torch.Size) -> tuple[int, int]:
     """[..., H] as [T, H]."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
-
-
-def _with_cols(out: torch.Tensor, cols: int) -> torch.Tensor:
-    return out if out.dim() == 2 and out.shape[1] == cols else out.view(-1, cols)
 
 
 def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Sequence) -> str:
@@ -403,89 +397,142 @@ class _Call:
     plan: planner.Plan
     codec: Codec
     contract: str
-    shape: tuple[int, ...]
+    identity: str | None
+    """What ranks compare of a calibrated codec beside its spelling."""
+    shape: torch.Size
     """Of the result."""
+    dtype: torch.dtype
+    device: torch.device
     plain_bytes: int
     """What the plain collective would send from this rank."""
     run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int]
-    """Runs on rows of x and of the result; returns the bytes sent."""
-    rows: tuple[int, int]
-    """The shape of x as rows."""
-    even_if_empty: bool = False
-    """Whether a rank without rows takes part, because others may have some."""
-    refusal: str | None = None
+    """Runs on x and the result, of any strides; returns the bytes sent."""
+    refusal: str | None
     """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
-    identity: str | None = field(init=False)
-    """What ranks compare of a calibrated codec beside its spelling."""
-    counted: str = field(init=False)
-    """Under which name `flashcomm.stats()` counts it."""
+    tally: Tally
 
-    def __post_init__(self):
-        identity = self.codec.identity
-        object.__setattr__(self, "identity", identity if identity != str(self.codec) else None)
-        object.__setattr__(self, "counted", f"{self.op}/{self.plan.algorithm}/{self.codec}")
+    def __call__(self, x: torch.Tensor, state: GroupState, out: torch.Tensor):
+        """Run on this thread; `x` and `out` may have any strides."""
+        try:
+            sent = self.run(x, self.codec, state, out)
+        except BaseException as error:
+            if state.connections:
+                # What is still under way would be taken for the next call's.
+                state.connections.close(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
+            if not isinstance(error, RuntimeError):
+                raise
+            raise RuntimeError(
+                f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
+                "A peer that is gone, or that does not join within the group's timeout, looks like this"
+            ) from error
+        self.tally.add(sent, self.plain_bytes)
 
-    def __call__(self, rows: torch.Tensor, state: GroupState, out: torch.Tensor):
-        """Run on this thread; `out` may have any strides."""
-        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
-        sent = 0
-        if state.ranks == 1:
-            target.copy_(rows.view(out.shape) if rows.is_contiguous() else rows.reshape(out.shape))
-        elif rows.numel() or (self.even_if_empty and rows.shape[1]):
-            try:
-                sent = self.run(rows, self.codec, state, _with_cols(target, rows.shape[1]))
-            except BaseException as error:
-                if state.connections:
-                    # What is still under way would be taken for the next call's.
-                    state.connections.close(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
-                if not isinstance(error, RuntimeError):
-                    raise
-                raise RuntimeError(
-                    f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
-                    "A peer that is gone, or that does not join within the group's timeout, looks like this"
-                ) from error
-        if target is not out:
-            out.copy_(target)
-        record(self.counted, self.plan.reason, wire_bytes=sent, plain_bytes=self.plain_bytes)
-        if self.plan.algorithm == "plain" or self.plan.declined:
-            record_plain(self.op, self.plan.reason)
-        elif reason := kernels.any_missing(self.codec, out.device.type):
-            record_slow(self.op, reason)
+
+def _decided(
+    x: torch.Tensor,
+    state: GroupState,
+    *,
+    op: str,
+    plan: planner.Plan,
+    codec: Codec,
+    contract: str,
+    shape: Sequence[int],
+    plain_bytes: int,
+    run: Callable[[torch.Tensor, Codec, GroupState, torch.Tensor], int],
+    rows: tuple[int, int],
+    even_if_empty: bool = False,
+    refusal: str | None = None,
+) -> _Call:
+    """The call for tensors like x, of which nothing is left to check or to choose but what differs from call to call.
+
+    Args:
+        run: runs on rows of x and of the result.
+        rows: the shape of x as rows.
+        even_if_empty: whether a rank without rows takes part, because others may have some.
+        op, plan, codec, contract, shape, plain_bytes, refusal: as `_Call` has them.
+    """
+    if x.numel():
+        codec.check(rows[1], state.ranks)
+    if state.ranks == 1:
+        run = _copy
+    elif not x.numel() and not (even_if_empty and rows[1]):
+        run = _nothing
+    elif not isinstance(run, shared.Prepared):
+        run = partial(_on_rows, run, rows)
+    uncompressed = plan.algorithm == "plain" or plan.declined
+    slow = None if uncompressed else kernels.any_missing(codec, x.device.type)
+    return _Call(
+        op=op,
+        plan=plan,
+        codec=codec,
+        contract=contract,
+        identity=codec.identity if codec.identity != str(codec) else None,
+        shape=torch.Size(shape),
+        dtype=x.dtype,
+        device=x.device,
+        plain_bytes=plain_bytes,
+        run=run,
+        refusal=refusal,
+        tally=tally(op, f"{op}/{plan.algorithm}/{codec}", plan.reason, uncompressed=uncompressed, slow=slow),
+    )
+
+
+def _on_rows(run, rows, x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    """Call `run` with rows of x and contiguous rows of the result."""
+    target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    sent = run(x.reshape(rows), codec, state, target.view(-1, rows[1]))
+    if target is not out:
+        out.copy_(target)
+    return sent
+
+
+def _copy(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    out.copy_(x.reshape(out.shape))
+    return 0
+
+
+def _nothing(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
+    return 0
 
 
 def _run(
     call: _Call, x: torch.Tensor, state: GroupState, out: torch.Tensor | None, async_op: bool
 ) -> torch.Tensor | Work:
-    out = _result(x, call.shape, out)
-    rows = x if x.shape == call.rows else x.reshape(call.rows)
-    if rows.numel():
-        call.codec.check(rows.shape[1], state.ranks)
+    if out is None:
+        # Like x is found in half the time.
+        like = x.is_contiguous() and x.shape == call.shape
+        out = torch.empty_like(x) if like else torch.empty(call.shape, dtype=call.dtype, device=call.device)
+    elif out.shape != call.shape or out.dtype != call.dtype or out.device != call.device:
+        raise ValueError(
+            f"out must be {call.dtype} {list(call.shape)} on {call.device}, "
+            f"not {out.dtype} {list(out.shape)} on {out.device}"
+        )
     if call.identity:
         # Once per calibrated codec, not once more for every new shape.
-        state.agree(f"codec={call.identity}", out.device)
-    state.agree(call.contract, out.device)
+        state.agree(f"codec={call.identity}", call.device)
+    state.agree(call.contract, call.device)
     if isinstance(call.run, shared.Prepared):
         state.reserve(call.run.half_bytes)
     if call.refusal:
         raise RuntimeError(f"strict: {call.op} of {list(out.shape)} {out.dtype} {call.refusal}")
     if not async_op:
-        call(rows, state, out)
+        call(x, state, out)
         return out
     if out.device.type == "cuda":
         stream = state.stream(out.device)
         stream.wait_stream(torch.cuda.current_stream(out.device))
         with torch.cuda.stream(stream):
-            call(rows, state, out)
-        for tensor in (rows, out):
+            call(x, state, out)
+        for tensor in (x, out):
             tensor.record_stream(stream)
         return Work(out, event=stream.record_event())
     if state.ranks == 1 or call.plan.algorithm == "plain" or not state.direct(out.device):
         # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
-        call(rows, state, out)
+        call(x, state, out)
         return Work(out)
     lane_state, lane = state.lane()
     # Inference mode and grad mode are per thread.
-    return Work(out, future=lane.submit(torch.inference_mode()(call), rows, lane_state, out))
+    return Work(out, future=lane.submit(torch.inference_mode()(call), x, lane_state, out))
 
 
 def _plain_all_reduce(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:

@@ -19,10 +19,10 @@ import secrets
 import select
 import struct
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,33 +51,60 @@ class Prepared:
     """A collective on rows of one length and type, ready to run: called like the functions of `steps`."""
 
     function: Callable[..., int]
-    before: tuple
-    """Arguments between the place and the scratch memory."""
+    programs: Sequence[np.ndarray]
+    """What it does to a row, as `kernels.cpu` writes it."""
+    times: int = 0
+    """For how many ranks the second of them runs, where the third sees the rest."""
     scratch_bytes: int
-    after: tuple
-    """Arguments behind the addresses of x and out."""
+    width: int
+    """Bytes of a row's payload, and `sum_width` of a sum's."""
+    sum_width: int = 0
+    stripes: int = 1
+    mine: int = 0
+    """Of the stripes, the one that this rank adds."""
     piece: int
     """Rows that are published at once."""
     rows: int
     cols: int
     x_rows: int
     out_rows: int
+    x_stride: int
+    """Bytes of a row of x, and `out_stride` of one of out."""
+    out_stride: int
+    most_threads: int
+    """How many are worth their while."""
     half_bytes: int
     """What the memory must have room for; see `SharedMemory.half_bytes`."""
     sent: int
     """Bytes that this rank gives to others, as if it sent them one by one."""
+    call: np.ndarray = field(init=False)
+    """All that `function` needs to know, by the fields of `kernels.epochs`."""
+
+    def __post_init__(self):
+        from flashcomm.kernels import epochs
+
+        fields = np.zeros(epochs.STEPS, np.int64)
+        fields[epochs.ROWS], fields[epochs.PIECE], fields[epochs.OUT_STRIDE] = self.rows, self.piece, self.out_stride
+        fields[epochs.WIDTH], fields[epochs.SUM_WIDTH], fields[epochs.TIMES] = self.width, self.sum_width, self.times
+        fields[epochs.STRIPES], fields[epochs.MINE] = self.stripes, self.mine
+        ends = epochs.STEPS + np.cumsum([0, *(program.size for program in self.programs)])
+        fields[epochs.PROGRAMS :][: len(ends)] = ends
+        object.__setattr__(self, "call", np.concatenate([fields, *(program.ravel() for program in self.programs)]))
 
     def __call__(self, x: torch.Tensor, codec: Codec, state: "GroupState", out: torch.Tensor) -> int:
+        """Run on all of x and out, of any shape and strides that hold so many values; returns the bytes sent."""
         assert state.shared is not None
-        state.shared.run(self, _as(x, self.x_rows, self.cols), _as(out, self.out_rows, self.cols))
+        x_stride = self.x_stride
+        if not x.is_contiguous():
+            x = x.reshape(self.x_rows, self.cols)
+            x = x if x.stride(1) == 1 else x.contiguous()
+            x_stride = x.stride(0) * x.element_size()
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype)
+        # Of contiguous tensors only the addresses matter, whatever their shapes.
+        state.shared.run(self, x.data_ptr(), x_stride, target.data_ptr())
+        if target is not out:
+            out.copy_(target)
         return self.sent
-
-
-def _as(t: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """`t` as rows of that length, with unit stride in a row."""
-    if t.shape[1] != cols:
-        return t.reshape(rows, cols)
-    return t if t.stride(1) == 1 else t.contiguous()
 
 
 class SharedMemory:
@@ -90,7 +117,7 @@ class SharedMemory:
         self.rank, self.ranks, self.threads = state.rank, state.ranks, threads
         self.half_bytes = half_bytes
         self.broken: str | None = None
-        self._scratch: dict[int, np.ndarray] = {}
+        self._scratch = [np.empty(0, np.uint8)] * threads
         # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="flashcomm-shared")
         self._region_bytes = threads * 2 * half_bytes
@@ -165,33 +192,29 @@ class SharedMemory:
         place[epochs.TIMEOUT_NS] = int(timeout_s * 1e9)
         return place
 
-    def run(self, ready: Prepared, x: torch.Tensor, out: torch.Tensor):
-        """Run on the rows of x and out, on one thread or on several.
+    def run(self, ready: Prepared, x: int, x_stride: int, out: int):
+        """Run on the rows of x, so many bytes from each other, and of out, which is contiguous: both are addresses.
 
         Raises:
             RuntimeError: a rank has ended, or did not come in time.
         """
         if self.broken:
             raise RuntimeError(self.broken)
-        addresses = (x.data_ptr(), x.stride(0) * x.element_size(), out.data_ptr(), out.stride(0) * out.element_size())
-        threads = min(self.threads, ready.rows, 1 + ready.rows * ready.cols * x.element_size() // _BYTES_PER_THREAD)
-
-        def work(thread: int) -> int:
-            scratch = self._scratch.get(thread)
-            if scratch is None or len(scratch) < ready.scratch_bytes:
-                scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
-            first, last = ready.rows * thread // threads, ready.rows * (thread + 1) // threads
-            return ready.function(
-                self._places[thread], *ready.before, scratch, *addresses, *ready.after, first, last, ready.piece
-            )
-
+        threads = min(self.threads, ready.most_threads)
         if threads == 1:
-            missing = work(0)
+            missing = self._work(ready, x, x_stride, out, 0, 1)
         else:
-            missing = max(self._pool.map(work, range(threads)))
+            work = partial(self._work, ready, x, x_stride, out)
+            missing = max(self._pool.map(work, range(threads), [threads] * threads))
         if missing >= 0:
             self.broken = self._describe(missing)
             raise RuntimeError(self.broken)
+
+    def _work(self, ready: Prepared, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
+        scratch = self._scratch[thread]
+        if scratch.size < ready.scratch_bytes:
+            scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
+        return ready.function(self._places[thread], ready.call, scratch, x, x_stride, out, thread, threads)
 
     def _describe(self, missing: int) -> str:
         events = int(self._polls.view(np.int16)[missing * 4 + 3])
@@ -251,17 +274,24 @@ def _sum(
 
     rows, cols = shorten(rows // stripes, cols, codec, 1, PIECE_BYTES // stripes)
     width = codec.payload_bytes(cols, dtype)
-    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], True)
+    encode = cpu.encoder(codec, cols, cpu.KINDS[dtype])
+    decode = cpu.decoder(codec, cols, cpu.KINDS[out_dtype], state.ranks)
     return Prepared(
         function=epochs.sum_stripes,
-        before=(encode.each, decode.each, state.ranks - decode.last_after, decode.after),
+        programs=(encode.each, decode.each, decode.after),
+        times=decode.times,
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
-        after=(width, stripes, state.rank % stripes, rows),
+        width=width,
+        stripes=stripes,
+        mine=state.rank % stripes,
         piece=_piece(stripes * cols * dtype.itemsize, stripes * width),
         rows=rows,
         cols=cols,
         x_rows=stripes * rows,
         out_rows=rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=stripes * width,
         sent=(state.ranks - 1) * rows * width,
     )
@@ -276,18 +306,22 @@ def two_step(
     first, second = codec.steps
     rows, cols = shorten(rows, cols, codec, state.ranks, PIECE_BYTES // state.ranks)
     width, sum_width = first.payload_bytes(cols, dtype), second.payload_bytes(cols, dtype)
-    encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols)
-    decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], False)
+    encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols, state.ranks)
+    decode = cpu.decoder(second, cols, cpu.KINDS[out_dtype], 1)
     return Prepared(
         function=epochs.two_step,
-        before=(encode.each, add.each, add.after, decode.each),
+        programs=(encode.each, add.each, add.after, decode.each),
         scratch_bytes=max(encode.scratch_bytes, add.scratch_bytes, decode.scratch_bytes),
-        after=(width, sum_width),
+        width=width,
+        sum_width=sum_width,
         piece=_piece(cols * dtype.itemsize, max(width, sum_width), state.ranks),
         rows=rows,
         cols=cols,
         x_rows=rows,
         out_rows=rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=max(width, sum_width),
         sent=(state.ranks - 1) * -(-rows // state.ranks) * (width + sum_width),
     )
@@ -301,17 +335,20 @@ def all_gather(
 
     rows, cols = shorten(rows, cols, codec, 1, PIECE_BYTES)
     width = codec.payload_bytes(cols, dtype)
-    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], False)
+    encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], 1)
     return Prepared(
         function=epochs.gather,
-        before=(encode.each, decode.each),
+        programs=(encode.each, decode.each),
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
-        after=(width, rows),
+        width=width,
         piece=_piece(cols * dtype.itemsize, width),
         rows=rows,
         cols=cols,
         x_rows=rows,
         out_rows=state.ranks * rows,
+        x_stride=cols * dtype.itemsize,
+        out_stride=cols * out_dtype.itemsize,
+        most_threads=_threads(rows, cols, dtype),
         half_bytes=width,
         sent=(state.ranks - 1) * rows * width,
     )
@@ -321,3 +358,7 @@ def _piece(row_bytes: int, payload_bytes: int, multiple: int = 1) -> int:
     """Rows to a piece: by the bytes of values in it, and so that their payload fits into half a region."""
     n = min(PIECE_BYTES // max(1, row_bytes), HALF_BYTES // max(1, payload_bytes))
     return n // multiple * multiple or max(1, n)
+
+
+def _threads(rows: int, cols: int, dtype: torch.dtype) -> int:
+    return min(rows, 1 + rows * cols * dtype.itemsize // _BYTES_PER_THREAD)

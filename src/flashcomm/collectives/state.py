@@ -347,12 +347,13 @@ def state_of(group: "dist.ProcessGroup | device_mesh.DeviceMesh | None") -> Grou
     Raises:
         ValueError: torch.distributed is not initialised, this process is not in `group`, or a mesh that is no group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    world = dist.group.WORLD
+    if world is None:
         raise ValueError(
             "torch.distributed has no process group yet: call torch.distributed.init_process_group() first, "
             "for example in a script started by torchrun"
         )
-    group = dist.group.WORLD if group is None else group
+    group = world if group is None else group
     if not isinstance(group, dist.ProcessGroup):
         if isinstance(group, device_mesh.DeviceMesh):
             return _state_of_mesh(group)

@@ -6,36 +6,60 @@ from collections import Counter
 
 _log = logging.getLogger("flashcomm")
 _lock = threading.Lock()
-_calls: Counter[str] = Counter()
-_reasons: dict[str, Counter[str]] = {}
 _plain: Counter[str] = Counter()
-_slow: Counter[str] = Counter()
-_bytes: Counter[str] = Counter()
 _logged: set[str] = set()
 
 
-def record(call: str, reason: str, *, wire_bytes: int, plain_bytes: int):
-    """Count one ``op/algorithm/codec``, why it was that, the bytes this rank sent, and those plain would have sent."""
+class Tally:
+    """How often one ``op/algorithm/codec`` ran for one reason; `tally` gives the only one of its kind."""
+
+    __slots__ = ("call", "calls", "op", "plain_bytes", "reason", "slow", "uncompressed", "wire_bytes")
+
+    def __init__(self, op: str, call: str, reason: str, uncompressed: bool, slow: str | None):
+        self.op, self.call, self.reason, self.uncompressed, self.slow = op, call, reason, uncompressed, slow
+        self.calls = self.wire_bytes = self.plain_bytes = 0
+
+    def add(self, wire_bytes: int, plain_bytes: int):
+        """Count one call, the bytes that this rank sent, and those that plain would have sent."""
+        with _lock:
+            self.calls += 1
+            self.wire_bytes += wire_bytes
+            self.plain_bytes += plain_bytes
+            first = self.calls == 1
+        if first:
+            if self.uncompressed:
+                _log_once(self.reason, f"{self.op} ran uncompressed")
+            elif self.slow:
+                _log_once(self.slow, f"{self.op} encoded and decoded without a kernel")
+
+
+_tallies: dict[tuple, Tally] = {}
+
+
+def tally(op: str, call: str, reason: str, *, uncompressed: bool, slow: str | None) -> Tally:
+    """Where such calls are counted.
+
+    Args:
+        op: the verb.
+        call: ``op/algorithm/codec``, as what is sent.
+        reason: why it is that.
+        uncompressed: whether the values travel as they are.
+        slow: why the codec has no kernel on its device, if it has none.
+    """
+    key = (op, call, reason, uncompressed, slow)
     with _lock:
-        _calls[call] += 1
-        _reasons.setdefault(call, Counter())[reason] += 1
-        _bytes["wire_bytes"] += wire_bytes
-        _bytes["plain_bytes"] += plain_bytes
+        return _tallies.setdefault(key, Tally(*key))
 
 
 def record_plain(op: str, reason: str):
-    """Count a call that ran uncompressed, and log the reason the first time."""
-    _count(_plain, reason, f"{op} ran uncompressed")
-
-
-def record_slow(op: str, reason: str):
-    """Count a call whose codec has no kernel on its device, and log the reason the first time."""
-    _count(_slow, reason, f"{op} encoded and decoded without a kernel")
-
-
-def _count(counter: "Counter[str]", reason: str, what: str):
+    """Count a call that ran uncompressed outside of our own collectives, and log the reason the first time."""
     with _lock:
-        counter[reason] += 1
+        _plain[reason] += 1
+    _log_once(reason, f"{op} ran uncompressed")
+
+
+def _log_once(reason: str, what: str):
+    with _lock:
         first = reason not in _logged
         _logged.add(reason)
     if first:
@@ -51,20 +75,32 @@ def stats() -> dict:
         ``slow_kernels``: number whose codec ran on the torch specification, by reason;
         ``wire_bytes``: bytes this rank sent to other ranks; ``plain_bytes``: what plain collectives would have sent.
     """
+    calls: Counter[str] = Counter()
+    reasons: dict[str, dict[str, int]] = {}
+    slow: Counter[str] = Counter()
     with _lock:
+        plain, tallies = _plain.copy(), [t for t in _tallies.values() if t.calls]
+        for t in tallies:
+            calls[t.call] += t.calls
+            of_call = reasons.setdefault(t.call, {})
+            of_call[t.reason] = of_call.get(t.reason, 0) + t.calls
+            if t.uncompressed:
+                plain[t.reason] += t.calls
+            elif t.slow:
+                slow[t.slow] += t.calls
         return {
-            "calls": dict(_calls),
-            "reasons": {call: dict(reasons) for call, reasons in _reasons.items()},
-            "plain": dict(_plain),
-            "slow_kernels": dict(_slow),
-            "wire_bytes": _bytes["wire_bytes"],
-            "plain_bytes": _bytes["plain_bytes"],
+            "calls": dict(calls),
+            "reasons": reasons,
+            "plain": dict(plain),
+            "slow_kernels": dict(slow),
+            "wire_bytes": sum(t.wire_bytes for t in tallies),
+            "plain_bytes": sum(t.plain_bytes for t in tallies),
         }
 
 
 def reset_stats():
     """Set every count of `stats()` to zero; reasons that were logged stay logged."""
     with _lock:
-        for counter in (_calls, _plain, _slow, _bytes):
-            counter.clear()
-        _reasons.clear()
+        _plain.clear()
+        for t in _tallies.values():
+            t.calls = t.wire_bytes = t.plain_bytes = 0

@@ -1,7 +1,8 @@
 """The codecs on the CPU: programs of `steps`, run on every row of a message, on several threads.
 
-A program is a table: per step its address and its operands. An operand is a number, or an offset from one of four
-registers: where the row comes from, where it goes to, the thread's scratch memory, and whether to add to what is there.
+A program is a table: per step its address and its operands. An operand is a number, or an offset from one of five
+registers: where the row comes from, where the next rank's row comes from, where it goes to, the thread's scratch
+memory, and whether to add to what is there.
 Python writes a program once per codec, row length and type, by the rules of that codec (`_encode`, `_decode`), and
 keeps it; one compiled loop, `run_rows`, executes all of them. So a format costs no compilation of its own, and a
 wrapper such as Hadamard is a few steps before those of its base.
@@ -36,7 +37,7 @@ from flashcomm.kernels.steps import BF16, FP16, FP32, Step
 
 KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
-_NUMBER, _SOURCE, _TARGET, _SCRATCH, _ADD = range(5)
+_NUMBER, _SOURCE, _TARGET, _SCRATCH, _ADD, _NEXT = range(6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +51,12 @@ class _Operand:
         return _Operand(self.register, self.offset + more)
 
 
+# Of a step in a table: address, count, then the operands' registers and offsets.
+STEP_FIELDS = 2 + 2 * simd.MAX_OPERANDS
 # Values that a scratch array has room for beyond a row.
 _ROOM = 256
 
-_IN, _OUT, _ADDING, _SUMS = (_Operand(register) for register in (_SOURCE, _TARGET, _ADD, _SCRATCH))
+_IN, _OUT, _ADDING, _SUMS, _NEXT_IN = (_Operand(register) for register in (_SOURCE, _TARGET, _ADD, _SCRATCH, _NEXT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +107,8 @@ class _Program:
         self._steps.append((step, [o if isinstance(o, _Operand) else _Operand(_NUMBER, int(o)) for o in operands]))
 
     def table(self) -> np.ndarray:
-        """[steps, 2 + 2 * operands] int64: address, count, then the operands' registers and offsets."""
-        table = np.zeros((len(self._steps), 2 + 2 * simd.MAX_OPERANDS), np.int64)
+        """[steps, STEP_FIELDS] int64."""
+        table = np.zeros((len(self._steps), STEP_FIELDS), np.int64)
         for row, (step, operands) in zip(table, self._steps, strict=True):
             row[:2] = step.address, len(operands)
             row[2 : 2 + len(operands)] = [o.register for o in operands]
@@ -245,7 +248,10 @@ def _decode(codec: Codec, p: _Program, source: _Operand, y: _Values) -> None:
 
 @_encode.register
 def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
-    row = _wide(p, x)
+    if x.kind == BF16 and codec.wire == torch.bfloat16 and p.cols % 32 == 0:
+        p.add(steps.clean_bf16, x.at, p.cols, target)
+        return
+    row = x if x.kind == FP32 else _wide(p, x)
     p.add(steps.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
 
 
@@ -504,18 +510,18 @@ class Run:
     scratch_bytes: int
     constants: list[np.ndarray]
     """Kept alive for the steps."""
-    last_after: bool = False
-    """Whether `after` decodes the last rank."""
+    times: int = 1
+    """For how many ranks `each` runs; `after` sees those that are left, if any."""
 
 
 # Flat tensors may have any length, so programs are not kept for ever.
 _remembered = lru_cache(maxsize=4096)
 
 
-def _ready(each: _Program, after: _Program | None = None, last_after: bool = False) -> Run:
+def _ready(each: _Program, after: _Program | None = None, times: int = 1) -> Run:
     after = after or _Program(each.cols)
     scratch_bytes = max(each.scratch_bytes, after.scratch_bytes)
-    return Run(each.table(), after.table(), scratch_bytes, each.constants + after.constants, last_after)
+    return Run(each.table(), after.table(), scratch_bytes, each.constants + after.constants, times)
 
 
 @_remembered
@@ -526,12 +532,16 @@ def encoder(codec: Codec, cols: int, kind: int) -> Run:
 
 
 @_remembered
-def decoder(codec: Codec, cols: int, kind: int, several: bool) -> Run:
+def decoder(codec: Codec, cols: int, kind: int, ranks: int) -> Run:
     """What decodes a row of one rank, or adds those of several."""
     each, after, out = _Program(cols), _Program(cols), _Values(_OUT, kind, False)
-    if not several:
+    if ranks == 1:
         _decode(codec, each, _IN, out)
         return _ready(each)
+    if ranks == 2 and isinstance(codec, Cast) and KINDS[codec.wire] == kind and cols % 32 == 0:
+        # Two payloads that are the values themselves need no sums in between.
+        after.add(steps.add_two, _IN, _NEXT_IN, kind, cols, _OUT)
+        return _ready(each, after, times=0)
     _decode(codec, each, _IN, _Values(_SUMS, FP32, True))
     if (
         kind == BF16
@@ -540,22 +550,22 @@ def decoder(codec: Codec, cols: int, kind: int, several: bool) -> Run:
     ):
         # The last rank's values need not go into the sums to come out again.
         _decode(codec, after, _IN, _Values(_OUT, kind, False, _SUMS))
-        return _ready(each, after, last_after=True)
+        return _ready(each, after, times=ranks - 1)
     after.add(steps.narrow, _SUMS, cols, _OUT, kind, 1)
-    return _ready(each, after)
+    return _ready(each, after, times=ranks)
 
 
 @_remembered
-def reducer(codec: Codec, out_codec: Codec, cols: int) -> Run:
+def reducer(codec: Codec, out_codec: Codec, cols: int, ranks: int) -> Run:
     sums, each, after = _Values(_SUMS, FP32, True), _Program(cols), _Program(cols)
     _decode(codec, each, _IN, sums)
     _encode(out_codec, after, sums, _OUT)
-    return _ready(each, after)
+    return _ready(each, after, times=ranks)
 
 
 def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last):
     operands = np.empty(simd.MAX_OPERANDS, np.int64)
-    registers = np.zeros(5, np.int64)
+    registers = np.zeros(6, np.int64)
     registers[_SCRATCH] = scratch.ctypes.data
     for r in range(first, last):
         # Inside the loop: numba frees an array after the last line that names it.
@@ -564,6 +574,7 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
         for rank in range(ranks + 1):
             table = each if rank < ranks else after
             registers[_SOURCE] = source + rank * rank_stride + r * source_stride
+            registers[_NEXT] = registers[_SOURCE] + rank_stride
             registers[_ADD] = registers[_SCRATCH] if rank > 0 else 0
             for s in range(table.shape[0]):
                 count = table[s, 1]
@@ -596,7 +607,7 @@ def _over_rows(run: Run, ranks, rank_stride, source: torch.Tensor, target: torch
     """Run over all rows of `target`, on as many threads as torch is set to use."""
     rows = target.shape[0]
     from_stride, to_stride = (t.stride(-2) * t.element_size() for t in (source, target))
-    fixed = (run.each, ranks, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
+    fixed = (run.each, run.times, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
     threads = max(1, min(torch.get_num_threads(), rows, rows * cols * ranks // _VALUES_PER_THREAD))
     over = lambda first, last: run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), first, last)  # noqa: E731
     if threads == 1:
@@ -615,11 +626,11 @@ def encode(x, codec, out):
 def decode_sum(payloads, codec, out):
     """payloads[ranks, rows, payload_bytes(cols)] -> out[rows, cols], summed in fp32 in rank order."""
     ranks, cols = payloads.shape[0], out.shape[1]
-    run = decoder(codec, cols, KINDS[out.dtype], ranks > 1)
-    _over_rows(run, ranks - run.last_after, payloads.stride(0), payloads, out, cols)
+    run = decoder(codec, cols, KINDS[out.dtype], ranks)
+    _over_rows(run, ranks, payloads.stride(0), payloads, out, cols)
 
 
 def decode_sum_encode(payloads, codec, out_codec, cols, out):
     """payloads[ranks, rows, bytes] in `codec` -> out[rows, bytes] in `out_codec`; the sum itself stays in fp32."""
-    run = reducer(codec, out_codec, cols)
-    _over_rows(run, payloads.shape[0], payloads.stride(0), payloads, out, cols)
+    ranks = payloads.shape[0]
+    _over_rows(reducer(codec, out_codec, cols, ranks), ranks, payloads.stride(0), payloads, out, cols)

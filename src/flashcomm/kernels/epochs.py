@@ -18,7 +18,8 @@ descriptors of its peers, which end when a peer does: a dead rank is noticed wit
 
 Hazard: addresses are integers and nothing checks them; only `flashcomm.collectives.shared` may call this.
 
-Shape legend: R ranks, T rows, P payload bytes of a row. `place` is one row of `Place`'s fields.
+Shape legend: R ranks, T rows, P payload bytes of a row. `place` and `call` are arrays of the fields below: numba spends
+30 ns or so on each argument, which matters where a sum takes a microsecond.
 
 Source: our own.
 """
@@ -31,7 +32,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from flashcomm.kernels.cpu import run_rows
+from flashcomm.kernels.cpu import STEP_FIELDS, run_rows
 from flashcomm.kernels.steps import compiled
 
 # Where a thread of a rank works: fields of an int64 array.
@@ -39,6 +40,16 @@ RANK, RANKS, BASE, STRIDE, HALF, COUNTERS, COUNTER_STRIDE, SPINS, POLLS, TIMEOUT
 """This rank; ranks; address of rank 0's region; bytes from one region to the next; bytes of a half; address of rank 0's
 counter; bytes from one counter to the next; spins before yielding; address of R ``struct pollfd``, this rank's own
 ignored; nanoseconds before giving up."""
+
+# What is done there: fields of another, behind which the programs lie one after the other.
+(
+    ROWS, PIECE, WIDTH, SUM_WIDTH, OUT_STRIDE, TIMES, STRIPES, MINE, PROGRAMS,
+) = range(9)  # fmt: skip
+"""Rows of the result, or of each part of it; rows that are published at once; bytes of a row's payload; of a sum's;
+from one row of the result to the next; ranks for which the second program runs, where the third sees the rest; stripes
+of x, of which this rank adds one, and which; where the first program begins, where the next one does, and so on."""
+MOST_PROGRAMS = 4
+STEPS = PROGRAMS + MOST_PROGRAMS + 1
 
 ALL_MET = -1
 
@@ -153,16 +164,17 @@ def _meet(place, epoch):
     return ALL_MET
 
 
-def _sum(
-    place, encode, each, times, after, scratch, x, x_stride, out, out_stride,
-    width, stripes, mine, length, first, last, piece,
-):  # fmt: skip
-    """out[length] = the sum over ranks of stripe `mine` of their x[stripes * length], in fp32; rows first to last.
+@njit(error_model="numpy")
+def _program(call, number):
+    return call[call[PROGRAMS + number] : call[PROGRAMS + number + 1]].reshape(-1, STEP_FIELDS)
 
-    `each` runs for so many ranks; `after` sees the next one.
-    """
-    nothing = encode[:0]
-    for r in range(first, last, piece):
+
+def _sum(place, call, scratch, x, x_stride, out, thread, threads):
+    """out[T] = the sum over ranks of one stripe of their x[stripes * T], in fp32."""
+    encode, each, after = _program(call, 0), _program(call, 1), _program(call, 2)
+    length, piece, width, stripes, mine = call[ROWS], call[PIECE], call[WIDTH], call[STRIPES], call[MINE]
+    nothing, out_stride, last = encode[:0], call[OUT_STRIDE], length * (thread + 1) // threads
+    for r in range(length * thread // threads, last, piece):
         n, epoch = min(piece, last - r), _epoch(place)
         half = place[BASE] + (epoch & 1) * place[HALF]
         own = half + place[RANK] * place[STRIDE]
@@ -174,16 +186,16 @@ def _sum(
             return missing
         theirs = half + mine * n * width
         target = out + r * out_stride
-        run_rows(each, times, place[STRIDE], theirs, width, after, target, out_stride, scratch, 0, n)
+        run_rows(each, call[TIMES], place[STRIDE], theirs, width, after, target, out_stride, scratch, 0, n)
     return ALL_MET
 
 
-def _two_step(
-    place, encode, each, after, decode, scratch, x, x_stride, out, out_stride, width, sum_width, first, last, piece
-):
-    """out[T] = the sum over ranks of x[T], encoded again by the rank that adds it; rows first to last."""
-    nothing, ranks = encode[:0], place[RANKS]
-    for r in range(first, last, piece):
+def _two_step(place, call, scratch, x, x_stride, out, thread, threads):
+    """out[T] = the sum over ranks of x[T], encoded again by the rank that adds it."""
+    encode, each, after, decode = _program(call, 0), _program(call, 1), _program(call, 2), _program(call, 3)
+    rows, piece, width, sum_width = call[ROWS], call[PIECE], call[WIDTH], call[SUM_WIDTH]
+    nothing, ranks, out_stride, last = encode[:0], place[RANKS], call[OUT_STRIDE], rows * (thread + 1) // threads
+    for r in range(rows * thread // threads, last, piece):
         n, epoch = min(piece, last - r), _epoch(place)
         half = place[BASE] + (epoch & 1) * place[HALF]
         own = half + place[RANK] * place[STRIDE]
@@ -209,10 +221,12 @@ def _two_step(
     return ALL_MET
 
 
-def _gather(place, encode, decode, scratch, x, x_stride, out, out_stride, width, length, first, last, piece):
-    """out[R * length] = every rank's x[length], as its payload decodes; rows first to last of each."""
-    nothing = encode[:0]
-    for r in range(first, last, piece):
+def _gather(place, call, scratch, x, x_stride, out, thread, threads):
+    """out[R * T] = every rank's x[T], as its payload decodes."""
+    encode, decode = _program(call, 0), _program(call, 1)
+    length, piece, width = call[ROWS], call[PIECE], call[WIDTH]
+    nothing, out_stride, last = encode[:0], call[OUT_STRIDE], length * (thread + 1) // threads
+    for r in range(length * thread // threads, last, piece):
         n, epoch = min(piece, last - r), _epoch(place)
         half = place[BASE] + (epoch & 1) * place[HALF]
         own = half + place[RANK] * place[STRIDE]

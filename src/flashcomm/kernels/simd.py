@@ -233,6 +233,16 @@ def splat(typingctx, scalar):
     return signature(lanes, types.float32), codegen
 
 
+@intrinsic
+def splat_halves(typingctx, scalar):
+    """All 32 int16 equal to one integer."""
+
+    def codegen(context, builder, sig, args):
+        return _splat(builder, builder.trunc(args[0], _I16), halves.ir_type)
+
+    return signature(halves, types.int64), codegen
+
+
 def _make_repeat(times):
     @intrinsic
     def repeat(typingctx, address):
@@ -322,6 +332,7 @@ def _signed(predicate):
 
 where_less, where_less_words = _make_where(_ordered("<"), lanes, lanes), _make_where(_ordered("<"), lanes, words)
 words_where_less, words_where_equal = (_make_where(_signed(p), words, words) for p in ("<", "=="))
+halves_where_less = _make_where(_signed("<"), halves, halves)
 
 
 def _make_extreme(vector, less):

@@ -48,7 +48,9 @@ from flashcomm.kernels.steps.ranges import (
 from flashcomm.kernels.steps.rows import (
     accumulate,
     add_bf16,
+    add_two,
     add_wide,
+    clean_bf16,
     copy_bytes,
     forget,
     narrow,

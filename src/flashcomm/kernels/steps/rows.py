@@ -106,6 +106,35 @@ def add_bf16(src, n, add, dst):
 
 
 @Step
+def add_two(first, second, kind, n, dst):
+    """N bf16 or fp32, n a multiple of 32: the sums of two rows of the same kind."""
+    for i in range(0, n, 32):
+        if kind == BF16:
+            simd.prefetch(first + AHEAD + i * 2)
+            simd.prefetch(second + AHEAD + i * 2)
+            # Even and odd ones: shifting is cheaper than spreading.
+            a, b = simd.load_words(first + i * 2), simd.load_words(second + i * 2)
+            even = simd.as_lanes(a << 16) + simd.as_lanes(b << 16)
+            odd = simd.as_lanes(a & 0xFFFF0000) + simd.as_lanes(b & 0xFFFF0000)
+            simd.store_bf16_pairs(dst + i * 2, clean(even), clean(odd))
+        else:
+            v = simd.load_fp32(first + i * 4) + simd.load_fp32(second + i * 4)
+            w = simd.load_fp32(first + i * 4 + 64) + simd.load_fp32(second + i * 4 + 64)
+            simd.store_fp32(dst + i * 4, clean(v))
+            simd.store_fp32(dst + i * 4 + 64, clean(w))
+
+
+@Step
+def clean_bf16(src, n, dst):
+    """N bf16, n a multiple of 32, as they are; every NaN the one quiet NaN."""
+    infinity, nan = simd.splat_halves(0x7F80), simd.splat_halves(NAN >> 16)
+    for i in range(0, n, 32):
+        simd.prefetch(src + AHEAD + i * 2)
+        v = simd.load_halves(src + i * 2)
+        simd.store_halves(dst + i * 2, simd.halves_where_less(infinity, simd.halves_magnitude(v), nan, v))
+
+
+@Step
 def copy_bytes(src, n, dst):
     """N bytes from here to there."""
     full = n & ~63
