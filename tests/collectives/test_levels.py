@@ -1,5 +1,6 @@
 """Two levels of links: real hosts in a lab, the bits that one process predicts, the bytes that the formula says."""
 
+import socket
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ import ranks
 import values
 from flashcomm.bench import lab, launch
 from flashcomm.collectives import state_of, steps
+from flashcomm.collectives.levels import hierarchical
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
 
@@ -50,6 +52,29 @@ def hierarchical_on_ranks(hosts: int) -> list[str]:
 def test_levels_give_the_bits_that_one_process_predicts(size, per_host):
     with lab.Lab(ranks=size, rate=None, ranks_per_host=per_host) as hosts:
         assert launch.run(hierarchical_on_ranks, (size // per_host,), ranks=size, lab=hosts) == [[]] * size
+
+
+def more_than_the_kernel_keeps() -> bool:
+    torch.set_num_threads(1)
+    state = state_of(None)
+    state.meet(torch.device("cpu"))
+    for line in state.levels()[1].connections._sockets.values():
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+    # Sums of small numbers, which are exact in any order.
+    x = torch.full((4096, 1024), 1.0 + dist.get_rank())
+    right = True
+    for codec in ("fp32/fp32", "fp32/fp32:fp32") * 3:
+        out = torch.empty_like(x)
+        hierarchical(x, flashcomm.codec(codec), state, out, pieces=12)
+        right = right and out.unique().tolist() == [10.0]
+    return right
+
+
+@needs_lab
+def test_ranks_that_wait_for_each_other_do_so_in_no_circle():
+    """Ranks of a host wait for each other in memory while messages larger than the kernel's buffers are to leave."""
+    with lab.Lab(ranks=4, rate="500mbit", ranks_per_host=2) as hosts:
+        assert launch.run(more_than_the_kernel_keeps, (), ranks=4, lab=hosts, timeout_s=20) == [True] * 4
 
 
 def bytes_between_hosts() -> int:

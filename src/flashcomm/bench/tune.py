@@ -25,7 +25,7 @@ from flashcomm.planner import Cost, Machine, Way
 _ROW = 4096
 SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 CODECS = ("int8g128", "int4g128")
-_PIECES = (1, 2, 4, 8)
+_PIECES = (1, 3, 6, 12)
 _BEHIND = 2.0
 _LARGE_BYTES = 1 << 20
 _LARGE_REPEATS = 3

@@ -43,6 +43,9 @@ def hierarchical(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Te
         return sums[part]
 
     def hand_round(part: slice):
+        if between.connections:
+            # While this rank waits for those of its host it sends nothing, and they may wait for who waits for that.
+            between.connections.flush()
         _move("all_gather", codec.inside.steps[1], inside, sums[part], whole[_times(inside.ranks, part)])
 
     if between.ranks == 2 and not isinstance(codec.between, Pair):

@@ -25,8 +25,8 @@ MAX_EXACT_ONE_STEP_BYTES = 64 << 10
 """The same for values as they are, between hosts or in shared memory, where a step costs some microseconds."""
 # Seconds that a byte of the message costs the cores that encode and decode it, and that a piece costs of its own:
 # 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
-CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.6e-3
-MOST_PIECES = 8
+CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
+MOST_PIECES = 12
 # What a measured way must win by before compression is worth its error, and before an algorithm of ours replaces the
 # backend's.
 MARGIN = 0.95
@@ -121,7 +121,7 @@ def pieces(message_bytes: int) -> int:
     own: c / k + k * p is least at the square root of c / p.
 
     >>> pieces(64 << 10), pieces(16 << 20)
-    (1, 4)
+    (1, 6)
     """
     return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * CODEC_S_PER_BYTE / PIECE_S))))
 
@@ -174,8 +174,7 @@ def _pieces(message_bytes: int, group: Group, codec: Codec, algorithm: str) -> i
         }
         if seconds:
             return min(seconds, key=lambda way: seconds[way]).pieces
-    # Steps inside of a host cost several times what codecs do.
-    return pieces(message_bytes * (4 if algorithm == "hierarchical" else 1)) if group.hosts != 1 else 1
+    return pieces(message_bytes) if group.hosts != 1 else 1
 
 
 def _by_rule(message_bytes: int, group: Group, codec: Codec, batch_invariant: bool, exact: str) -> Plan:
