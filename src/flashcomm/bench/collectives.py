@@ -11,6 +11,7 @@ its all-reduce copies first.
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -64,6 +65,9 @@ class CollectiveRow:
     """Bytes that one rank sends to others, headers excluded; None where the library does not say."""
     interface_bytes: int | None
     """Bytes that a host's interface sent, of the host that sent most; None outside of a lab."""
+    cpu_ms: float | None
+    """Time of the cores that a rank takes, with all its threads and in the kernel, mean over the ranks. Where that of
+    all ranks over the number of cores comes near the median, the cores are the limit."""
     ceiling: str | None
     """What the share is of: ``link``, the time of `interface_bytes` at the rate, or ``copy``, one of the message."""
     ceiling_share: float | None
@@ -175,7 +179,7 @@ def _measure_size(
         sqnr = case.check(out.cpu(), codecs.parse(sent), chosen)
         name = f"{codec}/{algorithm}"
         variants[name] = _repeated(call, calls)
-        interface_bytes = _interface_bytes(variants[name], calls, device)
+        interface_bytes, cpu_ms = _usage(variants[name], calls, device)
         facts[name] = {
             "codec": str(codec),
             "algorithm": algorithm,
@@ -183,6 +187,7 @@ def _measure_size(
             "sent": sent,
             "wire_bytes": stats["wire_bytes"],
             "interface_bytes": interface_bytes,
+            "cpu_ms": cpu_ms,
             "sqnr_db": sqnr,
         }
     message = torch.zeros(case.message_bytes, dtype=torch.uint8, device=device)
@@ -259,15 +264,19 @@ def _slowest(values: Sequence[float], device: torch.device) -> list[float]:
     return longest.tolist()
 
 
-def _interface_bytes(variant: Callable[[], object], calls: int, device: torch.device) -> int | None:
-    if labs.RATE_VARIABLE not in os.environ:
-        return None
+def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
+    """Bytes on the interface and milliseconds of the cores for one call."""
+    in_lab, times = labs.RATE_VARIABLE in os.environ, 3
     dist.barrier()
-    before = labs.interface_bytes()
-    variant()
+    before, start = labs.interface_bytes() if in_lab else 0, time.process_time()
+    for _ in range(times):
+        variant()
+    spent = torch.tensor([time.process_time() - start], device=device)
     # Only what all have received has surely passed the interface.
     dist.barrier()
-    return int(_slowest([(labs.interface_bytes() - before) / calls], device)[0])
+    sent = int(_slowest([(labs.interface_bytes() - before) / calls / times], device)[0]) if in_lab else None
+    dist.all_reduce(spent)
+    return sent, 1e3 * spent.item() / dist.get_world_size() / calls / times
 
 
 def _link(rate: str | None, ranks: int) -> str:

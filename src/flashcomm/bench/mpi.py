@@ -76,6 +76,7 @@ def around(
                 wire_gbps=None,
                 wire_bytes=None,
                 interface_bytes=None,
+                cpu_ms=None,
                 ceiling=None,
                 ceiling_share=None,
                 sqnr_db=None,
