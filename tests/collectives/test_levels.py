@@ -60,6 +60,7 @@ def more_than_the_kernel_keeps() -> bool:
     state.meet(torch.device("cpu"))
     for line in state.levels()[1].connections._sockets.values():
         line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     # Sums of small numbers, which are exact in any order.
     x = torch.full((4096, 1024), 1.0 + dist.get_rank())
     right = True

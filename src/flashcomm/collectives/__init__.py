@@ -247,7 +247,7 @@ def all_to_all(
 
     Args:
         x: ``[rows, ...]``, at least 2-D; the shape may differ between ranks in dimension 0 only. Split sizes vary from
-            call to call, so ranks do not compare them; sizes that do not fit together are the backend's error.
+            call to call, so ranks do not compare them; sizes that do not fit together are an error during the call.
         codec: wire format, not a pair.
         output_split_sizes: rows to receive from each rank; equal parts of x's rows if None.
         input_split_sizes: rows to send to each rank; equal parts if None.
@@ -416,9 +416,7 @@ class _Call:
         try:
             sent = self.run(x, self.codec, state, out)
         except BaseException as error:
-            if state.connections:
-                # What is still under way would be taken for the next call's.
-                state.connections.close(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
+            state.abandon(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
             if not isinstance(error, RuntimeError):
                 raise
             raise RuntimeError(

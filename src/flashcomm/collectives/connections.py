@@ -3,7 +3,7 @@
 gloo moves a message only once the receiver has said that it is ready, by threads that must wake each other up. Here a
 rank writes into its connection at once and the kernel carries the bytes while codecs run. Nothing runs in the
 background: `Connections.send` and `Transfer.wait` move whatever can be moved, in both directions. Whoever waits for
-something else in between must `flush` before, or ranks may wait for each other in a circle.
+something else in between must see to it that nobody waits for what is not moved meanwhile, as `levels` does.
 
 Messages leave in the order in which they are sent, one after the other, so that the pieces of a large one arrive in
 order at all peers alike. Each says how long it is, so ranks that differ find out.
@@ -18,6 +18,7 @@ Source: our own.
 """
 
 import contextlib
+import math
 import os
 import secrets
 import select
@@ -97,11 +98,14 @@ class Connections:
                 try:
                     listener = stack.enter_context(_listen(state.ranks))
                     offer = (_addresses(), listener.getsockname()[1], secret)
-                except OSError as error:
+                except (OSError, UnicodeError) as error:
                     why = f"cannot listen: {error}"
             offers = state.tell(offer)
             if listener and all(offers):
-                why = self._connect(listener, offers)
+                try:
+                    why = self._connect(listener, offers)
+                except OSError as error:
+                    why = f"cannot accept connections: {error}"
             whys = state.tell(why)
         # Higher ranks connect to lower ones, so they know more of what went wrong.
         for rank, why in reversed(list(enumerate(whys))):
@@ -142,6 +146,10 @@ class Connections:
     def close(self, why: str = "closed"):
         """Let the peers know that nothing will come any more; the first reason is the one that later calls give."""
         self.broken = self.broken or why
+        for connection in self._sockets.values():
+            # A child of this process may hold it too.
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
         self._finalizer()
 
     def send(self, part: torch.Tensor, peer: int) -> Transfer:
@@ -173,13 +181,9 @@ class Connections:
         self._check()
         end = time.monotonic() + self._timeout_s
         while transfer.views:
-            if not self._move(_POLL_MS) and time.monotonic() > end:
+            left_ms = 1000 * (end - time.monotonic())
+            if not self._move(max(0, min(_POLL_MS, math.ceil(left_ms)))) and left_ms <= 0:
                 self._fail(transfer.peer, f"did not come within the group's timeout of {self._timeout_s:g} s")
-
-    def flush(self):
-        """Until all that was sent is in the kernel's hands, so that it arrives whatever this rank does next."""
-        while self._going:
-            self.wait(self._going[-1])
 
     def _move(self, patience_ms: int) -> bool:
         """Move what can be moved without waiting, once something can; whether anything could."""
@@ -272,7 +276,7 @@ def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, secon
 
 def _welcome(connection: socket.socket, secrets_of: list[bytes], rank: int) -> int | None:
     """The rank that has connected, once it has been answered; None for whoever does not know our secret."""
-    with contextlib.suppress(OSError, struct.error):
+    with contextlib.suppress(OSError, struct.error, IndexError):
         connection.settimeout(_HELLO_S)
         secret, peer = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
         if secrets.compare_digest(secret, secrets_of[rank]):

@@ -8,6 +8,10 @@ A message travels between hosts in pieces; while one does, the next is added up 
 arrived are handed round. A rank sends 1 / L of what it would send to other hosts without levels. Sums stay fp32 from
 the first level to the last.
 
+Hazard: a rank that waits for those of its host moves no messages, and ranks must not wait for each other in a circle.
+So it hands a piece round only once it has that piece from all hosts and its own has left for them: who is behind then
+lacks nothing that is kept here, and has sent all that would have to be read here first.
+
 Shape legend: H hosts, L ranks of a host, M payload bytes, T rows, C columns.
 
 Source: FlashCommunication V2 (arXiv 2508.03760), hierarchical all-reduce; fp32 between the levels is our own.
@@ -43,9 +47,6 @@ def hierarchical(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Te
         return sums[part]
 
     def hand_round(part: slice):
-        if between.connections:
-            # While this rank waits for those of its host it sends nothing, and they may wait for who waits for that.
-            between.connections.flush()
         _move("all_gather", codec.inside.steps[1], inside, sums[part], whole[_times(inside.ranks, part)])
 
     if between.ranks == 2 and not isinstance(codec.between, Pair):
@@ -67,6 +68,7 @@ def _one_step(codec: Codec, between: GroupState, sums: torch.Tensor, pieces: int
     for piece in gather.pieces:
         payloads = gather.wait_all(piece)
         kernels.decode_sum(payloads, codec, cols=cols, dtype=sums.dtype, out=sums[piece])
+        gather.wait_gone(piece)
         hand_round(piece)
     return gather.finish()
 
@@ -80,11 +82,14 @@ def _two_step(codec: Codec, between: GroupState, sums: torch.Tensor, pieces: int
     for piece in gather.pieces:
         payload = kernels.decode_sum_encode(scatter.wait_all(piece), first, second, cols=cols, out=gather.mine(piece))
         gather.send(piece, payload)
-    # All ranks of a host are the same rank here, so they come to the same pieces in the same order.
-    for host, piece, payload in gather.arrivals():
-        part = stripes.part(host, piece)
-        kernels.decode(payload, second, cols=cols, dtype=sums.dtype, out=sums[part])
-        hand_round(part)
+    for piece in gather.pieces:
+        gather.wait_all(piece)
+        gather.wait_gone(piece)
+        # All ranks of a host are the same rank here, so they come to the same parts in the same order.
+        for host in range(between.ranks):
+            part = stripes.part(host, piece)
+            kernels.decode(gather.of(host, piece), second, cols=cols, dtype=sums.dtype, out=sums[part])
+            hand_round(part)
     return scatter.finish() + gather.finish()
 
 

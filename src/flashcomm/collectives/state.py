@@ -144,6 +144,12 @@ class GroupState:
                 _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
             self.why_not_connected = why
 
+    def abandon(self, why: str):
+        """After a call that failed in the middle: what is still under way would be taken for the next one's."""
+        for state in (self, *(self._levels or ())):
+            if state.connections:
+                state.connections.close(why)
+
     def levels(self) -> "tuple[GroupState, GroupState]":
         """The ranks of this host, and those with this one's place on every host: a mesh's groups, or two made once."""
         if self._levels is None:

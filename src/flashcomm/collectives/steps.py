@@ -117,8 +117,10 @@ def all_to_all(
     received = state.buffer("received", x.device, out.shape[0], width)
     if state.direct(x.device):
         going, coming = sent.split(in_rows), received.split(out_rows)
-        pending = [state.receive(coming[peer], peer) for peer in state.peers() if out_rows[peer]]
-        pending += [state.send(going[peer], peer) for peer in state.peers() if in_rows[peer]]
+        # Over connections nothing is sent too, so that ranks which differ find out.
+        even_nothing = state.connections is not None
+        pending = [state.receive(coming[peer], peer) for peer in state.peers() if out_rows[peer] or even_nothing]
+        pending += [state.send(going[peer], peer) for peer in state.peers() if in_rows[peer] or even_nothing]
         coming[state.rank].copy_(going[state.rank])
         for work in pending:
             work.wait()
@@ -223,30 +225,40 @@ class Gather(_Transfers):
     def __init__(self, sizes: list[int], width: int, pieces: int, device: torch.device, state: GroupState):
         super().__init__(state, device)
         self._sizes, self.pieces = sizes, _cut_into(max(sizes), pieces)
+        self._leaving: list[tuple[int, dist.Work | Transfer]] = []
         self.payloads = state.buffer("gathered", device, state.ranks, max(sizes), width)
         if self._direct:
             for piece in self.pieces:
                 # The next rank sends to us last.
                 for peer in reversed(state.peers()):
-                    self._expect(self._of(peer, piece), piece, peer)
+                    self._expect(self.of(peer, piece), piece, peer)
 
-    def _of(self, rank: int, piece: slice) -> torch.Tensor:
+    def of(self, rank: int, piece: slice) -> torch.Tensor:
+        """That piece of a rank's payload, where it will be."""
         return self.payloads[rank, : self._sizes[rank]][piece]
 
     def mine(self, piece: slice) -> torch.Tensor:
         """Where to write that piece of this rank's payload."""
-        return self._of(self._state.rank, piece)
+        return self.of(self._state.rank, piece)
 
     def send(self, piece: slice, payload: torch.Tensor):
         """Send that piece, which lies in its place, to all others."""
         state = self._state
         if self._direct:
+            under_way = len(self._going)
             for peer in state.peers():
                 self._send(payload, peer)
+            self._leaving += [(piece.start, work) for work in self._going[under_way:]]
         else:
             # The source must not overlap the destination.
             gather(self.payloads, self.payloads[state.rank].clone(), state.group)
             self._sent_bytes = self.payloads[1:].numel()
+
+    def wait_gone(self, piece: slice):
+        """Until that piece of this rank's rows has left for all others, and all that was sent before."""
+        for start, work in self._leaving:
+            if start <= piece.start:
+                work.wait()
 
     def wait_all(self, piece: slice) -> torch.Tensor:
         """[R, n, P]: that piece of every rank's rows."""
@@ -262,4 +274,4 @@ class Gather(_Transfers):
         for piece in self.pieces:
             for peer in reversed(state.peers()):
                 self.wait(piece, peer)
-                yield peer, piece, self._of(peer, piece)
+                yield peer, piece, self.of(peer, piece)
