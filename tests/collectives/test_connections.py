@@ -105,17 +105,16 @@ def test_ranks_that_differ_about_a_length_find_out():
         assert again == first
 
 
-def splits_that_do_not_fit():
-    x = torch.zeros(4, 8)
-    own = [[2, 2], [3, 1]][dist.get_rank()]
-    wanted = [[2, 2], [3, 1]][dist.get_rank()]
-    return failure(
-        lambda: flashcomm.all_to_all(x, "fp32", new_group(), input_split_sizes=own, output_split_sizes=wanted)
-    )[0]
+def splits_that_do_not_fit(splits):
+    x, own = torch.zeros(4, 8), splits[dist.get_rank()]
+    return failure(lambda: flashcomm.all_to_all(x, "fp32", new_group(), input_split_sizes=own, output_split_sizes=own))[
+        0
+    ]
 
 
-def test_all_to_all_with_splits_that_do_not_fit_is_an_error_and_no_crash():
-    for message in ranks.shared(2, by="connections").run(splits_that_do_not_fit):
+@pytest.mark.parametrize("splits", [[[2, 2], [3, 1]], [[2, 2], [0, 4]]], ids=["other lengths", "nothing"])
+def test_all_to_all_with_splits_that_do_not_fit_is_an_error_and_no_crash(splits):
+    for message in ranks.shared(2, by="connections").run(splits_that_do_not_fit, splits):
         assert "bytes where" in message or "has closed its connection" in message
 
 
