@@ -69,6 +69,7 @@ class GroupState:
         self.connections: Connections | None = None
         """Our own, if all ranks reach each other; for what does not go through shared memory."""
         self.why_not_connected = "the ranks have not met yet"
+        self._lane_connections: Connections | None = None
         self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -140,6 +141,9 @@ class GroupState:
     def _connect(self):
         if self.direct(torch.device("cpu")):
             self.connections, why = Connections.open(self)
+            if self.connections:
+                # Now, because the first asynchronous call must not wait for ranks that are late.
+                self._lane_connections, why = Connections.open(self)
             if why and not self.shared and self.rank == 0:
                 _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
             self.why_not_connected = why
@@ -257,7 +261,7 @@ class GroupState:
         if self._lane is None:
             lane = GroupState(self.group, self._tag + 1)
             lane.shared, lane.hosts, lane.facts = self._lane_shared, self.hosts, self.facts
-            lane._connect()
+            lane.connections = self._lane_connections
             if self.facts.has_levels:
                 # Groups of its own, also where a mesh has some: the lane grows memory when others may be using those.
                 lane.levels()
