@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from datetime import timedelta
 
 import pytest
 import torch
@@ -15,21 +14,9 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
+from calls import all_reduce_of_ones, check, failure, new_group
 from flashcomm.collectives import connections, steps
 from flashcomm.collectives.state import GroupState, state_of
-
-
-def new_group(timeout_s: float = 60.0) -> dist.ProcessGroup:
-    """All ranks, as if they had never met."""
-    return dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=timeout_s))
-
-
-def all_reduce_of_ones(group, shape=(64, 256), **kwargs):
-    return flashcomm.all_reduce(torch.ones(shape), "fp32", group, **{"algorithm": "two_step", **kwargs})
-
-
-def check(result):
-    assert result.unique().tolist() == [dist.get_world_size()]
 
 
 def connected(group) -> tuple[GroupState, connections.Connections]:
@@ -37,14 +24,6 @@ def connected(group) -> tuple[GroupState, connections.Connections]:
     state.meet(torch.device("cpu"))
     assert state.connections, state.why_not_connected
     return state, state.connections
-
-
-def failure(call) -> tuple[str, float]:
-    """The message of the error that `call` raises, and after how many seconds."""
-    start = time.monotonic()
-    with pytest.raises(RuntimeError) as raised:
-        call()
-    return str(raised.value), time.monotonic() - start
 
 
 def messages_of_all_sizes():

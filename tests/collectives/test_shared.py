@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,30 +14,9 @@ import flashcomm
 import promises
 import ranks
 import values
+from calls import all_reduce_of_ones, check, failure, new_group
 from flashcomm.collectives import shared
 from flashcomm.collectives.state import state_of
-
-
-def new_group(timeout_s: float = 60.0) -> dist.ProcessGroup:
-    """All ranks, as if they had never met."""
-    return dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=timeout_s))
-
-
-def all_reduce_of_ones(group, shape=(64, 256), codec="fp32", **kwargs):
-    kwargs = {"algorithm": "two_step", **kwargs}
-    return flashcomm.all_reduce(torch.ones(shape), codec, group, **kwargs)
-
-
-def check(result):
-    assert result.unique().tolist() == [dist.get_world_size()]
-
-
-def failure(call) -> tuple[str, float]:
-    """The message of the error that `call` raises, and after how many seconds."""
-    start = time.monotonic()
-    with pytest.raises(RuntimeError) as raised:
-        call()
-    return str(raised.value), time.monotonic() - start
 
 
 def who_shares():

@@ -1,0 +1,32 @@
+"""What tests of real ranks share: groups that have never met, a call whose result is known, errors and their time."""
+
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+
+
+def new_group(timeout_s: float = 60.0) -> dist.ProcessGroup:
+    """All ranks, as if they had never met."""
+    return dist.new_group(list(range(dist.get_world_size())), timeout=timedelta(seconds=timeout_s))
+
+
+def all_reduce_of_ones(group, shape=(64, 256), codec="fp32", **kwargs):
+    kwargs = {"algorithm": "two_step", **kwargs}
+    return flashcomm.all_reduce(torch.ones(shape), codec, group, **kwargs)
+
+
+def check(result):
+    assert result.unique().tolist() == [dist.get_world_size()]
+
+
+def failure(call) -> tuple[str, float]:
+    """The message of the error that `call` raises, and after how many seconds."""
+    start = time.monotonic()
+    with pytest.raises(RuntimeError) as raised:
+        call()
+    return str(raised.value), time.monotonic() - start
