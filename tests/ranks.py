@@ -3,7 +3,6 @@
 Starting a process costs seconds of `import torch`; keeping one set per world size makes a test cost milliseconds.
 """
 
-import functools
 import multiprocessing
 import os
 import socket
@@ -103,21 +102,23 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
     os._exit(0)
 
 
-@functools.cache
 def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:
     """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them.
 
-    Messages go by one of `WAYS`.
+    Messages go by one of `WAYS`. The sets used last are kept, few of them: gloo's threads wake up even when nobody sends.
     """
-    _kept.append(Ranks(ranks, path=path, env=WAYS[by]))
-    return _kept[-1]
+    key = ranks, path, by
+    _kept[key] = _kept.pop(key, None) or Ranks(ranks, path=path, env=WAYS[by])
+    while len(_kept) > _MOST_KEPT:
+        _kept.pop(next(iter(_kept))).close()
+    return _kept[key]
 
 
-_kept: list[Ranks] = []
+_MOST_KEPT = 3
+_kept: dict[tuple, Ranks] = {}
 
 
 def close_shared():
     """Stop every kept set of ranks."""
     while _kept:
-        _kept.pop().close()
-    shared.cache_clear()
+        _kept.popitem()[1].close()

@@ -227,8 +227,6 @@ def errors_on_ranks():
     flashcomm.all_reduce(x, "int8", algorithm="two_step", strict=True)
 
 
-@pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     "function",
     [
@@ -242,6 +240,8 @@ def errors_on_ranks():
     ],
     ids=lambda f: f.__name__,
 )
+@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_on_ranks(function, world_size, by):
     ranks.shared(world_size, by=by).run(function)
 
