@@ -105,7 +105,7 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
 def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:
     """The kept set of `ranks` processes (that import from `path` first); `close_shared` ends all of them.
 
-    Messages go by one of `WAYS`. The sets used last are kept, few of them: gloo's threads wake up even when nobody sends.
+    Messages go by one of `WAYS`. Only the sets used last are kept: the threads of gloo wake up even if nobody sends.
     """
     key = ranks, path, by
     _kept[key] = _kept.pop(key, None) or Ranks(ranks, path=path, env=WAYS[by])
