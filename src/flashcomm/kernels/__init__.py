@@ -10,6 +10,7 @@ itself, which `route` tells and the log says once.
 
 import importlib.util
 import logging
+import os
 import threading
 from functools import lru_cache
 
@@ -23,11 +24,20 @@ _log = logging.getLogger("flashcomm.kernels")
 
 @lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
-    """(backend, why): which implementation serves `codec` on a kind of device, ``numba`` or ``torch``."""
+    """(backend, why): which implementation serves `codec` on a kind of device, ``numba``, ``triton`` or ``torch``."""
     if isinstance(codec, Plain):
         return "torch", "nothing to encode"
+    if device_type == "cuda":
+        if os.environ.get("FLASHCOMM_TRITON", "1") == "0":
+            return "torch", "FLASHCOMM_TRITON=0"
+        if importlib.util.find_spec("triton") is None:
+            return "torch", "triton is not installed (pip install triton)"
+        from flashcomm.kernels import gpu
+
+        refusal = gpu.why_not(codec)
+        return ("torch", refusal) if refusal else ("triton", "compiled for this GPU")
     if device_type != "cpu":
-        return "torch", f"no {device_type} kernels yet: the torch specification runs on the device"
+        return "torch", f"no kernels for {device_type}: the torch specification runs on the device"
     if importlib.util.find_spec("numba") is None:
         return "torch", "numba is not installed (pip install numba)"
     from flashcomm.kernels import cpu
@@ -50,10 +60,16 @@ def any_missing(codec: Codec, device_type: str) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _backend(codec: Codec, device_type: str):
-    if route(codec, device_type)[0] == "torch":
+def _backend(codec: Codec, device_type: str, cols: int):
+    """The module that serves `codec` in rows of `cols` values, or None for the specification."""
+    backend, _ = route(codec, device_type)
+    if backend == "torch":
         return None
-    warm_up(codec)
+    if backend == "triton":
+        from flashcomm.kernels import gpu
+
+        return None if gpu.why_not(codec, cols) else gpu
+    _warm_up(codec)
     from flashcomm.kernels import cpu
 
     return cpu
@@ -126,7 +142,7 @@ def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = 
     _check(x, "encode")
     shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
     _check_out(out, shape, torch.uint8, x.device)
-    backend = _backend(codec, x.device.type)
+    backend = _backend(codec, x.device.type, x.shape[1])
     if backend is None or x.numel() == 0:
         payload = codec.encode(x)
         return payload if out is None else out.copy_(payload)
@@ -178,7 +194,7 @@ def decode_sum(
     codec = codecs.parse(codec)
     payloads = _checked_payloads(payloads, codec, cols, dtype)
     _check_out(out, (payloads.shape[1], cols), dtype, payloads.device)
-    backend = _backend(codec, payloads.device.type)
+    backend = _backend(codec, payloads.device.type, cols)
     if backend is None or payloads.numel() == 0:
         if isinstance(codec, Plain) and payloads.shape[0] == 1:
             result = codec.decode(payloads[0], cols, dtype)
@@ -214,7 +230,7 @@ def decode_sum_encode(
     codec, out_codec = codecs.parse(codec), codecs.parse(out_codec)
     payloads = _checked_payloads(payloads, codec, cols, torch.float32)
     _check_out(out, (payloads.shape[1], out_codec.payload_bytes(cols)), torch.uint8, payloads.device)
-    backend, out_backend = (_backend(c, payloads.device.type) for c in (codec, out_codec))
+    backend, out_backend = (_backend(c, payloads.device.type, cols) for c in (codec, out_codec))
     if backend is None or backend is not out_backend or payloads.numel() == 0:
         total = decode_sum(payloads, codec, cols=cols, dtype=torch.float32)
         return encode(total, out_codec, out=out)

@@ -1,0 +1,137 @@
+"""All-reduces in one launch: `tiles.exchange` on memory of which every rank knows everybody's addresses.
+
+Whose memory that is does not matter here: torch's symmetric memory across GPUs, or on one GPU that several ranks share
+(`flashcomm.collectives.symmetric`), or CPU memory that processes map, in Triton's interpreter.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from flashcomm.codecs import Codec
+from flashcomm.kernels import gpu
+from flashcomm.kernels.tiles import exchange
+
+BLOCKS = 16
+"""Programs of a launch, each on a multiprocessor of its own: few, so that a model can compute on the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peers:
+    """The memory of all ranks, as one of them sees it.
+
+    Args:
+        rank: of this process.
+        buffers: int64 [R] on the device, the addresses of the ranks' memory, each a multiple of 16.
+        size_bytes: of each rank's memory, which must be 0 when the ranks meet.
+        epochs: int32 [B] zeros on the device; B, the same on all ranks, is the number of programs of a launch.
+        lost: int32 [1] that the host can read without waiting for the device: one more than the rank that did not come.
+        patience: how often a flag is looked at before its rank counts as lost.
+    """
+
+    rank: int
+    buffers: torch.Tensor
+    size_bytes: int
+    epochs: torch.Tensor
+    lost: torch.Tensor
+    patience: int = 1 << 30
+
+    @property
+    def half_bytes(self) -> int:
+        """What a call may use."""
+        return (self.size_bytes - 8 * len(self.buffers) * len(self.epochs)) // 32 * 16
+
+
+def padded(size_bytes: int) -> int:
+    """Rounded up to the 16 bytes that travel at once."""
+    return -(-size_bytes // 16) * 16
+
+
+@lru_cache(maxsize=4096)
+def row_length(cols: int, codec: Codec) -> int | None:
+    """The length of the rows, one tile each, that rows of `cols` values are cut into; None where there is none.
+
+    >>> from flashcomm.codecs import parse
+    >>> row_length(5120, parse("int8g128")), row_length(5120, parse("nvfp4"))
+    (1024, 5120)
+    """
+    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    lengths = [n for n in range(unit, min(cols, gpu.LARGEST_TILE) + 1, unit) if cols % n == 0]
+    lengths = [n for n in lengths if not any(gpu.why_not(step, n) for step in codec.steps)]
+    short = [n for n in lengths if n <= gpu.TILE]
+    # A tile without an edge first, then the longest that is no longer than usual.
+    return max(short, key=lambda n: (n & -n == n and n >= gpu.TILE // 4, n)) if short else min(lengths, default=None)
+
+
+def needed_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
+    """What an all-reduce of x[rows, cols] uses of half of a rank's memory; see `tiles.exchange`."""
+    first, second = (padded(step.payload_bytes(cols)) for step in codec.steps)
+    return ranks * rows * first if algorithm == "one_step" else ranks * -(-rows // ranks) * (2 * first + second)
+
+
+def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, algorithm: str):
+    """out[T, H] = the sum over ranks of their x[T, H], in as many launches as the memory needs.
+
+    Args:
+        x: contiguous bf16, fp16 or fp32 [T, H] on the device of `peers`.
+        codec: one whose `row_length` is not None for H.
+        peers: who takes part.
+        out: contiguous, like x; may be x.
+        algorithm: ``one_step`` or ``two_step``.
+
+    Raises:
+        RuntimeError: an earlier call lost a rank.
+        ValueError: not even one row fits into the memory.
+    """
+    length = row_length(x.shape[1], codec)
+    assert length is not None
+    ranks = len(peers.buffers)
+    x, out = x.view(-1, length), out.view(-1, length)
+    forms = (gpu.describe(step, length) for step in codec.steps)
+    first, second = (form._replace(kind="cast") if form.kind == "values" else form for form in forms)
+    widths = [padded(step.payload_bytes(length)) for step in codec.steps]
+    size = gpu.tile(first, second, cols=length)
+    at_once = ranks * (peers.half_bytes // needed_bytes(algorithm, ranks, length, codec, ranks))
+    if at_once == 0:
+        raise ValueError(f"rows of {length} values in {codec} need more than {peers.size_bytes} bytes on each rank")
+    kernel = exchange.one_step if algorithm == "one_step" else exchange.two_step
+    values = gpu.VALUES[x.dtype]
+    for start in range(0, len(x), at_once):
+        part = slice(start, min(start + at_once, len(x)))
+        check(peers)
+        kernel[(len(peers.epochs),)](
+            gpu.typed(x[part], values),
+            gpu.typed(out[part], values),
+            peers.buffers,
+            peers.epochs,
+            peers.lost,
+            peers.patience,
+            peers.rank,
+            part.stop - part.start,
+            length,
+            peers.half_bytes,
+            *widths[: 1 if algorithm == "one_step" else 2],
+            R=ranks,
+            VALUES=values,
+            FIRST=first,
+            SECOND=second,
+            V=size,
+            EDGE=gpu.edge(length, size),
+            WORDS=1 << (max(widths) // 4 - 1).bit_length(),
+            PTX=x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
+            **gpu.options(size),
+        )
+
+
+def check(peers: Peers):
+    """Raise what a device has found out.
+
+    Raises:
+        RuntimeError: a rank did not come.
+    """
+    lost = int(peers.lost[0])
+    if lost:
+        raise RuntimeError(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
