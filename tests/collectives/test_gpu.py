@@ -58,3 +58,48 @@ def test_on_cuda(backend, world_size, fresh_ranks):
             f"{backend} does not serve {world_size} ranks on {torch.cuda.device_count()} GPU: {str(error)[-200:]}"
         )
     group.run(on_cuda)
+
+
+def in_one_launch():
+    """The fused collectives give the simulation's bits, eager and in a graph whose inputs change, at ranks' own pace."""
+    import random
+    import time
+
+    from flashcomm.collectives.state import state_of
+
+    size, rank = dist.get_world_size(), dist.get_rank()
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    peers = state_of(None).symmetric(device)
+    if peers is None:
+        return state_of(None).why_not_symmetric
+    for spec in ("int8g128", "int4g128", "int4g32", "mxfp4", "int2g32+spike", "nvfp4", "int4g128:int8g128"):
+        for algorithm in promises.algorithms(spec):
+            for shape in ((1, 4096), (33, 4096), (7, 384)):
+                xs = [promises.tensor(r, shape) for r in range(size)]
+                got = flashcomm.all_reduce(xs[rank].to(device), spec, algorithm=algorithm)
+                want = flashcomm.simulate.all_reduce(xs, spec, algorithm)
+                assert promises.same(got.cpu(), want), (spec, algorithm, shape)
+    x = torch.zeros(16, 4096, dtype=torch.bfloat16, device=device)
+    for _ in range(3):
+        flashcomm.all_reduce(x, "int4g128", algorithm="two_step")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashcomm.all_reduce(x, "int4g128", algorithm="two_step")
+    delays = random.Random(rank)
+    for replay in range(1000):
+        xs = [promises.tensor(r, x.shape, seed=replay) for r in range(size)]
+        x.copy_(xs[rank])
+        time.sleep(delays.choice((0, 0, 0.001)))
+        graph.replay()
+        assert promises.same(out.cpu(), flashcomm.simulate.all_reduce(xs, "int4g128", "two_step")), replay
+    return ""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_in_one_launch(world_size, fresh_ranks):
+    env = {"FLASHCOMM_FUSED": "1", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    refusals = set(fresh_ranks(world_size, env=env).run(in_one_launch))
+    if refusals != {""}:
+        pytest.skip(f"no symmetric memory for {world_size} ranks: {refusals}")

@@ -63,3 +63,104 @@ def sums_are_those_of_the_simulation(folder):
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_sums_are_those_of_the_simulation(world_size, tmp_path):
     ranks.shared(world_size).run(sums_are_those_of_the_simulation, str(tmp_path))
+
+
+def calls_without_end(folder, count):
+    """Ranks that come late in turn, a memory that takes several launches, and inputs that change."""
+    import random
+    import time
+    import warnings
+
+    from flashcomm.kernels import fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    codec, delays = codecs.parse("int8g128"), random.Random(rank)
+    # Room for four rows of the seven.
+    room = fused.needed_bytes("two_step", 4, 128, codec, size)
+    peers, memory = meet(folder, "end", blocks=2, size_bytes=8 * size * 2 + 2 * room + 64)
+    x = torch.empty(7, 128)
+    for call in range(count):
+        x.copy_(promises.tensor(rank, x.shape, torch.float32, seed=call))
+        time.sleep(delays.choice((0, 0, 0.02)))
+        algorithm = ("two_step", "one_step")[call % 2]
+        fused.all_reduce(x, codec, peers, x, algorithm)
+        xs = [promises.tensor(r, x.shape, torch.float32, seed=call) for r in range(size)]
+        assert promises.same(x, flashcomm.simulate.all_reduce(xs, codec, algorithm)), call
+    assert len(set(peers.epochs.tolist())) == 1
+    assert peers.epochs[0] > count, "one launch held all rows"
+    del memory
+
+
+def test_calls_follow_each_other_at_any_pace(tmp_path):
+    ranks.shared(2).run(calls_without_end, str(tmp_path), 12)
+
+
+def epochs_overflow(folder):
+    import warnings
+
+    from flashcomm.kernels import fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "over", blocks=1)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    peers.epochs.fill_(2**31 - 2)
+    for part in memory:
+        part[: 8 * size].view(torch.int32).fill_(2**31 - 2)
+    dist.barrier()
+    for call in range(4):
+        xs = [promises.tensor(r, (2, 128), torch.float32, seed=call) for r in range(size)]
+        out = torch.empty_like(xs[0])
+        fused.all_reduce(xs[rank], codecs.parse("int8g128"), peers, out, "two_step")
+        assert promises.same(out, flashcomm.simulate.all_reduce(xs, "int8g128", "two_step"))
+    assert peers.epochs[0] < 0
+
+
+def test_epochs_may_overflow(tmp_path):
+    ranks.shared(2).run(epochs_overflow, str(tmp_path))
+
+
+def one_rank_stays_away(folder):
+    import warnings
+
+    from flashcomm.kernels import fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "away", blocks=1, patience=50)
+    message = ""
+    if dist.get_rank() == 0:
+        x = torch.ones(2, 128)
+        fused.all_reduce(x, codecs.parse("int8g128"), peers, torch.empty_like(x), "two_step")
+        with pytest.raises(RuntimeError) as raised:
+            fused.all_reduce(x, codecs.parse("int8g128"), peers, torch.empty_like(x), "two_step")
+        message = str(raised.value)
+    dist.barrier()
+    del memory
+    return message
+
+
+def test_a_rank_that_stays_away_is_an_error_of_the_next_call(tmp_path):
+    message, _ = ranks.shared(2).run(one_rank_stays_away, str(tmp_path))
+    assert message == "rank 1 did not come while rank 0 waited for it in an earlier call"
+
+
+@pytest.mark.parametrize(
+    ("cols", "spec", "length"),
+    [
+        (4096, "int4g128", 2048),
+        (5120, "int4g128", 1024),
+        (2880, "int8g64", 960),
+        (300, "int8g128", 300),
+        (7, "fp32", 7),
+    ],
+)
+def test_rows_are_cut_into_tiles(cols, spec, length):
+    from flashcomm.kernels import fused
+
+    assert fused.row_length(cols, codecs.parse(spec)) == length
+
+
+def test_rows_that_do_not_fit_into_a_tile_have_no_length():
+    from flashcomm.kernels import fused
+
+    assert fused.row_length(20480, codecs.parse("nvfp4")) is None

@@ -1,4 +1,4 @@
-"""What moves the payloads of a call: memory that the ranks share where all of them can, messages otherwise."""
+"""What moves the payloads of a call: memory that the ranks share or write to where all can, messages otherwise."""
 
 from collections.abc import Callable
 from functools import partial
@@ -7,7 +7,7 @@ import torch
 
 from flashcomm import kernels
 from flashcomm.codecs import Codec
-from flashcomm.collectives import shared, steps
+from flashcomm.collectives import shared, steps, symmetric
 from flashcomm.collectives.state import GroupState
 
 
@@ -41,4 +41,7 @@ def _mover(
 ) -> Callable[..., int]:
     if state.shared and x.numel() and x.device.type == "cpu" and not kernels.any_missing(codec, "cpu"):
         return getattr(shared, name)(codec, *x.shape, x.dtype, out_dtype, state)
+    in_one_launch = symmetric.mover(name, codec, x, state) if out_dtype == x.dtype else None
+    if in_one_launch:
+        return in_one_launch
     return partial(getattr(steps, name), pieces=pieces if state.direct(x.device) else 1)

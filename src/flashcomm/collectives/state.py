@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import device_mesh
 
-from flashcomm.collectives import tuning
+from flashcomm.collectives import symmetric, tuning
 from flashcomm.collectives.connections import Connections, Transfer
 from flashcomm.collectives.shared import HALF_BYTES, SharedMemory
 from flashcomm.planner import Group
@@ -72,6 +72,8 @@ class GroupState:
         self._lane_connections: Connections | None = None
         self._lane: tuple[GroupState, ThreadPoolExecutor] | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._symmetric: dict[torch.device, Any] = {}
+        self.why_not_symmetric = "no call on CUDA yet"
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -273,6 +275,12 @@ class GroupState:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
         return self._streams[device]
+
+    def symmetric(self, device: torch.device) -> Any:
+        """The `kernels.fused.Peers` of this group on `device`, made on the first call; None where there are none."""
+        if device not in self._symmetric:
+            self._symmetric[device], self.why_not_symmetric = symmetric.open_memory(self, device)
+        return self._symmetric[device]
 
 
 class _Facts(NamedTuple):

@@ -241,6 +241,57 @@ def decode_sum_encode(
     return out
 
 
+def decode_sum_add_norm(
+    payloads: torch.Tensor,
+    codec: "str | Codec",
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    epsilon: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode, add in rank order, add the residual and take the RMS norm: the end of a layer's all-reduce, in one pass.
+
+    In torch, each line rounded to the residual's type::
+
+        total = decode_sum(payloads, codec, cols=H, dtype=residual.dtype) + residual
+        normed = total.float() * (total.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        normed = normed.to(residual.dtype) * weight
+
+    Args:
+        payloads: uint8 [ranks, rows, payload_bytes(H)].
+        codec: of the payloads.
+        residual: [rows, H] bf16, fp16 or fp32.
+        weight: [H] of the residual's type.
+        epsilon: of the norm.
+
+    Returns:
+        The normed rows and the total, which is the next residual: both [rows, H] of the residual's type. The total's
+        bits are those of the lines above; the mean is added up in another order.
+
+    Raises:
+        ValueError: tensors that do not fit together.
+
+    Source: LlamaRMSNorm's roundings; fused with the decoding as vLLM's ``fuse_allreduce_rms`` does without a codec.
+    """
+    codec = codecs.parse(codec)
+    _check(residual, "decode_sum_add_norm")
+    cols = residual.shape[1]
+    payloads = _checked_payloads(payloads, codec, cols, residual.dtype)
+    if weight.shape != (cols,) or weight.dtype != residual.dtype or payloads.shape[1] != residual.shape[0]:
+        raise ValueError(
+            f"a residual {residual.dtype} {list(residual.shape)} needs a weight [{cols}] of its type and payloads of "
+            f"{residual.shape[0]} rows, not {weight.dtype} {list(weight.shape)} and {payloads.shape[1]} rows"
+        )
+    backend = _backend(codec, residual.device.type, cols)
+    if backend is not None and residual.is_cuda and residual.numel() and cols <= backend.LARGEST_TILE:
+        out, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
+        backend.decode_sum_add_norm(payloads, codec, residual.contiguous(), weight.contiguous(), epsilon, out, total)
+        return out, total
+    total = decode_sum(payloads, codec, cols=cols, dtype=residual.dtype) + residual
+    normed = total.float() * (total.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return normed.to(residual.dtype) * weight, total
+
+
 def _check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
     """Kernels write to addresses, so what they write into is checked here or nowhere."""
     if out is None:

@@ -6,7 +6,7 @@ Whose memory that is does not matter here: torch's symmetric memory across GPUs,
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -30,6 +30,8 @@ class Peers:
         epochs: int32 [B] zeros on the device; B, the same on all ranks, is the number of programs of a launch.
         lost: int32 [1] that the host can read without waiting for the device: one more than the rank that did not come.
         patience: how often a flag is looked at before its rank counts as lost.
+        streams: the one, if any, to which the last launch went.
+        keep: what must live as long as the addresses.
     """
 
     rank: int
@@ -38,6 +40,8 @@ class Peers:
     epochs: torch.Tensor
     lost: torch.Tensor
     patience: int = 1 << 30
+    streams: list = field(default_factory=list)
+    keep: object = None
 
     @property
     def half_bytes(self) -> int:
@@ -70,6 +74,15 @@ def needed_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int)
     """What an all-reduce of x[rows, cols] uses of half of a rank's memory; see `tiles.exchange`."""
     first, second = (padded(step.payload_bytes(cols)) for step in codec.steps)
     return ranks * rows * first if algorithm == "one_step" else ranks * -(-rows // ranks) * (2 * first + second)
+
+
+def sent_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
+    """What a rank sends to others in an all-reduce of x[rows, cols]."""
+    length = row_length(cols, codec)
+    assert length is not None
+    rows = rows * cols // length
+    first, second = (padded(step.payload_bytes(length)) for step in codec.steps)
+    return (ranks - 1) * (rows * first if algorithm == "one_step" else -(-rows // ranks) * (first + second))
 
 
 def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, algorithm: str):

@@ -16,6 +16,7 @@ import torch
 from flashcomm.codecs import FLOAT_DTYPES, Affine, Block, Cast, Codec, Spike
 from flashcomm.kernels.tiles.base import Format
 from flashcomm.kernels.tiles.move import move
+from flashcomm.kernels.tiles.norm import add_norm
 
 # Values of a tile, and of it per warp: 16 per thread. Not measured yet: no GPU has run these kernels.
 TILE = 2048
@@ -106,6 +107,40 @@ def decode_sum(payloads: torch.Tensor, codec: Codec, out: torch.Tensor):
 def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int, out: torch.Tensor):
     """payloads[R, T, P] -> out[T, P']."""
     _move(payloads, describe(codec, cols), out, describe(out_codec, cols), cols)
+
+
+def decode_sum_add_norm(
+    payloads: torch.Tensor,
+    codec: Codec,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    out: torch.Tensor,
+    total: torch.Tensor,
+):
+    """payloads[R, T, P], residual[T, H], weight[H] -> out[T, H] and total[T, H]; rows of at most `LARGEST_TILE`."""
+    cols = residual.shape[1]
+    source, values = describe(codec, cols), VALUES[residual.dtype]
+    size = max(_power_of_two(max(cols, 128)), least_tile(source))
+    payloads = typed(payloads, source)
+    add_norm[(residual.shape[0],)](
+        payloads,
+        payloads.stride(0),
+        payloads.stride(1),
+        payloads.shape[0],
+        typed(residual, values),
+        residual.stride(0),
+        typed(weight, values),
+        typed(out, values),
+        typed(total, values),
+        cols,
+        epsilon,
+        SOURCE=source,
+        VALUES=values,
+        V=size,
+        EDGE=edge(cols, size),
+        **options(size),
+    )
 
 
 def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, target_format: Format, cols: int):

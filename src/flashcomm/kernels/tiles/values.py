@@ -17,10 +17,8 @@ def numbers_at(ptr, F: tl.constexpr):
 
 
 @triton.jit
-def read_values(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """[V] fp32; 0 beyond the end of the row."""
-    column = start + tl.arange(0, V)
-    pattern = tl.load(ptr + column, mask=within(column, cols, EDGE), other=0)
+def widen(pattern, F: tl.constexpr):
+    """The patterns of values -> fp32."""
     if F.dtype == "bf16":
         return from_bits(pattern.to(tl.int32) << 16)
     elif F.dtype == "fp16":
@@ -30,14 +28,26 @@ def read_values(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.con
 
 
 @triton.jit
-def write_values(ptr, x, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Write x [V] fp32, rounded half to even; every NaN becomes the quiet one."""
-    column = start + tl.arange(0, V)
+def narrow(x, F: tl.constexpr):
+    """fp32 -> the patterns of values, rounded half to even; every NaN becomes the quiet one."""
     if F.dtype == "bf16":
-        pattern = to_bf16(x).to(tl.int16)
+        return to_bf16(x).to(tl.int16)
     elif F.dtype == "fp16":
         half = x.to(tl.float16).to(tl.int16, bitcast=True)
-        pattern = tl.where(x != x, 0x7E00, half.to(tl.int32)).to(tl.int16)
+        return tl.where(x != x, 0x7E00, half.to(tl.int32)).to(tl.int16)
     else:
-        pattern = tl.where(x != x, 0x7FC00000, bits_of(x))
-    tl.store(ptr + column, pattern, mask=within(column, cols, EDGE))
+        return tl.where(x != x, 0x7FC00000, bits_of(x))
+
+
+@triton.jit
+def read_values(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
+    """[V] fp32; 0 beyond the end of the row."""
+    column = start + tl.arange(0, V)
+    return widen(tl.load(ptr + column, mask=within(column, cols, EDGE), other=0), F)
+
+
+@triton.jit
+def write_values(ptr, x, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
+    """Write x [V] fp32, rounded half to even."""
+    column = start + tl.arange(0, V)
+    tl.store(ptr + column, narrow(x, F), mask=within(column, cols, EDGE))
