@@ -273,6 +273,46 @@ def bench_codec(
     _write_rows(json_file, "codec", rows)
 
 
+@bench_app.command("gpu")
+def bench_gpu(
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs.")] = ",".join(
+        ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g32+spike")
+    ),
+    targets: Annotated[
+        str | None, typer.Option(help="Compile for these instead of measuring: sm_80, sm_90, gfx942; no GPU is needed.")
+    ] = None,
+    mib: Annotated[int, typer.Option(help="Size of the tensor in MiB.", min=1)] = 256,
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 15,
+    json_file: Json = None,
+):
+    """The Triton kernels against a copy; without a GPU, what they compile to: registers, spills, bytes, the floor."""
+    import torch
+
+    from flashcomm.bench import gpu
+
+    specs = _codec_list(codecs)
+    if targets is None and not torch.cuda.is_available():
+        targets = ",".join(gpu.TARGETS)
+        _err.print("no CUDA device on this machine: compiling for " + targets)
+    with _err.status("warming up") as status:
+        update = lambda what: status.update(f"at {what}")  # noqa: E731
+        if targets:
+            rows = gpu.compiled(specs, [name.strip() for name in targets.split(",")], update)
+        else:
+            rows = gpu.measure(specs, mib=mib, repeats=repeats, progress=update)
+    table = _table("compiled ahead of time; floor: 256 MiB of bf16 on an H200" if targets else f"{mib} MiB of bfloat16")
+    names = [name for name in rows[0].as_dict() if name != "mib"]
+    for i, name in enumerate(names):
+        table.add_column(name.replace("_", "\n"), justify="left" if i < 3 else "right", no_wrap=True)
+    for row in rows:
+        figures = row.as_dict()
+        table.add_row(
+            *(f"{figures[name]:.4g}" if isinstance(figures[name], float) else str(figures[name]) for name in names)
+        )
+    _out.print(table)
+    _write_rows(json_file, "gpu", rows)
+
+
 def _bench_collective(op: str):
     """The command that measures `op`."""
 

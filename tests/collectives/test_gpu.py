@@ -61,7 +61,7 @@ def test_on_cuda(backend, world_size, fresh_ranks):
 
 
 def in_one_launch():
-    """The fused collectives give the simulation's bits, eager and in a graph whose inputs change, at ranks' own pace."""
+    """The simulation's bits in one launch, eager and in a graph whose inputs change, each rank at its own pace."""
     import random
     import time
 

@@ -28,10 +28,7 @@ _LOOKS_PER_S = 2_000_000
 
 
 def open_memory(state: "GroupState", device: torch.device) -> tuple[Any, str]:
-    """(`kernels.fused.Peers`, "") if all ranks could map each other's memory; (None, why) on all ranks if one could not.
-
-    The symmetric memory itself is kept alive by ``peers.keep``.
-    """
+    """(`kernels.fused.Peers`, "") if all ranks could map each other's memory; (None, why) on all if one could not."""
     peers, why = None, "" if os.environ.get("FLASHCOMM_FUSED") == "1" else "FLASHCOMM_FUSED=1 is not set"
     if not why:
         try:
@@ -88,4 +85,4 @@ def _run(name: str, peers: Any, x: torch.Tensor, codec: Codec, state: "GroupStat
         stream.wait_stream(peers.streams[-1])
         peers.streams[:] = [stream]
     fused.all_reduce(x.contiguous(), codec, peers, out, name)
-    return fused.sent_bytes(name, *x.shape, codec, state.ranks)
+    return fused.sent_bytes(name, x.shape[0], x.shape[1], codec, state.ranks)

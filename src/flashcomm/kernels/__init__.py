@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -282,7 +283,7 @@ def decode_sum_add_norm(
             f"a residual {residual.dtype} {list(residual.shape)} needs a weight [{cols}] of its type and payloads of "
             f"{residual.shape[0]} rows, not {weight.dtype} {list(weight.shape)} and {payloads.shape[1]} rows"
         )
-    backend = _backend(codec, residual.device.type, cols)
+    backend: Any = _backend(codec, residual.device.type, cols)
     if backend is not None and residual.is_cuda and residual.numel() and cols <= backend.LARGEST_TILE:
         out, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
         backend.decode_sum_add_norm(payloads, codec, residual.contiguous(), weight.contiguous(), epsilon, out, total)

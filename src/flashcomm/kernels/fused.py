@@ -8,6 +8,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -110,7 +111,7 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
     at_once = ranks * (peers.half_bytes // needed_bytes(algorithm, ranks, length, codec, ranks))
     if at_once == 0:
         raise ValueError(f"rows of {length} values in {codec} need more than {peers.size_bytes} bytes on each rank")
-    kernel = exchange.one_step if algorithm == "one_step" else exchange.two_step
+    kernel: Any = exchange.one_step if algorithm == "one_step" else exchange.two_step
     values = gpu.VALUES[x.dtype]
     for start in range(0, len(x), at_once):
         part = slice(start, min(start + at_once, len(x)))
@@ -135,7 +136,7 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
             EDGE=gpu.edge(length, size),
             WORDS=1 << (max(widths) // 4 - 1).bit_length(),
             PTX=x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
-            **gpu.options(size),
+            **gpu.options(size, first, second),
         )
 
 

@@ -123,7 +123,8 @@ def decode_sum_add_norm(
     source, values = describe(codec, cols), VALUES[residual.dtype]
     size = max(_power_of_two(max(cols, 128)), least_tile(source))
     payloads = typed(payloads, source)
-    add_norm[(residual.shape[0],)](
+    kernel: Any = add_norm
+    kernel[(residual.shape[0],)](
         payloads,
         payloads.stride(0),
         payloads.stride(1),
@@ -139,7 +140,7 @@ def decode_sum_add_norm(
         VALUES=values,
         V=size,
         EDGE=edge(cols, size),
-        **options(size),
+        **options(size, source),
     )
 
 
@@ -149,7 +150,14 @@ def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, tar
     programs = target.shape[0] * (1 if constants["WHOLE_ROWS"] else -(-cols // constants["V"]))
     strides = source.stride(0), source.stride(1)
     move[(programs,)](
-        source, *strides, source.shape[0], target, target.stride(0), cols, **constants, **options(constants["V"])
+        source,
+        *strides,
+        source.shape[0],
+        target,
+        target.stride(0),
+        cols,
+        **constants,
+        **options(constants["V"], source_format, target_format),
     )
 
 
@@ -160,9 +168,11 @@ def constants_of(source: Format, target: Format, cols: int) -> dict[str, Any]:
     return {"SOURCE": source, "TARGET": target, "V": size, "EDGE": edge(cols, size), "WHOLE_ROWS": whole_rows}
 
 
-def options(size: int) -> dict[str, Any]:
-    """How kernels with tiles of `size` values are compiled."""
-    return {"num_warps": max(4, size // _PER_WARP), "enable_fp_fusion": False}
+def options(size: int, *formats: Format) -> dict[str, Any]:
+    """How a kernel that turns tiles of `size` values between these formats is compiled."""
+    # Spikes need so many numbers at once that more values to a thread would be spilled to memory.
+    per_warp = _PER_WARP // 2 if any(form.kind == "spike" for form in formats) else _PER_WARP
+    return {"num_warps": min(32, max(4, size // per_warp)), "enable_fp_fusion": False}
 
 
 def typed(rows: torch.Tensor, form: Format) -> torch.Tensor:

@@ -1,0 +1,275 @@
+"""`flashcomm bench gpu`: the Triton kernels, measured where there is a GPU and compiled ahead of time everywhere.
+
+Compiled, a kernel says how many registers a thread has, whether some are spilled to memory, and how many bytes must
+move; that many bytes at the speed of a copy are its floor. Only a GPU says how close it comes.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashcomm import codecs, kernels
+from flashcomm.bench.codec import check
+from flashcomm.bench.timing import interleaved
+
+TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
+CODECS = ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g32+spike")
+VERBS = ("encode", "decode", "decode_sum_encode")
+_COLS = 4096
+_RANKS = 4
+"""Whose payloads `decode_sum_encode` adds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompiledRow:
+    """One kernel, compiled for one target."""
+
+    target: str
+    kernel: str
+    codec: str
+    tile: int
+    """Values of a tile, and with them the threads of a program."""
+    threads: int
+    registers: int | None
+    """Of a thread; None where the compiler does not say."""
+    spilled_bytes: int | None
+    shared_bytes: int
+    bytes_per_value: float
+    """What must be read and written: the values as bf16, the payload once for each rank."""
+    h200_floor_us: float
+    """For 256 MiB of bf16 at 4.3 TB/s, what a copy moves there."""
+
+    def as_dict(self) -> dict:
+        """The row as JSON stores it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRow:
+    """One kernel, measured."""
+
+    codec: str
+    kernel: str
+    backend: str
+    mib: int
+    ms: float
+    copy_ms: float
+    copy_share: float
+    """Bytes in and out per second, over those of the copy."""
+
+    def as_dict(self) -> dict:
+        """The row as JSON stores it."""
+        return asdict(self)
+
+
+def measure(
+    specs: Sequence[str],
+    *,
+    mib: int = 256,
+    repeats: int = 15,
+    device: str = "cuda",
+    progress: Callable[[str], object] = lambda codec: None,
+) -> list[GpuRow]:
+    """Each verb of each codec on so many MiB of bf16 in rows of 4,096, against a copy, in turns.
+
+    Args:
+        specs: codecs without calibration, no pairs.
+        mib: of bf16 values.
+        repeats: timed rounds.
+        device: where.
+        progress: called with the name of each codec before it is measured.
+
+    Raises:
+        RuntimeError: a kernel's bytes differ from the specification's; no time is given then.
+    """
+    x = torch.randn(mib * (1 << 19) // _COLS, _COLS, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    copy, decoded = torch.empty_like(x), torch.empty_like(x)
+    sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
+    rows = []
+    for spec in specs:
+        progress(spec)
+        codec = codecs.parse(spec)
+        payload = kernels.encode(x, codec)
+        check(codec, x[:256], payload[:256])
+        payloads, sums = payload.expand(_RANKS, -1, -1).contiguous(), torch.empty_like(payload)
+        like = {"cols": _COLS, "dtype": x.dtype, "out": decoded}
+        calls = {
+            "copy": lambda: copy.copy_(x),
+            "encode": lambda c=codec, p=payload: kernels.encode(x, c, out=p),
+            "decode": lambda c=codec, p=payload, like=like: kernels.decode(p, c, **like),
+            "decode_sum_encode": lambda c=codec, p=payloads, s=sums: kernels.decode_sum_encode(
+                p, c, c, cols=_COLS, out=s
+            ),
+        }
+        times = interleaved(calls, repeats=repeats, before=sync, after=sync)
+        copy_ms = times["copy"].p50_ms
+        for verb in VERBS:
+            moved = bytes_per_value(codec, verb) * x.numel()
+            rows.append(
+                GpuRow(
+                    codec=str(codec),
+                    kernel=verb,
+                    backend=kernels.route(codec, x.device.type)[0],
+                    mib=mib,
+                    ms=times[verb].p50_ms,
+                    copy_ms=copy_ms,
+                    copy_share=moved / (4 * x.numel()) * copy_ms / times[verb].p50_ms,
+                )
+            )
+    return rows
+
+
+def bytes_per_value(codec: codecs.Codec, verb: str) -> float:
+    """What a kernel must read and write for each value of bf16.
+
+    >>> bytes_per_value(codecs.parse("int8g128"), "encode")
+    3.03125
+    """
+    wire = codec.bits_per_value(_COLS) / 8
+    return (_RANKS + 1) * wire if verb == "decode_sum_encode" else 2 + wire
+
+
+def compiled(
+    specs: Sequence[str] = CODECS,
+    targets: Sequence[str] = TARGETS,
+    progress: Callable[[str], object] = lambda kernel: None,
+) -> list[CompiledRow]:
+    """Compile all kernels of each codec for each target; needs no GPU.
+
+    Raises:
+        RuntimeError: Triton is missing, or was told to interpret.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing is compiled. Unset it")
+    if missing := kernels.missing(codecs.parse("int8g128"), "cuda"):
+        raise RuntimeError(missing)
+    rows = []
+    for target in targets:
+        for spec in specs:
+            progress(f"{spec} for {target}")
+            rows += _compile(codecs.parse(spec), target)
+    return rows
+
+
+def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
+    from flashcomm.kernels import fused, gpu
+    from flashcomm.kernels.tiles import exchange, move, norm
+
+    form, values = gpu.describe(codec, _COLS), gpu.VALUES[torch.bfloat16]
+    length = fused.row_length(_COLS, codec)
+    assert length is not None
+    short = gpu.describe(codec, length)
+    width = fused.padded(codec.payload_bytes(length))
+    of_row = {
+        "SOURCE": form,
+        "VALUES": values,
+        "V": max(_COLS, gpu.least_tile(form)),
+        "EDGE": gpu.edge(_COLS, max(_COLS, gpu.least_tile(form))),
+    }
+    size = gpu.tile(short, cols=length)
+    of_tile = {
+        "R": _RANKS,
+        "VALUES": values,
+        "FIRST": short,
+        "SECOND": short,
+        "V": size,
+        "EDGE": gpu.edge(length, size),
+        "WORDS": 1 << (width // 4 - 1).bit_length(),
+        "PTX": target.startswith("sm_"),
+    }
+    sent = (_RANKS - 1) / _RANKS
+    fused_bytes = {
+        # Beside the values in and out, a payload is written, read and written again for each peer, and read.
+        "one_step": 4 + (1 + 2 * (_RANKS - 1) + _RANKS) * width / length,
+        "two_step": 4 + (1 + 2 * sent + 1 + 1 / _RANKS + 2 * sent + 1) * width / length,
+    }
+    whole = {"encode": (values, form), "decode": (form, values), "decode_sum_encode": (form, form)}
+    jobs: list[tuple[str, Any, dict, float]] = [
+        (verb, move.move, gpu.constants_of(*pair, _COLS), bytes_per_value(codec, verb)) for verb, pair in whole.items()
+    ]
+    jobs.append(("decode_sum_add_norm", norm.add_norm, of_row, 6 + codec.bits_per_value(_COLS) / 8))
+    jobs += [(name, getattr(exchange, name), of_tile, moved) for name, moved in fused_bytes.items()]
+    rows = []
+    for name, kernel, constants, moved in jobs:
+        binary, options = ahead_of_time(kernel, constants, target)
+        registers, spilled = _resources(binary, target)
+        rows.append(
+            CompiledRow(
+                target=target,
+                kernel=name,
+                codec=str(codec),
+                tile=constants["V"],
+                threads=options["num_warps"] * (64 if target.startswith("gfx") else 32),
+                registers=registers,
+                spilled_bytes=spilled,
+                shared_bytes=binary.metadata.shared,
+                bytes_per_value=moved,
+                h200_floor_us=moved * (256 << 19) / 4.3e12 * 1e6,
+            )
+        )
+    return rows
+
+
+_TYPES = {"bf16": "*i16", "fp16": "*i16", "fp32": "*i32", "": "*u8"}
+_UNALIGNED = ("ranks", "rank", "rows", "patience")
+
+
+def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]:
+    """A kernel compiled for ``sm_90``, ``gfx942`` and the like, for tensors whose rows begin at multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from flashcomm.kernels import gpu
+
+    values = _TYPES[constants["VALUES"].dtype] if "VALUES" in constants else ""
+    source, out = (_TYPES[constants[name].dtype] if name in constants else values for name in ("SOURCE", "TARGET"))
+    types = {
+        "source_ptr": source,
+        "payload_ptr": source,
+        "target_ptr": out,
+        **dict.fromkeys(("x_ptr", "out_ptr", "residual_ptr", "weight_ptr", "total_ptr"), values),
+        "buffers_ptr": "*i64",
+        **dict.fromkeys(("epochs_ptr", "lost_ptr"), "*i32"),
+        **dict.fromkeys(("source_rank_stride", "rank_stride", "half_bytes"), "i64"),
+        "epsilon": "fp32",
+    }
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = [name for name in names if name not in constants and name not in (*_UNALIGNED, "epsilon")]
+    attrs: Any = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    formats = (value for value in constants.values() if isinstance(value, gpu.Format))
+    options = gpu.options(constants["V"], *formats)
+    if target.startswith("gfx"):
+        # As many threads in half as many warps.
+        options["num_warps"] //= 2
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    return triton.compile(source, target=where, options=options), options
+
+
+def _resources(binary: Any, target: str) -> tuple[int | None, int | None]:
+    """Registers of a thread and bytes that it spills, as the assembler tells."""
+    if target.startswith("gfx"):
+        text = binary.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
+        spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+        return int(registers[1]) if registers else None, 4 * int(spilled[1]) if spilled else None
+    import triton.backends.nvidia
+
+    assembler = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(binary.asm["ptx"])
+        file.flush()
+        arch = re.search(r"\.target\s+(\w+)", binary.asm["ptx"])
+        command = [str(assembler), "-v", f"-arch={arch[1] if arch else target}", file.name, "-o", os.devnull]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", report)
+    spilled = re.search(r"(\d+) bytes spill stores", report)
+    return int(registers[1]) if registers else None, int(spilled[1]) if spilled else None
