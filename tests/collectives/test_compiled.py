@@ -94,6 +94,7 @@ def lengths(backend):
         x = promises.tensor(dist.get_rank(), (tokens, 128))
         assert all(promises.same(a, b) for a, b in zip(run(x), forward(x), strict=True))
     assert counter.frame_count == 1
+    assert counter.op_count == 7, "each call is one node"
 
 
 def order(backend):
