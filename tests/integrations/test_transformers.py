@@ -71,8 +71,8 @@ def ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def logits(model) -> torch.Tensor:
-    return model(ids(), use_cache=False).logits.clone()
+def logits(model, tokens: int = 24) -> torch.Tensor:
+    return model(ids(tokens=tokens), use_cache=False).logits.clone()
 
 
 def bundled_model():
@@ -171,6 +171,38 @@ def gradients_pass_straight_through():
         assert sum(handle.calls.values()) >= 16
 
 
+def compiled(folder):
+    """A compiled model sends the same sums, whether it was compiled before or after, and follows a change of codec."""
+    import torch._dynamo.utils
+
+    # Workers of the compiler would outlive the test.
+    torch._inductor.config.compile_threads = 1
+    torch._dynamo.reset()
+    model, _ = loaded(tiny("biased", folder))
+    run = torch.compile(model, backend="eager", dynamic=True)
+    plain = logits(model)
+    assert promises.same(logits(run), plain)
+    with compressed(model, "int4g32", algorithm="two_step") as handle:
+        flashcomm.reset_stats()
+        eager = logits(model)
+        once = flashcomm.stats()
+        assert promises.same(logits(run), eager)
+        assert set(handle.calls.values()) == {2}
+        assert flashcomm.stats()["calls"] == {call: 2 * count for call, count in once["calls"].items()}
+        assert sum(once["calls"].values()) == len(handle.modules)
+        assert flashcomm.stats()["plain"] == {}
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        handle.codec = flashcomm.codec("int8g128")
+        assert promises.same(logits(run), logits(model))
+        assert promises.same(logits(run, 31), logits(model, 31))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+        with pytest.raises(Exception, match="torch.compiler.disable"):
+            logits(torch.compile(model, backend="eager", fullgraph=True))
+    calls = dict(handle.calls)
+    assert promises.same(logits(run), plain)
+    assert handle.calls == calls
+
+
 def survives_an_exception():
     """A forward pass that raises in the middle leaves hooks, stack and patches in order."""
     model, _ = loaded(MODEL)
@@ -221,6 +253,11 @@ def test_on_ranks(release, function):
 @both
 def test_biases_are_added_once(release, tmp_path):
     release().run(biases_once, str(tmp_path))
+
+
+@both
+def test_a_compiled_model(release, tmp_path):
+    release().run(compiled, str(tmp_path))
 
 
 def test_experts_are_covered(tmp_path):

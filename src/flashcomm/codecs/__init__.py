@@ -6,10 +6,11 @@ from flashcomm.codecs.blocks import Block
 from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.hadamard import Hadamard
+from flashcomm.codecs.names import name_of, named
 from flashcomm.codecs.spec import Levels, Pair, parse
 from flashcomm.codecs.spike import Spike
 
 __all__ = [
     "FLOAT_DTYPES", "Affine", "Block", "Cast", "Codec", "Features", "Hadamard", "Keep", "Levels", "Pair", "Plain",
-    "Spike", "Static", "decode_sum", "decode_sum_encode", "parse",
+    "Spike", "Static", "decode_sum", "decode_sum_encode", "name_of", "named", "parse",
 ]  # fmt: skip

@@ -50,8 +50,9 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         per_byte, m = 8 // width, (n * width + 7) // 8
         plane = F.pad((codes >> shift) & ((1 << width) - 1), (0, per_byte * m - n))
         slots = plane.unflatten(-1, (per_byte, m)).to(torch.int32)
-        weights = torch.tensor([1 << (width * t) for t in range(per_byte)], dtype=torch.int32, device=codes.device)
-        planes.append((slots * weights[:, None]).sum(-2).to(torch.uint8))
+        # Made on the device: copying them there would wait for it.
+        shifts = torch.arange(0, 8, width, dtype=torch.int32, device=codes.device)
+        planes.append((slots << shifts[:, None]).sum(-2).to(torch.uint8))
         shift += width
     return torch.cat(planes, -1)
 

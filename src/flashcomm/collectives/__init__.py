@@ -92,6 +92,10 @@ def all_reduce(
 
     Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import compiled
+
+        return compiled.all_reduce(x, codec, group, algorithm, out, async_op, strict, batch_invariant)
     state = _entered(x, group)
     key = ("all_reduce", codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant)
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
@@ -155,15 +159,15 @@ def reduce_scatter(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import compiled
+
+        return compiled.reduce_scatter(x, codec, group, algorithm, out, async_op)
     state = _entered(x, group)
     key = ("reduce_scatter", codec, algorithm, x.shape, x.dtype, x.device)
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
-        codec = _single(_fitting(codec, x)).steps[0]
-        if x.dim() == 0 or x.shape[0] % state.ranks:
-            raise ValueError(
-                f"reduce_scatter splits dimension 0 over {state.ranks} ranks, which {list(x.shape)} does not allow"
-            )
+        codec, shape = _step(_fitting(codec, x), 0, algorithm), _part(x.shape, state.ranks)
         plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
         # A vector is cut into R rows, whose owners sum one each.
         rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else _row_shape(x.shape)
@@ -174,7 +178,7 @@ def reduce_scatter(
             plan=plan,
             codec=codec,
             contract=_contract("reduce_scatter", plan.algorithm, codec, x, x.shape),
-            shape=(x.shape[0] // state.ranks, *x.shape[1:]),
+            shape=shape,
             plain_bytes=x.numel() * x.element_size() * (state.ranks - 1) // state.ranks,
             run=_plain_reduce_scatter
             if plan.algorithm == "plain"
@@ -208,11 +212,15 @@ def all_gather(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import compiled
+
+        return compiled.all_gather(x, codec, group, algorithm, out, async_op)
     state = _entered(x, group)
     key = ("all_gather", codec, algorithm, x.shape, x.dtype, x.device)
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
-        codec = _single(_fitting(codec, x)).steps[1]
+        codec = _step(_fitting(codec, x), 1, algorithm)
         plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
         call = _decided(
             x,
@@ -260,12 +268,12 @@ def all_to_all(
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import compiled
+
+        return compiled.all_to_all(x, codec, group, output_split_sizes, input_split_sizes, algorithm, out, async_op)
     state = _entered(x, group)
-    codec = _fitting(codec, x)
-    if isinstance(_single(codec), Pair):
-        raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
-    if x.dim() < 2:
-        raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
+    codec = _exchangeable(x, _fitting(codec, x), algorithm)
     in_rows = _split("input_split_sizes", input_split_sizes, x.shape[0], state.ranks)
     out_rows = _split("output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks)
     plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
@@ -338,10 +346,29 @@ def _fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
     return codec
 
 
-def _single(codec: Codec) -> Codec:
+def _step(codec: Codec, place: int, algorithm: str) -> Codec:
+    """Of a codec for the steps of an all-reduce, the one for a collective that is a single step."""
     if isinstance(codec, Levels):
         raise ValueError(f"only all_reduce has levels: of {codec}, give one of {codec.inside} and {codec.between}")
-    return codec
+    if algorithm in ("two_step", "hierarchical"):
+        raise ValueError(f"only all_reduce can be {algorithm}. Allowed here: auto, one_step, plain")
+    return codec.steps[place]
+
+
+def _exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:
+    """The codec, if rows of `x` can be exchanged in it."""
+    if isinstance(codec, Pair):
+        raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
+    if x.dim() < 2:
+        raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
+    return _step(codec, 0, algorithm)
+
+
+def _part(shape: torch.Size, ranks: int) -> tuple[int, ...]:
+    """The shape of one rank's part of dimension 0."""
+    if not shape or shape[0] % ranks:
+        raise ValueError(f"reduce_scatter splits dimension 0 over {ranks} ranks, which {list(shape)} does not allow")
+    return shape[0] // ranks, *shape[1:]
 
 
 def _compromise(x: torch.Tensor, codec: Codec, plan: planner.Plan) -> str | None:
@@ -367,8 +394,6 @@ def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Seq
 
 
 def _single_step_plan(algorithm: str, codec: Codec, state: GroupState, message_bytes: int) -> planner.Plan:
-    if algorithm in ("two_step", "hierarchical"):
-        raise ValueError(f"only all_reduce can be {algorithm}. Allowed here: auto, one_step, plain")
     plan = planner.choose(0, state.ranks, codec, algorithm=algorithm, batch_invariant=True)
     if plan.algorithm == "plain":
         return plan

@@ -10,14 +10,14 @@ added once, after the sum), other models and groups are untouched, and `undo` ta
 Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
 is read from the loaded model, not from a version:
 
-    5.0 to 5.15   the style is noted on the module, the sum made in its forward hooks    marked by hooks around them
-    5.16 and on   the plan is on the model, the module's forward replaced                marked by wrapping forward
+    5.0 to 5.15   the style is noted on the module, the sum made in its forward hooks
+    5.16 and on   the plan is on the model, the module's forward replaced
 
 All of them send the sum through `dist.all_reduce`, or through a DTensor, which ends in the functional collective; those
 two names are what is patched, and only while a model is compressed. A marked module that turns out to send no sum is
 counted in `flashcomm.stats()`.
 
-Not supported yet: `torch.compile`, where sums may stay uncompressed.
+``torch.compile(model)`` works, before or after. Marked modules run between the graphs, so ``fullgraph=True`` does not.
 """
 
 import functools
@@ -203,28 +203,21 @@ class Compression:
             _unpatch()
 
     def _mark(self, name: str, module: torch.nn.Module) -> Callable[[], None]:
-        """Note on the stack when `module` runs; returns what takes the mark away."""
-        if hasattr(module, "_hf_tp_plan"):
-            before = module.register_forward_pre_hook(lambda *_: self._enter(name), prepend=True)
-            after = module.register_forward_hook(lambda *_: self._leave(name), always_call=True)
+        """Note on the stack when `module` runs, with all of its hooks; returns what takes the mark away."""
+        before = module._compiled_call_impl
+        inner: Callable = before or module._call_impl
 
-            def unhook():
-                before.remove()
-                after.remove()
-
-            return unhook
-        inner = module.forward
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any):
+        # A graph would not see what the stack says, so a compiled model is left for the length of this module.
+        @torch.compiler.disable
+        def call(*args: Any, **kwargs: Any):
             self._enter(name)
             try:
                 return inner(*args, **kwargs)
             finally:
                 self._leave(name)
 
-        module.forward = forward
-        return lambda: setattr(module, "forward", inner)
+        module._compiled_call_impl = call
+        return lambda: setattr(module, "_compiled_call_impl", before)
 
     def _enter(self, name: str):
         _stack().append((self, name, self.calls[name]))

@@ -105,11 +105,15 @@ def _warm_up(codec: Codec):
     notice.cancel()
 
 
-def _check(x: torch.Tensor, what: str):
+def check_values(x: torch.Tensor, what: str):
+    """Refuse what is not rows of values.
+
+    Raises:
+        ValueError: `x` is not a 2-D tensor of bf16, fp16 or fp32.
+    """
     if not isinstance(x, torch.Tensor) or x.dim() != 2 or x.dtype not in FLOAT_DTYPES:
         given = f"{x.dtype} {list(x.shape)}" if isinstance(x, torch.Tensor) else repr(type(x))
         raise ValueError(f"{what} takes a [rows, cols] tensor of bf16, fp16 or fp32, not {given}")
-    check_storage(x)
 
 
 def check_storage(x: torch.Tensor):
@@ -139,8 +143,13 @@ def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = 
     >>> encode(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), "int2g4").tolist()
     [[228, 128, 63, 0, 0]]
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.kernels import compiled
+
+        return compiled.encode(x, codec, out)
     codec = codecs.parse(codec)
-    _check(x, "encode")
+    check_values(x, "encode")
+    check_storage(x)
     shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
     _check_out(out, shape, torch.uint8, x.device)
     backend = _backend(codec, x.device.type, x.shape[1])
@@ -177,6 +186,10 @@ def decode(
     >>> decode(payload, "int2g4", cols=4, dtype=torch.float32).tolist()
     [[0.0, 1.0, 2.0, 3.0]]
     """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.kernels import compiled
+
+        return compiled.decode(payload, codec, cols, dtype, out)
     return decode_sum(payload[None], codec, cols=cols, dtype=dtype, out=out)
 
 
@@ -193,7 +206,8 @@ def decode_sum(
         [rows, cols] of `dtype`.
     """
     codec = codecs.parse(codec)
-    payloads = _checked_payloads(payloads, codec, cols, dtype)
+    check_payloads(payloads, codec, cols, dtype)
+    payloads = _contiguous_rows(payloads)
     _check_out(out, (payloads.shape[1], cols), dtype, payloads.device)
     backend = _backend(codec, payloads.device.type, cols)
     if backend is None or payloads.numel() == 0:
@@ -229,7 +243,8 @@ def decode_sum_encode(
         uint8 [rows, payload_bytes(cols)] in `out_codec`.
     """
     codec, out_codec = codecs.parse(codec), codecs.parse(out_codec)
-    payloads = _checked_payloads(payloads, codec, cols, torch.float32)
+    check_payloads(payloads, codec, cols, torch.float32)
+    payloads = _contiguous_rows(payloads)
     _check_out(out, (payloads.shape[1], out_codec.payload_bytes(cols)), torch.uint8, payloads.device)
     backend, out_backend = (_backend(c, payloads.device.type, cols) for c in (codec, out_codec))
     if backend is None or backend is not out_backend or payloads.numel() == 0:
@@ -304,7 +319,12 @@ def _check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dt
         )
 
 
-def _checked_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype) -> torch.Tensor:
+def check_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype):
+    """Refuse what are not payloads of `codec`.
+
+    Raises:
+        ValueError: not uint8 of shape [ranks, rows, payload_bytes(cols)], no ranks, or no type that values decode to.
+    """
     if dtype not in FLOAT_DTYPES:
         raise ValueError(f"values decode to bf16, fp16 or fp32, not {dtype}")
     width = codec.payload_bytes(cols, dtype)
@@ -315,4 +335,7 @@ def _checked_payloads(payloads: torch.Tensor, codec: Codec, cols: int, dtype: to
         )
     if payloads.shape[0] == 0:
         raise ValueError("a sum needs the payload of at least one rank")
+
+
+def _contiguous_rows(payloads: torch.Tensor) -> torch.Tensor:
     return payloads if payloads.stride(2) == 1 else payloads.contiguous()

@@ -1,0 +1,57 @@
+"""A codec as a string and back: what a compiled graph holds in place of the object.
+
+A codec whose spelling parses back goes by its spelling. Others, bound to a calibration or of a class that no entry
+point names, are kept for as long as the process lives and go by their identity, which holds a digest of what they were
+bound to: a graph that torch keeps on disk finds the same codec in the next process, or none.
+"""
+
+from flashcomm.codecs.base import Codec
+from flashcomm.codecs.spec import parse
+
+# No spelling starts with it.
+_MARK = "="
+_kept: dict[str, Codec] = {}
+
+
+def name_of(codec: "str | Codec") -> str:
+    """The string by which `named` finds `codec` again in this process.
+
+    Raises:
+        ValueError: no such codec, or another one has the same identity.
+
+    >>> name_of("int8")
+    'int8g128'
+    """
+    codec = parse(codec)
+    if _parses_back(codec):
+        return str(codec)
+    name = _MARK + codec.identity
+    if _kept.setdefault(name, codec) != codec:
+        raise ValueError(
+            f"two different codecs call themselves {codec.identity!r}: a compiled graph needs codecs that differ in "
+            "their .identity"
+        )
+    return name
+
+
+def named(name: str) -> Codec:
+    """The codec that `name_of` gave this name.
+
+    Raises:
+        ValueError: no such codec in this process.
+    """
+    if not name.startswith(_MARK):
+        return parse(name)
+    if name not in _kept:
+        raise ValueError(
+            f"a compiled graph uses the codec {name.removeprefix(_MARK)!r}, which this process does not have: compile "
+            "the function again, with the codec bound"
+        )
+    return _kept[name]
+
+
+def _parses_back(codec: Codec) -> bool:
+    try:
+        return parse(str(codec)) == codec
+    except ValueError:
+        return False

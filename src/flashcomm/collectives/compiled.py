@@ -1,0 +1,227 @@
+"""The four collectives as operators of torch: what `torch.compile` makes of a call, one node of the graph.
+
+    flashcomm.all_reduce(x, "int8g128", tp)  ->  torch.ops.flashcomm.all_reduce(x, "int8g128", "0", "auto", ...)
+
+Codecs and groups travel by name. An operator runs the ordinary call, with its agreement between ranks, its counters and
+its errors; what shapes and names tell is checked while the graph is made. Imported when a function is first compiled,
+because the compiler takes seconds to load.
+
+Guaranteed: a call is never dropped, even if nobody uses its result, and the calls of one graph run in the order of the
+program, because they are registered as effects, which torch orders like prints. So ranks that run the same program stay
+in step. Not ordered by torch: these calls and other collectives of the same graph (`torch.distributed`'s, a DTensor's)
+that do not depend on each other; they keep the same order on all ranks, as long as all ranks compile the same graph.
+
+Not supported: gradients. An asynchronous call breaks the graph.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._higher_order_ops import effects
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import DeviceMesh
+
+from flashcomm import codecs, collectives, planner
+from flashcomm.codecs import Codec
+from flashcomm.collectives.state import state_of
+from flashcomm.kernels.compiled import into, name_of
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+_meshes: dict[str, DeviceMesh] = {}
+"""Meshes with levels, by the names of their groups between hosts and inside."""
+
+
+def all_reduce(
+    x: torch.Tensor,
+    codec: "str | Codec",
+    group: Group,
+    algorithm: str,
+    out: torch.Tensor | None,
+    async_op: bool,
+    strict: bool,
+    batch_invariant: bool,
+) -> torch.Tensor:
+    """`flashcomm.all_reduce` in a graph."""
+    if async_op:
+        options = {"strict": strict, "batch_invariant": batch_invariant}
+        return _between_graphs(collectives.all_reduce, x, codec, group, algorithm=algorithm, out=out, **options)
+    _check_grad(x)
+    name, of = name_of(codec), _name_of(group)
+    return into(out, torch.ops.flashcomm.all_reduce(x, name, of, algorithm, strict, batch_invariant))
+
+
+def reduce_scatter(
+    x: torch.Tensor, codec: "str | Codec", group: Group, algorithm: str, out: torch.Tensor | None, async_op: bool
+) -> torch.Tensor:
+    """`flashcomm.reduce_scatter` in a graph."""
+    if async_op:
+        return _between_graphs(collectives.reduce_scatter, x, codec, group, algorithm=algorithm, out=out)
+    _check_grad(x)
+    return into(out, torch.ops.flashcomm.reduce_scatter(x, name_of(codec), _name_of(group), algorithm))
+
+
+def all_gather(
+    x: torch.Tensor, codec: "str | Codec", group: Group, algorithm: str, out: torch.Tensor | None, async_op: bool
+) -> torch.Tensor:
+    """`flashcomm.all_gather` in a graph."""
+    if async_op:
+        return _between_graphs(collectives.all_gather, x, codec, group, algorithm=algorithm, out=out)
+    _check_grad(x)
+    return into(out, torch.ops.flashcomm.all_gather(x, name_of(codec), _name_of(group), algorithm))
+
+
+def all_to_all(
+    x: torch.Tensor,
+    codec: "str | Codec",
+    group: Group,
+    output_split_sizes: Sequence[int] | None,
+    input_split_sizes: Sequence[int] | None,
+    algorithm: str,
+    out: torch.Tensor | None,
+    async_op: bool,
+) -> torch.Tensor:
+    """`flashcomm.all_to_all` in a graph."""
+    if async_op:
+        splits = {"output_split_sizes": output_split_sizes, "input_split_sizes": input_split_sizes}
+        return _between_graphs(collectives.all_to_all, x, codec, group, algorithm=algorithm, out=out, **splits)
+    _check_grad(x)
+    name, of = name_of(codec), _name_of(group)
+    return into(out, torch.ops.flashcomm.all_to_all(x, name, of, output_split_sizes, input_split_sizes, algorithm))
+
+
+def async_op_needs_a_graph_break(verb: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Make an asynchronous call between two graphs, because its `Work` is no tensor."""
+    return verb(*args, async_op=True, **options)
+
+
+# With ``fullgraph=True`` torch refuses it by its name.
+_between_graphs: Any = torch.compiler.disable(async_op_needs_a_graph_break)
+
+
+def _check_grad(x: torch.Tensor):
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+
+
+def _name_of(group: Group) -> str:
+    """The string by which an operator finds `group` again; "" for the default group, whichever that is then."""
+    if group is None:
+        return ""
+    if isinstance(group, dist.ProcessGroup):
+        return group.group_name
+    if isinstance(group, DeviceMesh) and group.get_coordinate() is not None:
+        if group.ndim == 1:
+            return group.get_group(0).group_name
+        if group.ndim == 2:
+            between, inside = group.get_group(0).group_name, group.get_group(1).group_name
+            if group.shape[0] == 1 or group.shape[1] == 1:
+                return between if group.shape[1] == 1 else inside
+            return _name_of_levels(f"{between}/{inside}", group)
+    return _refusal(group)
+
+
+@torch.compiler.assume_constant_result
+def _name_of_levels(name: str, mesh: DeviceMesh) -> str:
+    # What torch 2.13 passes is a stand-in that holds the mesh.
+    _meshes[name] = getattr(mesh, "real_obj", mesh)
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _refusal(group: Any) -> Any:
+    # The mesh or group is none of this process, and state_of says what to do.
+    state_of(getattr(group, "real_obj", group))
+
+
+def _group(name: str) -> Group:
+    if not name:
+        return None
+    return _meshes[name] if name in _meshes else distributed_c10d._resolve_process_group(name)  # pyright: ignore
+
+
+def _run(verb: Callable[..., Any], x: torch.Tensor, codec: str, group: str, **options: Any) -> torch.Tensor:
+    return verb(x, codecs.named(codec), _group(group), **options)
+
+
+def _known(x: torch.Tensor, codec: Codec, group: str, algorithm: str) -> int:
+    """The number of ranks, once what shapes and names tell has been checked."""
+    mesh_or_group = _group(group)
+    ranks = mesh_or_group.size() if mesh_or_group else dist.get_world_size()
+    collectives._fitting(codec, x)
+    if algorithm != "hierarchical":
+        planner.choose(0, ranks, codec, algorithm=algorithm)
+    cols = x.shape[-1] if x.dim() else 1
+    if cols:
+        codec.check(cols, ranks)
+    return ranks
+
+
+@torch.library.custom_op("flashcomm::all_reduce", mutates_args=())
+def _all_reduce(
+    x: torch.Tensor, codec: str, group: str, algorithm: str, strict: bool, batch_invariant: bool
+) -> torch.Tensor:
+    options = {"strict": strict, "batch_invariant": batch_invariant}
+    return _run(collectives.all_reduce, x, codec, group, algorithm=algorithm, **options)
+
+
+@_all_reduce.register_fake
+def _(x: torch.Tensor, codec: str, group: str, algorithm: str, strict: bool, batch_invariant: bool) -> torch.Tensor:
+    _known(x, codecs.named(codec), group, algorithm)
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("flashcomm::reduce_scatter", mutates_args=())
+def _reduce_scatter(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+    return _run(collectives.reduce_scatter, x, codec, group, algorithm=algorithm)
+
+
+@_reduce_scatter.register_fake
+def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+    ranks = _known(x, collectives._step(codecs.named(codec), 0, algorithm), group, algorithm)
+    return x.new_empty(collectives._part(x.shape, ranks))
+
+
+@torch.library.custom_op("flashcomm::all_gather", mutates_args=())
+def _all_gather(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+    return _run(collectives.all_gather, x, codec, group, algorithm=algorithm)
+
+
+@_all_gather.register_fake
+def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+    ranks = _known(x, collectives._step(codecs.named(codec), 1, algorithm), group, algorithm)
+    return x.new_empty((ranks * x.shape[0], *x.shape[1:]) if x.dim() else (ranks,))
+
+
+@torch.library.custom_op("flashcomm::all_to_all", mutates_args=())
+def _all_to_all(
+    x: torch.Tensor,
+    codec: str,
+    group: str,
+    output_split_sizes: Sequence[int] | None,
+    input_split_sizes: Sequence[int] | None,
+    algorithm: str,
+) -> torch.Tensor:
+    splits = {"output_split_sizes": output_split_sizes, "input_split_sizes": input_split_sizes}
+    return _run(collectives.all_to_all, x, codec, group, algorithm=algorithm, **splits)
+
+
+@_all_to_all.register_fake
+def _(
+    x: torch.Tensor,
+    codec: str,
+    group: str,
+    output_split_sizes: Sequence[int] | None,
+    input_split_sizes: Sequence[int] | None,
+    algorithm: str,
+) -> torch.Tensor:
+    ranks = _known(x, collectives._exchangeable(x, codecs.named(codec), algorithm), group, algorithm)
+    if output_split_sizes is None:
+        output_split_sizes = collectives._split("output_split_sizes", None, x.shape[0], ranks)
+    return x.new_empty(sum(output_split_sizes), *x.shape[1:])
+
+
+for _verb in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+    effects._register_effectful_op(getattr(torch.ops.flashcomm, _verb).default, effects._EffectType.ORDERED)

@@ -1,0 +1,75 @@
+"""`encode` and `decode` as operators of torch: what a compiled graph calls.
+
+`torch.compile` cannot look into kernels that are not torch's. It sees one operator, with the shape of its result and
+nothing else. Hidden sizes become constants of the graph, numbers of rows need not. Imported when a function is first
+compiled, because the compiler takes seconds to load.
+"""
+
+from typing import Any
+
+import torch
+
+from flashcomm import codecs, kernels
+from flashcomm.codecs import Codec
+
+name_of = torch.compiler.assume_constant_result(codecs.name_of)
+
+
+def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:
+    """`kernels.encode` in a graph."""
+    return into(out, torch.ops.flashcomm.encode(x, name_of(codec)))
+
+
+def decode(
+    payload: torch.Tensor, codec: "str | Codec", cols: int, dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
+    """`kernels.decode` in a graph."""
+    return into(out, torch.ops.flashcomm.decode(payload, name_of(codec), cols, dtype))
+
+
+def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
+    """`result`, in `out` if there is one: the operators write into nothing that they are given.
+
+    Raises:
+        ValueError: `out` is not like the result.
+    """
+    if out is None:
+        return result
+    if out.shape != result.shape or out.dtype != result.dtype or out.device != result.device:
+        _refuse(out, result)
+    return out.copy_(result)
+
+
+def refuse_out_unlike_the_result(out: torch.Tensor, result: torch.Tensor):
+    """Raise what `out` should be."""
+    raise ValueError(
+        f"out must be {result.dtype} {list(result.shape)} on {result.device}, "
+        f"not {out.dtype} {list(out.shape)} on {out.device}"
+    )
+
+
+# With ``fullgraph=True`` torch says its name; raised inside of a graph, it would send the compiler into `encode`.
+_refuse: Any = torch.compiler.disable(refuse_out_unlike_the_result)
+
+
+@torch.library.custom_op("flashcomm::encode", mutates_args=())
+def _encode(x: torch.Tensor, codec: str) -> torch.Tensor:
+    return kernels.encode(x, codecs.named(codec))
+
+
+@_encode.register_fake
+def _(x: torch.Tensor, codec: str) -> torch.Tensor:
+    kernels.check_values(x, "encode")
+    width = codecs.named(codec).payload_bytes(int(x.shape[1]), x.dtype)
+    return x.new_empty(x.shape[0], width, dtype=torch.uint8)
+
+
+@torch.library.custom_op("flashcomm::decode", mutates_args=())
+def _decode(payload: torch.Tensor, codec: str, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    return kernels.decode(payload, codecs.named(codec), cols=cols, dtype=dtype)
+
+
+@_decode.register_fake
+def _(payload: torch.Tensor, codec: str, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    kernels.check_payloads(payload[None], codecs.named(codec), int(cols), dtype)
+    return payload.new_empty(payload.shape[0], int(cols), dtype=dtype)
