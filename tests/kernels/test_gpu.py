@@ -30,15 +30,15 @@ def same(a, b):
 
 
 def rows(dtype, cols):
-    """Normal values with spikes, a NaN, an Inf, huge and tiny ones, zeros, and groups of a single value: [6, cols]."""
-    x = torch.randn(6, cols, generator=torch.Generator().manual_seed(cols))
+    """Spikes, a NaN, an Inf; huge, tiny; zeros, groups of one value, powers of two: [3, cols]."""
+    x = torch.randn(3, cols, generator=torch.Generator().manual_seed(cols))
+    third = cols // 3
     x[0, 5::37] *= 1000
-    x[1, 3], x[1, cols // 2], x[1, -1] = float("nan"), float("inf"), -0.0
-    x[2] *= 1e38 if dtype != torch.float16 else 2e4
-    x[3] *= 1e-39 if dtype != torch.float16 else 1e-7
-    x[4, : cols // 2] = 0.0
-    x[4, cols // 2 :] = 1.2345
-    x[5] = x[5].sign() * 2.0 ** (x[5] * 20).round()
+    x[0, third], x[0, 2 * third], x[0, -1] = float("nan"), float("inf"), -0.0
+    x[1, :third] *= 1e38 if dtype != torch.float16 else 2e4
+    x[1, 2 * third :] *= 1e-39 if dtype != torch.float16 else 1e-7
+    x[2, :third], x[2, third : 2 * third] = 0.0, 1.2345
+    x[2, 2 * third :] = x[2, 2 * third :].sign() * 2.0 ** (x[2, 2 * third :] * 4).round()
     return x.to(dtype)
 
 
@@ -54,16 +54,16 @@ def test_same_bytes_as_the_specification(spec):
     for dtype, cols in ROWS:
         x = rows(dtype, cols)
         payload = codec.encode(x)
-        assert same(encoded(codec, x), payload), f"encode {dtype} [6, {cols}]"
+        assert same(encoded(codec, x), payload), f"encode {dtype} [3, {cols}]"
         # The same rows in another order, as if another rank had sent them.
         payloads = torch.stack([payload, payload.flip(0)]).to(DEVICE)
-        out = torch.empty(6, cols, dtype=dtype, device=DEVICE)
+        out = torch.empty(3, cols, dtype=dtype, device=DEVICE)
         gpu.decode_sum(payloads[:1], codec, out)
-        assert same(out, codec.decode(payload, cols, dtype)), f"decode {dtype} [6, {cols}]"
+        assert same(out, codec.decode(payload, cols, dtype)), f"decode {dtype} [3, {cols}]"
         again = torch.empty_like(payload, device=DEVICE)
         gpu.decode_sum_encode(payloads, codec, codec, cols, again)
         want = codecs.decode_sum_encode(payloads.cpu(), codec, codec, cols)
-        assert same(again, want), f"decode_sum_encode {dtype} [6, {cols}]"
+        assert same(again, want), f"decode_sum_encode {dtype} [3, {cols}]"
 
 
 @pytest.mark.parametrize("dtype", values.DTYPES)

@@ -290,9 +290,10 @@ def decode_sum_add_norm(
     Source: LlamaRMSNorm's roundings; fused with the decoding as vLLM's ``fuse_allreduce_rms`` does without a codec.
     """
     codec = codecs.parse(codec)
-    _check(residual, "decode_sum_add_norm")
+    check_values(residual, "decode_sum_add_norm")
     cols = residual.shape[1]
-    payloads = _checked_payloads(payloads, codec, cols, residual.dtype)
+    check_payloads(payloads, codec, cols, residual.dtype)
+    payloads = _contiguous_rows(payloads)
     if weight.shape != (cols,) or weight.dtype != residual.dtype or payloads.shape[1] != residual.shape[0]:
         raise ValueError(
             f"a residual {residual.dtype} {list(residual.shape)} needs a weight [{cols}] of its type and payloads of "
