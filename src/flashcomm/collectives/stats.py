@@ -7,6 +7,7 @@ from collections import Counter
 _log = logging.getLogger("flashcomm")
 _lock = threading.Lock()
 _plain: Counter[str] = Counter()
+_prefills: Counter[str] = Counter()
 _logged: set[str] = set()
 
 
@@ -58,6 +59,14 @@ def record_plain(op: str, reason: str):
     _log_once(reason, f"{op} ran uncompressed")
 
 
+def record_prefill(how: str):
+    """Count a prefill that `flashcomm.overlap` ran in parts, or in one piece for a reason."""
+    with _lock:
+        _prefills[how] += 1
+    if how.startswith("in one piece"):
+        _log_once(how, "a prefill was not overlapped")
+
+
 def _log_once(reason: str, what: str):
     with _lock:
         first = reason not in _logged
@@ -73,13 +82,14 @@ def stats() -> dict:
         ``calls``: number of collectives by ``op/algorithm/codec``, as what was sent; ``reasons``: of each, why the
         algorithm was that one, with numbers; ``plain``: number that ran uncompressed, by reason;
         ``slow_kernels``: number whose codec ran on the torch specification, by reason;
+        ``prefills``: number of prompts that `flashcomm.overlap` ran, in how many parts, or why in one piece;
         ``wire_bytes``: bytes this rank sent to other ranks; ``plain_bytes``: what plain collectives would have sent.
     """
     calls: Counter[str] = Counter()
     reasons: dict[str, dict[str, int]] = {}
     slow: Counter[str] = Counter()
     with _lock:
-        plain, tallies = _plain.copy(), [t for t in _tallies.values() if t.calls]
+        plain, prefills, tallies = _plain.copy(), _prefills.copy(), [t for t in _tallies.values() if t.calls]
         for t in tallies:
             calls[t.call] += t.calls
             of_call = reasons.setdefault(t.call, {})
@@ -93,6 +103,7 @@ def stats() -> dict:
             "reasons": reasons,
             "plain": dict(plain),
             "slow_kernels": dict(slow),
+            "prefills": dict(prefills),
             "wire_bytes": sum(t.wire_bytes for t in tallies),
             "plain_bytes": sum(t.plain_bytes for t in tallies),
         }
@@ -102,5 +113,6 @@ def reset_stats():
     """Set every count of `stats()` to zero; reasons that were logged stay logged."""
     with _lock:
         _plain.clear()
+        _prefills.clear()
         for t in _tallies.values():
             t.calls = t.wire_bytes = t.plain_bytes = 0

@@ -1,0 +1,155 @@
+"""Overlap inside of one prompt: one part of it computes while the sums of another are on the wire.
+
+    with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded with tp_plan="auto"
+        model.generate(**inputs)
+
+The model is not changed and needs no schedule: its decoder runs once for each part, and the runs take turns where they
+wait for a sum (`flashcomm.overlap.turns`). The first part always leads, so at every layer its keys and values are in
+the cache before the second part needs them. Steps of one token run as they are. So does, counted in
+`flashcomm.stats()`, a prompt that cannot be split or would not gain by it.
+
+Hazard: hooks on modules inside of the decoder run once for each part, on that part's tokens.
+
+Source: ISO (arXiv 2409.11155); the turns at the sums, and views of one cache, are our own.
+"""
+
+import functools
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from flashcomm.codecs import Codec
+from flashcomm.collectives.stats import record_prefill
+from flashcomm.integrations.transformers import compress, compression_of
+from flashcomm.overlap import splitting, turns
+
+__all__ = ["Overlap", "prefill", "wrap"]
+
+_overlaps: "list[Overlap]" = []
+
+
+@contextmanager
+def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | None = None):
+    """Overlap the prefill of `model` for the length of a ``with`` block; yields the `Overlap`.
+
+    Args:
+        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times that it takes of the first prompt; or a number
+            of parts of about as many tokens each; or shares of the tokens, such as ``(3, 2)``.
+        codec: wire format of the sums; None for that in which `model` is compressed already, or plain if it is not.
+
+    Raises:
+        ValueError: a model whose prompts cannot be split, that is not tensor parallel, or that is overlapped already, or
+            has a codec already where one is given.
+
+    Example::
+
+        with flashcomm.overlap.prefill(model, codec="int8g128"):
+            model.generate(input_ids)
+
+    Source: ISO (arXiv 2409.11155).
+    """
+    overlap = wrap(model, parts, codec)
+    try:
+        yield overlap
+    finally:
+        overlap.undo()
+
+
+def wrap(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | None = None) -> "Overlap":
+    """Overlap the prefill of `model` until ``undo()`` of the returned handle; the arguments are those of `prefill`."""
+    return Overlap(model, parts, codec)
+
+
+class Overlap:
+    """A model whose prefill overlaps; made by `prefill` and `wrap`."""
+
+    def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | None):
+        self.parts = parts
+        self._decoder = splitting.decoder_of(model)
+        if any(overlap._decoder is self._decoder for overlap in _overlaps):
+            raise ValueError("this model's prefill is overlapped already: undo() that first")
+        self.compression = compression_of(model)
+        self._owned = None
+        if codec is not None or self.compression is None:
+            self.compression = self._owned = compress(model, codec or "none")
+        self._inner = inner = self._decoder.forward
+        self._replaces = "forward" in vars(self._decoder)
+
+        @functools.wraps(inner)
+        def forward(*args: Any, **kwargs: Any):
+            return self._forward(*args, **kwargs)
+
+        self._decoder.forward = forward
+        self._running = False
+        _overlaps.append(self)
+
+    @property
+    def parts(self) -> "str | tuple[int, ...]":
+        """As for `prefill`; may be assigned to between prompts, on all ranks alike."""
+        return self._parts
+
+    @parts.setter
+    def parts(self, parts: "int | str | Sequence[int]"):
+        shares = (1,) * parts if isinstance(parts, int) else parts
+        if shares != "auto" and (isinstance(shares, str) or len(shares) < 2 or min(shares) < 1):
+            raise ValueError(f"parts={parts!r}: give 'auto', a number of 2 or more, or a positive share for each part")
+        self._parts = shares if isinstance(shares, str) else tuple(shares)
+
+    def undo(self):
+        """Let prompts run in one piece again; the model is as it was. Harmless when repeated."""
+        if self in _overlaps:
+            _overlaps.remove(self)
+            if self._replaces:
+                self._decoder.forward = self._inner
+            else:
+                del self._decoder.forward
+            if self._owned:
+                self._owned.undo()
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._running:
+            raise RuntimeError(
+                "this model is in the middle of an overlapped prefill: neither a hook nor another thread can use it before "
+                "that is done"
+            )
+        arguments = splitting.bind(self._inner, args, kwargs)
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if tokens is not None and tokens.shape[1] == 1:
+            return self._inner(*args, **kwargs)
+        try:
+            prompt = splitting.prompt_of(self._decoder, arguments)
+            sizes = cut(prompt.tokens, self.parts)
+        except splitting.Refused as why:
+            record_prefill(f"in one piece: {why}")
+            return self._inner(*args, **kwargs)
+        return self._split(prompt, sizes)
+
+    def _split(self, prompt: splitting.Prompt, sizes: Sequence[int]) -> Any:
+        calls = [functools.partial(self._inner, **part) for part in splitting.arguments_of_parts(prompt, sizes)]
+        self._running, self.compression.wait = True, turns.wait
+        try:
+            outputs = turns.run(calls)
+        finally:
+            self._running, self.compression.wait = False, None
+        record_prefill(f"{len(sizes)} parts")
+        return splitting.joined(prompt, outputs)
+
+
+def cut(tokens: int, shares: Sequence[int]) -> list[int]:
+    """How many of `tokens` each part gets.
+
+    Raises:
+        Refused: fewer tokens than parts.
+
+    >>> cut(1000, (1, 1)), cut(10, (1, 2, 1))
+    ([500, 500], [2, 6, 2])
+    """
+    if tokens < len(shares):
+        raise splitting.Refused("fewer tokens than parts")
+    edges = [tokens * sum(shares[:n]) // sum(shares) for n in range(len(shares) + 1)]
+    # A small share may come to nothing.
+    for n in range(1, len(edges)):
+        edges[n] = min(max(edges[n], edges[n - 1] + 1), tokens - len(shares) + n)
+    return [end - start for start, end in zip(edges, edges[1:], strict=False)]
