@@ -1,6 +1,7 @@
 """Prompts in parts on real ranks: the answers of unsplit ones, whatever the model, the cache and the mask."""
 
 import gc
+import math
 from pathlib import Path
 
 import pytest
@@ -230,8 +231,8 @@ def codecs_and_handles():
             with pytest.raises(ValueError, match="compressed already"):
                 prefill(model, codec="int4g128").__enter__()
         assert promises.same(model(ids(), use_cache=False).logits, want)
-    for parts in (1, 0, "two", (1,), (1, 0)):
-        with pytest.raises(ValueError, match="give 'auto', a number of 2 or more, or a positive share for each part"):
+    for parts in (0, -1, "two", (), (1, 0)):
+        with pytest.raises(ValueError, match="give 'auto', a number of 1 or more, or a positive share for each part"):
             wrap(model, parts)
     assert dist.all_reduce is plain
 
@@ -275,12 +276,14 @@ def refusals():
             model(ids())
             model.eval()
             model(ids(2, 1))
-            overlap.parts = 40
-            model(ids(1, 30))
+            for parts in (40, 1):
+                overlap.parts = parts
+                model(ids(1, 30))
     assert flashcomm.stats()["prefills"] == {
         "in one piece: gradients are on": 1,
         "in one piece: the model is in training mode": 1,
         "in one piece: fewer tokens than parts": 1,
+        "in one piece: asked for": 1,
     }
     with pytest.raises(ValueError, match="a MambaForCausalLM cannot be split: its decoder keeps no cache"):
         wrap(hf.MambaForCausalLM(hf.MambaConfig(hidden_size=8, num_hidden_layers=1, vocab_size=8)))
@@ -339,13 +342,59 @@ def nested_use():
     assert promises.same(model(ids(), use_cache=False).logits, want)
 
 
+@torch.inference_mode()
+def planned():
+    """The first long prompt is measured, later ones follow the plan; all ranks alike, whatever they run."""
+    from flashcomm.planner.overlap import Line, Profile
+
+    model = loaded()
+    with compressed(model, "fp32", algorithm="two_step"):
+        want = {tokens: model(ids(1, tokens), use_cache=False).logits for tokens in (100, 200, 400, 1000)}
+        flashcomm.reset_stats()
+        with prefill(model) as overlap:
+            for tokens in (100, 200, 400, 1000):
+                got = model(ids(1, tokens), use_cache=False).logits
+                assert (got - want[tokens]).abs().max() < NOISE * want[tokens].abs().max()
+            (key,) = overlap.profiles
+            assert key == ("fp32", "two_step")
+            stats = flashcomm.stats()
+            assert list(stats["prefills"])[:3] == [
+                "in one piece: fewer than 128 tokens",
+                "in one piece: nothing measured yet, and fewer than 256 tokens",
+                "3 parts one after the other, to measure them",
+            ]
+            (times,) = stats["prefill_ms"].values()
+            assert min(times.values()) > 0
+            assert len(promises.everyone(overlap.profiles[key])) == dist.get_world_size()
+            assert len(set(promises.everyone(overlap.profiles[key]))) == 1
+            segments = overlap.profiles[key].segments
+            assert len(segments) == 18
+            assert segments[1] == segments[3] != segments[2] == segments[4]
+            slow = Profile(segments=(Line(token_s=1e-6),) * 18, sum=Line(token_s=1e-6))
+            for link, how in ((1.0, "2 parts"), (1e-3, "in one piece: parts would not be faster")):
+                overlap.profiles[key] = Profile(segments=slow.segments, sum=Line(token_s=1e-6 * link))
+                flashcomm.reset_stats()
+                got = model(ids(1, 1000), use_cache=False).logits
+                assert flashcomm.stats()["prefills"] == {how: 1}
+                assert math.isclose(
+                    flashcomm.stats()["prefill_ms"][how]["predicted"], 18.0 if link < 1 else 18.5, rel_tol=0.05
+                )
+                assert (got - want[1000]).abs().max() < NOISE * want[1000].abs().max()
+            # Another codec costs something else.
+            overlap.compression.codec = flashcomm.codec("int8g128")
+            model(ids(1, 400), use_cache=False)
+            assert list(overlap.profiles) == [key, ("int8g128", "two_step")]
+
+
 @both
 @pytest.mark.parametrize("cache", [None, "static"])
 def test_generated_tokens_are_the_same(release, cache):
     release().run(generates, cache, 6)
 
 
-@pytest.mark.parametrize("function", [codecs_and_handles, refusals, nested_use, conversation], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [codecs_and_handles, refusals, nested_use, conversation, planned], ids=lambda f: f.__name__
+)
 def test_on_ranks(function):
     newest().run(function)
 

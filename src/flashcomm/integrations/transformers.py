@@ -3,9 +3,9 @@
     with flashcomm.integrations.transformers.compressed(model, "int8g128"):
         model.generate(...)
 
-How: each module that reduces is marked, per thread and greenlet, while it runs; a summing `torch.distributed.all_reduce` over the
-model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest (biases are
-added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
+How: each module that reduces is marked, per thread or greenlet, while it runs; a summing `torch.distributed.all_reduce`
+over the model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest
+(biases are added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
 
 Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
 is read from the loaded model, not from a version:
@@ -162,8 +162,9 @@ class Compression:
     """What calibrated codecs are bound with."""
     group: dist.ProcessGroup
     """The ranks over which the model is tensor parallel."""
-    wait: "Callable[[Any], torch.Tensor] | None"
-    """Sums are started, and their `flashcomm.Work` given to this, which returns the sum; None to make them in place."""
+    wait: "Callable[[Callable[[], Any], str], torch.Tensor] | None"
+    """Given what starts a sum and returns its `flashcomm.Work`, and the module's name, returns the sum; None if sums
+    are simply made."""
 
     def __init__(
         self,
@@ -250,7 +251,7 @@ class Compression:
         options = {"algorithm": self.algorithm, **self._options}
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
         reduce = functools.partial(collectives.all_reduce, x, self._codec_of(name), self.group, out=out, **options)
-        result = self.wait(reduce(async_op=True)) if self.wait else reduce()
+        result = self.wait(functools.partial(reduce, async_op=True), name) if self.wait else reduce()
         assert isinstance(result, torch.Tensor)
         if self._observe and part is not None:
             self._observe(name, part, result.reshape(part.shape))

@@ -14,18 +14,26 @@ Source: ISO (arXiv 2409.11155); the turns at the sums, and views of one cache, a
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from flashcomm.codecs import Codec
 from flashcomm.collectives.stats import record_prefill
-from flashcomm.integrations.transformers import compress, compression_of
+from flashcomm.integrations.transformers import Compression, compress, compression_of
 from flashcomm.overlap import splitting, turns
+from flashcomm.overlap.measuring import SHARES, Stopwatch, profile_of
+from flashcomm.planner.overlap import MIN_TOKENS, Profile, Split, choose
 
 __all__ = ["Overlap", "prefill", "wrap"]
 
 _overlaps: "list[Overlap]" = []
+_MEASURE_TOKENS = 2 * MIN_TOKENS
+"""A shorter prompt says too little about longer ones."""
 
 
 @contextmanager
@@ -34,13 +42,14 @@ def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str 
 
     Args:
         model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
-        parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times that it takes of the first prompt; or a number
-            of parts of about as many tokens each; or shares of the tokens, such as ``(3, 2)``.
+        parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times taken of the first prompt of 256 tokens or
+            more, whose parts run one after the other; or a number of parts of about as many tokens each, 1 for none; or
+            shares of the tokens, such as ``(3, 2)``.
         codec: wire format of the sums; None for that in which `model` is compressed already, or plain if it is not.
 
     Raises:
-        ValueError: a model whose prompts cannot be split, that is not tensor parallel, or that is overlapped already, or
-            has a codec already where one is given.
+        ValueError: a model whose prompts cannot be split, that is not tensor parallel, or that is overlapped already,
+            or has a codec already where one is given.
 
     Example::
 
@@ -64,15 +73,22 @@ def wrap(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | C
 class Overlap:
     """A model whose prefill overlaps; made by `prefill` and `wrap`."""
 
+    compression: Compression
+    """Of the model; its ``codec`` and ``algorithm`` may be assigned to between prompts, on all ranks alike."""
+    profiles: "dict[tuple[str, str], Profile]"
+    """What was measured, by codec and algorithm; without an entry the next prompt is measured."""
+
     def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | None):
         self.parts = parts
         self._decoder = splitting.decoder_of(model)
         if any(overlap._decoder is self._decoder for overlap in _overlaps):
             raise ValueError("this model's prefill is overlapped already: undo() that first")
-        self.compression = compression_of(model)
-        self._owned = None
-        if codec is not None or self.compression is None:
-            self.compression = self._owned = compress(model, codec or "none")
+        existing = compression_of(model)
+        owned = compress(model, codec or "none") if codec is not None or existing is None else None
+        self._owned = owned
+        self.compression = owned or existing  # pyright: ignore[reportAttributeAccessIssue]
+        self.profiles = {}
+        self._running = False
         self._inner = inner = self._decoder.forward
         self._replaces = "forward" in vars(self._decoder)
 
@@ -81,19 +97,18 @@ class Overlap:
             return self._forward(*args, **kwargs)
 
         self._decoder.forward = forward
-        self._running = False
         _overlaps.append(self)
 
     @property
     def parts(self) -> "str | tuple[int, ...]":
-        """As for `prefill`; may be assigned to between prompts, on all ranks alike."""
+        """As for `prefill`, a number as so many equal shares; may be assigned to like ``compression.codec``."""
         return self._parts
 
     @parts.setter
     def parts(self, parts: "int | str | Sequence[int]"):
         shares = (1,) * parts if isinstance(parts, int) else parts
-        if shares != "auto" and (isinstance(shares, str) or len(shares) < 2 or min(shares) < 1):
-            raise ValueError(f"parts={parts!r}: give 'auto', a number of 2 or more, or a positive share for each part")
+        if shares != "auto" and (isinstance(shares, str) or not shares or min(shares) < 1):
+            raise ValueError(f"parts={parts!r}: give 'auto', a number of 1 or more, or a positive share for each part")
         self._parts = shares if isinstance(shares, str) else tuple(shares)
 
     def undo(self):
@@ -110,8 +125,8 @@ class Overlap:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._running:
             raise RuntimeError(
-                "this model is in the middle of an overlapped prefill: neither a hook nor another thread can use it before "
-                "that is done"
+                "this model is in the middle of an overlapped prefill: neither a hook nor another thread can use it "
+                "before that is done"
             )
         arguments = splitting.bind(self._inner, args, kwargs)
         tokens = arguments.get("input_ids")
@@ -120,21 +135,71 @@ class Overlap:
             return self._inner(*args, **kwargs)
         try:
             prompt = splitting.prompt_of(self._decoder, arguments)
-            sizes = cut(prompt.tokens, self.parts)
+            split = self._split_of(prompt)
         except splitting.Refused as why:
             record_prefill(f"in one piece: {why}")
             return self._inner(*args, **kwargs)
-        return self._split(prompt, sizes)
+        if split is None:
+            return self._measured(prompt)
+        start = time.perf_counter()
+        if len(split.sizes) == 1:
+            how, output = "in one piece: parts would not be faster", self._inner(*args, **kwargs)
+        else:
+            how, output = f"{len(split.sizes)} parts", self._in_turns(prompt, split.sizes)
+        # On a GPU the host is done long before.
+        seconds = time.perf_counter() - start if prompt.device.type == "cpu" else None
+        record_prefill(how, split.seconds, seconds)
+        return output
 
-    def _split(self, prompt: splitting.Prompt, sizes: Sequence[int]) -> Any:
-        calls = [functools.partial(self._inner, **part) for part in splitting.arguments_of_parts(prompt, sizes)]
-        self._running, self.compression.wait = True, turns.wait
+    def _split_of(self, prompt: splitting.Prompt) -> Split | None:
+        """How to run a prompt, or None to measure it; the same on every rank."""
+        if len(self.parts) == 1:
+            raise splitting.Refused("asked for")
+        if not isinstance(self.parts, str):
+            return Split(sizes=tuple(cut(prompt.tokens, self.parts)))
+        if prompt.tokens < MIN_TOKENS:
+            raise splitting.Refused(f"fewer than {MIN_TOKENS} tokens")
+        profile = self.profiles.get(self._key)
+        if profile is not None:
+            return choose(profile, prompt.tokens, prompt.rows, prompt.before)
+        if prompt.tokens < _MEASURE_TOKENS:
+            raise splitting.Refused(f"nothing measured yet, and fewer than {_MEASURE_TOKENS} tokens")
+        return None
+
+    @property
+    def _key(self) -> tuple[str, str]:
+        return str(self.compression.codec), self.compression.algorithm
+
+    def _in_turns(self, prompt: splitting.Prompt, sizes: Sequence[int]) -> Any:
+        with self._waiting(lambda start, name: turns.wait(start())):
+            return splitting.joined(prompt, turns.run(self._calls(prompt, sizes)))
+
+    def _measured(self, prompt: splitting.Prompt) -> Any:
+        """Run a prompt's parts one after the other, and keep what they cost."""
+        sizes, watch = cut(prompt.tokens, SHARES), Stopwatch(prompt.device)
+        outputs, times = [], []
+        with self._waiting(watch.wait):
+            for call in self._calls(prompt, sizes):
+                outputs.append(call())
+                times.append(watch.part())
+        names = watch.names[: len(times[0].sums)]
+        self.profiles[self._key] = profile_of(
+            times, names, sizes, prompt.rows, prompt.before, prompt.skips, self.compression.group
+        )
+        record_prefill(f"{len(SHARES)} parts one after the other, to measure them")
+        return splitting.joined(prompt, outputs)
+
+    def _calls(self, prompt: splitting.Prompt, sizes: Sequence[int]) -> list[Callable[[], Any]]:
+        return [functools.partial(self._inner, **part) for part in splitting.arguments_of_parts(prompt, sizes)]
+
+    @contextmanager
+    def _waiting(self, wait: Callable[[Callable[[], Any], str], torch.Tensor]):
+        """Have the sums of the model made by `wait`."""
+        self._running, self.compression.wait = True, wait
         try:
-            outputs = turns.run(calls)
+            yield
         finally:
             self._running, self.compression.wait = False, None
-        record_prefill(f"{len(sizes)} parts")
-        return splitting.joined(prompt, outputs)
 
 
 def cut(tokens: int, shares: Sequence[int]) -> list[int]:
@@ -152,4 +217,4 @@ def cut(tokens: int, shares: Sequence[int]) -> list[int]:
     # A small share may come to nothing.
     for n in range(1, len(edges)):
         edges[n] = min(max(edges[n], edges[n - 1] + 1), tokens - len(shares) + n)
-    return [end - start for start, end in zip(edges, edges[1:], strict=False)]
+    return [end - start for start, end in itertools.pairwise(edges)]

@@ -23,7 +23,7 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """This prompt cannot be split; the message says why, in words that do not differ from prompt to prompt."""
 
 
@@ -39,6 +39,9 @@ class Prompt(NamedTuple):
     tokens: int
     before: int
     """Tokens that the cache holds already."""
+    skips: str
+    """Whose attention leaves out keys, as `flashcomm.planner.overlap.Profile` has it."""
+    device: torch.device
 
 
 def decoder_of(model: Any) -> Any:
@@ -141,10 +144,14 @@ def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
         fits = isinstance(one, torch.Tensor) and (
             one.shape == (rows, before + length) if one.ndim == 2 else one.ndim == 4 and one.shape[2] == length
         )
-        mixed = not isinstance(mask, dict) and one.ndim == 4 and len({layer.is_sliding for layer in cache.layers}) > 1
+        # One mask of columns cannot be cut for layers that keep different keys.
+        mixed = one is mask and one.ndim == 4 and len(set(map(_slides, cache.layers))) > 1
         if not fits or mixed:
             raise Refused("an attention mask of an unknown kind")
-    return Prompt(given, cache, keeps_cache, rows, length, before)
+    # Where sdpa makes no mask, it leaves out what follows a token; a later part always needs one.
+    sdpa = "none" if isinstance(mask, dict) or (mask is not None and mask.ndim == 4) else "first"
+    skips = {"eager": "none", "sdpa": sdpa}.get(config._attn_implementation, "all")
+    return Prompt(given, cache, keeps_cache, rows, length, before, skips, tokens.device)
 
 
 _CUT = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "attention_mask")
@@ -209,12 +216,16 @@ def _cut_mask(prompt: Prompt, first: Any, view: Any, start: int, size: int) -> A
     mask = prompt.arguments["attention_mask"]
     if not isinstance(mask, dict):
         return _cut_one(prompt, mask, first, view, start, size, 0)
-    slides = [layer.is_sliding for layer in prompt.cache.layers]
+    slides = list(map(_slides, prompt.cache.layers))
     return {
         kind: _cut_one(prompt, one, first, view, start, size, slides.index(kind == "sliding_attention"))
         for kind, one in mask.items()
         if (kind == "sliding_attention") in slides
     }
+
+
+def _slides(layer: Any) -> bool:
+    return layer.is_sliding
 
 
 def _cut_one(prompt: Prompt, mask: torch.Tensor, first: Any, view: Any, start: int, size: int, layer: int):
@@ -254,9 +265,9 @@ def _advanced(layer: Any, tokens: int, prompt: Prompt) -> Any:
         elif isinstance(value, torch.Tensor):
             setattr(small, name, value.clone())
     if tokens:
-        device = prompt.arguments.get("input_ids", prompt.arguments.get("inputs_embeds")).device
-        ones = torch.ones(1, 1, tokens, 1, dtype=small.keys.dtype if small.is_initialized else None, device=device)
-        positions = torch.arange(prompt.before, prompt.before + tokens, device=device)
+        dtype = small.keys.dtype if small.is_initialized else None
+        ones = torch.ones(1, 1, tokens, 1, dtype=dtype, device=prompt.device)
+        positions = torch.arange(prompt.before, prompt.before + tokens, device=prompt.device)
         # Older releases want the positions, later ones ignore them.
         small.update(ones, ones, {"cache_position": positions})
     return small

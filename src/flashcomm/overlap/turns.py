@@ -1,8 +1,8 @@
 """Functions of one thread that take turns: who waits for a transfer lets the next one compute.
 
-A function runs, as a greenlet, up to its first `wait`; then the next one runs up to its own, and so on round. Whoever is
-resumed waits for the transfer that it started, which had all the others' turns to arrive. The order follows from the
-program alone, so all ranks start their collectives in the same order.
+A function runs, as a greenlet, up to its first `wait`; then the next one runs up to its own, and so on round. Whoever
+is resumed waits for the transfer that it started, which had all the others' turns to arrive. The order follows from
+the program alone, so all ranks start their collectives in the same order.
 
 Hazard: greenlets share what belongs to the thread, such as torch's modes. What differs between functions must be a
 `contextvars.ContextVar`, of which each has its own.
@@ -29,7 +29,11 @@ class Transfer(Protocol):
 
 
 def wait(transfer: Transfer) -> Any:
-    """The result of `transfer`; in a function that `run` runs, the others have their turns first."""
+    """The result of `transfer`; in a function that `run` runs, the others have their turns first.
+
+    Raises:
+        Exception: what ``transfer.wait()`` raises.
+    """
     if _taking_turns.get():
         parent = greenlet.getcurrent().parent
         assert parent is not None
