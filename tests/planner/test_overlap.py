@@ -51,7 +51,9 @@ def test_turns_are_walked_through_as_they_are_taken():
     one = profile(token_s=3e-6, sum_s=2e-6, pair_s=2e-9, fixed_s=1e-4)
     sizes = (300, 200, 400)
     starts = (0, 300, 500)
-    segments = [[line.seconds(n, pairs(n, s, "first")) for n, s in zip(sizes, starts, strict=True)] for line in one.segments]
+    segments = [
+        [line.seconds(n, pairs(n, s, "first")) for n, s in zip(sizes, starts, strict=True)] for line in one.segments
+    ]
     transfers = [[one.sum.seconds(n) for n in sizes]] * (len(segments) - 1)
     assert math.isclose(one.seconds(sizes), walked(segments, transfers, 3))
 

@@ -52,20 +52,22 @@ class Work:
         if self._event is not None:
             torch.cuda.current_stream(self._out.device).wait_event(self._event)
         if self._plain is not None:
-            # The backend's handle must not be waited for twice.
-            (work, failure), self._plain = self._plain, None
+            work, failure = self._plain
             try:
                 work.wait()
             except RuntimeError as error:
                 raise failure(error) from error
+            # The backend's handle must not be waited for twice.
+            self._plain = None
         return self._out
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
         if self._event is not None:
             return self._event.query()
-        if self._plain is not None:
-            return self._plain[0].is_completed()
+        # Another thread may be waiting.
+        if (plain := self._plain) is not None:
+            return plain[0].is_completed()
         return self._future is None or self._future.done()
 
 

@@ -78,8 +78,14 @@ class Overlap:
     profiles: "dict[tuple[str, str], Profile]"
     """What was measured, by codec and algorithm; without an entry the next prompt is measured."""
 
+    last_split: Split | None
+    """How the latest prompt was cut, and what the planner expected; None if it was not planned."""
+    wait: Callable[[Callable[[], Any], str], torch.Tensor]
+    """How sums are made while parts take turns, as `Compression.wait` has it; replaced by who wants to watch."""
+
     def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | None):
-        self.parts = parts
+        self.parts, self.last_split = parts, None
+        self.wait = lambda start, name: turns.wait(start())
         self._decoder = splitting.decoder_of(model)
         if any(overlap._decoder is self._decoder for overlap in _overlaps):
             raise ValueError("this model's prefill is overlapped already: undo() that first")
@@ -133,9 +139,10 @@ class Overlap:
         tokens = arguments.get("inputs_embeds") if tokens is None else tokens
         if tokens is not None and tokens.shape[1] == 1:
             return self._inner(*args, **kwargs)
+        self.last_split = None
         try:
             prompt = splitting.prompt_of(self._decoder, arguments)
-            split = self._split_of(prompt)
+            self.last_split = split = self._split_of(prompt)
         except splitting.Refused as why:
             record_prefill(f"in one piece: {why}")
             return self._inner(*args, **kwargs)
@@ -171,7 +178,7 @@ class Overlap:
         return str(self.compression.codec), self.compression.algorithm
 
     def _in_turns(self, prompt: splitting.Prompt, sizes: Sequence[int]) -> Any:
-        with self._waiting(lambda start, name: turns.wait(start())):
+        with self._waiting(self.wait):
             return splitting.joined(prompt, turns.run(self._calls(prompt, sizes)))
 
     def _measured(self, prompt: splitting.Prompt) -> Any:

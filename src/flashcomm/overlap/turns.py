@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import greenlet
 
-_taking_turns = contextvars.ContextVar("taking_turns", default=False)
+_part: "contextvars.ContextVar[int | None]" = contextvars.ContextVar("part", default=None)
 
 
 class Transfer(Protocol):
@@ -28,13 +28,18 @@ class Transfer(Protocol):
         """The result, once it is there."""
 
 
+def part() -> int | None:
+    """The number, from 0, of the function that has its turn; None outside of `run`."""
+    return _part.get()
+
+
 def wait(transfer: Transfer) -> Any:
     """The result of `transfer`; in a function that `run` runs, the others have their turns first.
 
     Raises:
         Exception: what ``transfer.wait()`` raises.
     """
-    if _taking_turns.get():
+    if part() is not None:
         parent = greenlet.getcurrent().parent
         assert parent is not None
         parent.switch(transfer)
@@ -68,31 +73,31 @@ def run(functions: Sequence[Callable[[], Any]]) -> list:
     b 2
     [None, None]
     """
-    if _taking_turns.get():
+    if part() is not None:
         raise RuntimeError("parts of a prompt take turns already: a part cannot be split once more")
     results: list = [None] * len(functions)
     line: deque[tuple[int, greenlet.greenlet, Transfer | None]] = deque()
     for number, function in enumerate(functions):
-        part = greenlet.greenlet(function)
-        part.gr_context = contextvars.copy_context()
-        part.gr_context.run(_taking_turns.set, True)
-        line.append((number, part, None))
+        runner = greenlet.greenlet(function)
+        runner.gr_context = contextvars.copy_context()
+        runner.gr_context.run(_part.set, number)
+        line.append((number, runner, None))
     try:
         while line:
-            number, part, _ = line.popleft()
-            outcome = part.switch()
-            if part.dead:
+            number, runner, _ = line.popleft()
+            outcome = runner.switch()
+            if runner.dead:
                 results[number] = outcome
             else:
-                line.append((number, part, outcome))
+                line.append((number, runner, outcome))
     except BaseException:
         # Of several errors the first is the cause.
-        for _, part, transfer in line:
+        for _, runner, transfer in line:
             if transfer is not None:
                 with suppress(Exception):
                     transfer.wait()
-            while not part.dead:
+            while not runner.dead:
                 with suppress(Exception):
-                    part.throw(greenlet.GreenletExit)
+                    runner.throw(greenlet.GreenletExit)
         raise
     return results
