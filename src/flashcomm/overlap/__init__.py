@@ -216,7 +216,7 @@ def cut(tokens: int, shares: Sequence[int]) -> list[int]:
         Refused: fewer tokens than parts.
 
     >>> cut(1000, (1, 1)), cut(10, (1, 2, 1))
-    ([500, 500], [2, 6, 2])
+    ([500, 500], [2, 5, 3])
     """
     if tokens < len(shares):
         raise splitting.Refused("fewer tokens than parts")

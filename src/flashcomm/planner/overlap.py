@@ -14,6 +14,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -139,6 +140,7 @@ def pairs(tokens: int, before: int, skips: str) -> float:
     return tokens * (before + tokens) - (tokens * tokens / 2 if skipped else 0.0)
 
 
+@lru_cache(maxsize=1024)
 def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Split:
     """The fastest way to run a prompt; in one piece unless parts win by `MARGIN`.
 
@@ -156,6 +158,9 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
     """
     whole = profile.seconds((tokens,), rows, before)
     best, least = (tokens,), MARGIN * whole
+    if max(profile.compute_s(tokens, rows, before), profile.communication_s(tokens, rows)) > least:
+        # Not even perfect overlap would win.
+        return Split(sizes=best, seconds=whole, whole_s=whole)
     for count in range(2, MOST_PARTS + 1):
         for ratio in _RATIOS:
             sizes = _geometric(tokens, count, ratio)
