@@ -100,6 +100,12 @@ def test_version_and_help():
             "--mpi compares ranks of this machine without a slow link",
         ),
         (("bench", "all_to_all", "--plot", "out.txt"), "--plot 'out.txt': give a file that ends in .png, .svg or .pdf"),
+        (("bench", "ttft"), "give a model directory, or --config with one of llama-160m, llama-1b"),
+        (("bench", "ttft", "demo", "--config", "llama-1b"), "give a model directory, or --config"),
+        (("bench", "ttft", "--config", "llama-7b"), "unknown --config 'llama-7b'. Allowed: llama-160m, llama-1b"),
+        (("bench", "ttft", "demo", "--tokens", "1k"), "--tokens '1k': give lengths of 256 or more"),
+        (("bench", "ttft", "demo", "--tp", "3"), "--tp 3 does not divide the 8 attention heads"),
+        (("bench", "ttft", "demo", "--plot", "out"), "--plot 'out': give a file that ends in .png, .svg or .pdf"),
     ],
 )
 def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message):
@@ -255,6 +261,36 @@ def test_demo(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_demo_shows_how_prompts_overlap(tmp_path):
+    options = ("--codecs", "int8g128", "--tokens", 1024, "--repeats", 1, "--new-tokens", 1, "--out", tmp_path)
+    done = run("demo", "--overlap", *options)
+    assert done.returncode == 0, done.stderr
+    assert "overlapped: the parts of the prompt take turns" in done.stdout
+    for row in json.loads((tmp_path / "report.json").read_text())["rows"]:
+        assert sum(map(int, row["parts"].split("+"))) == 1024
+        assert min(row["predicted_ms"], row["overlapped_ms"]) > 0
+        assert row["parts"] in (tmp_path / "report.html").read_text()
+
+
+def test_bench_ttft(tmp_path):
+    options = ("--tokens", 320, "--repeats", 1, "--codecs", "int8g128", "--json", tmp_path / "t.json")
+    done = run("bench", "ttft", "demo", *options, "--plot", tmp_path / "plots" / "t.png")
+    assert done.returncode == 0, done.stderr
+    assert "demo, 320 tokens, bfloat16, 2 ranks on this machine" in done.stdout
+    rows = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [(row["codec"], row["overlap"]) for row in rows] == [
+        ("none", False), ("none", True), ("int8g128", False), ("int8g128", True),
+    ]  # fmt: skip
+    for row in rows:
+        assert sum(map(int, row["parts"].split("+"))) == 320
+        assert row["bound_ms"] >= max(row["communication_ms"], row["compute_ms"])
+        assert row["bound_ms"] < row["communication_ms"] + row["compute_ms"]
+        assert row["same_token"]
+        assert (row["predicted_ms"] is not None) == row["overlap"]
+    assert rows[0]["speedup"] == 1
+    assert (tmp_path / "plots" / "t.png").stat().st_size > 1000
 
 
 @pytest.fixture

@@ -78,6 +78,9 @@ def demo(
     dtype: Dtype = "bfloat16",
     rate: Rate = None,
     ranks_per_host: RanksPerHost = 1,
+    overlap: Annotated[
+        bool, typer.Option("--overlap", help="Also the time to first token while parts of the prompt take turns.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.json.", file_okay=False)] = Path(
         "flashcomm-demo"
     ),
@@ -93,7 +96,7 @@ def demo(
     _need("matplotlib", "plot")
     _warm_up(specs)
     _check_algorithm(algorithm, specs, tp)
-    arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype)
+    arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype, overlap)
     from flashcomm.demo import measure, report
 
     _err.print(f"loading the model on {tp} ranks ...", style="dim")
@@ -121,6 +124,8 @@ def demo(
             f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else "[red]NO[/red]",
         )  # fmt: skip
     _out.print(table)
+    if overlap:
+        _print_overlap(rows)
     _out.print(report.link(facts), style="dim", highlight=False, soft_wrap=True)
     for text, writers in report.by_text(rows).items():
         _out.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
@@ -133,6 +138,18 @@ def demo(
     _out.print(f"\nReport with plots: {out / 'report.html'}", highlight=False)
     if not all(row.ranks_identical for row in rows):
         _fail("ranks ended with different bits: please report this as a bug")
+
+
+def _print_overlap(rows: list):
+    table = _table("overlapped: the parts of the prompt take turns; predicted: by the planner, for the decoder alone")
+    for name in ("codec", "parts"):
+        table.add_column(name, no_wrap=True)
+    for name in ("TTFT\nms", "overlapped\nms", "predicted\nms", "vs\nplain"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        figures = _figure(row.ttft_ms), _figure(row.overlapped_ms), _figure(row.predicted_ms)
+        table.add_row(row.codec, row.parts, *figures, f"{row.overlapped_vs_plain:.2f}x")
+    _out.print(table)
 
 
 @app.command()
@@ -351,10 +368,8 @@ def _bench_collective(op: str):
             if name not in _algorithms(op):
                 _fail(f"unknown algorithm {name!r}. Allowed: {', '.join(_algorithms(op))} (plain is always measured)")
         _check_dtype(dtype)
-        if plot and plot.suffix not in (".png", ".svg", ".pdf"):
-            _fail(f"--plot {str(plot)!r}: give a file that ends in .png, .svg or .pdf")
         if plot:
-            _need("matplotlib", "plot")
+            _check_plot(plot)
         if mpi and (rate or launch.joined()):
             _fail("--mpi compares ranks of this machine without a slow link: leave out --rate, and torchrun")
         if mpi and (reason := open_mpi.unavailable()):
@@ -393,6 +408,96 @@ def _algorithms(op: str) -> tuple[str, ...]:
 
 for _op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
     bench_app.command(_op)(_bench_collective(_op))
+
+
+@bench_app.command("ttft")
+def bench_ttft(
+    model: Annotated[
+        Path | None, typer.Argument(help="A Hugging Face model directory, or 'demo' for the bundled model.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option(help="Instead of a model: llama-160m or llama-1b, made with random weights.")
+    ] = None,
+    tp: Ranks = 2,
+    codecs: Annotated[
+        str, typer.Option(help="Comma-separated codecs; plain is always measured.")
+    ] = "int8g128,int4g128",
+    tokens: Annotated[str, typer.Option(help="Comma-separated lengths of the prompt, 256 or more.")] = "1024",
+    repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
+    dtype: Dtype = "bfloat16",
+    rate: Rate = None,
+    ranks_per_host: RanksPerHost = 1,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw who computed and who sent to this file, such as out.png.", dir_okay=False)
+    ] = None,
+    json_file: Json = None,
+):
+    """Time to first token: plain, compressed, overlapped and both, against max(compute, communication)."""
+    import torch
+
+    from flashcomm.bench import launch, ttft
+    from flashcomm.demo import MODEL
+
+    _need("transformers", "transformers")
+    specs = _codec_list(codecs, plain_first=True)
+    lengths = [_tokens(text) for text in tokens.split(",")]
+    _check_dtype(dtype)
+    if (model is None) == (config is None):
+        _fail(f"give a model directory, or --config with one of {', '.join(ttft.CONFIGS)}")
+    if config is not None and config not in ttft.CONFIGS:
+        _fail(f"unknown --config {config!r}. Allowed: {', '.join(ttft.CONFIGS)}")
+    if plot:
+        _check_plot(plot)
+    _checked_lab(tp, rate, ranks_per_host)
+    with ExitStack() as stack:
+        if config is not None:
+            with _err.status(f"making a {config} with random weights"):
+                directory = stack.enter_context(ttft.random_model(config, getattr(torch, dtype)))
+        else:
+            directory = MODEL if str(model) == "demo" else model
+        assert directory is not None
+        _model_directory(directory, tp, least_ranks=2)
+        _warm_up(specs)
+        arguments = (directory, config or str(model), specs, lengths, repeats, getattr(torch, dtype))
+        lab = stack.enter_context(_lab(tp, rate, ranks_per_host))
+        with _err.status(f"measuring on {tp} ranks"):
+            rows, timelines = launch.run(ttft.rank_main, arguments, ranks=tp, lab=lab)[0]
+    for _, group in groupby(rows, key=lambda row: row.tokens):
+        _print_ttft(list(group))
+    if plot:
+        from flashcomm.bench import timeline
+
+        plot.parent.mkdir(parents=True, exist_ok=True)
+        first = rows[0]
+        title = f"{first.model}, {first.tokens:,} tokens, {first.dtype}, {tp} ranks, link {first.link}"
+        timeline.draw(timelines, title, plot)
+    _write_rows(json_file, "ttft", rows)
+
+
+def _print_ttft(rows: list):
+    first = rows[0]
+    where = "on this machine" if first.link == "local" else f"on links of {first.link}"
+    table = _table(
+        f"{first.model}, {first.tokens:,} tokens, {first.dtype}, {first.ranks} ranks {where}; "
+        f"compute {first.compute_ms:.0f} ms"
+    )
+    for name in ("codec", "parts"):
+        table.add_column(name, no_wrap=True)
+    for name in ("TTFT\nms", "p20", "p80", "x plain", "predicted\nms", "sums\nms", "bound\nms", "% of\nbound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("same\ntoken")
+    for row in rows:
+        figures = (
+            row.p50_ms, row.p20_ms, row.p80_ms, row.speedup, row.predicted_ms, row.communication_ms, row.bound_ms,
+            100 * row.bound_share,
+        )  # fmt: skip
+        what = f"overlapped, {row.parts}" if row.overlap else "in one piece"
+        table.add_row(row.codec, what, *map(_figure, figures), "yes" if row.same_token else "no")
+    _out.print(table)
+    _out.print(
+        "bound: max(compute, sums), and what cannot overlap. predicted: by the planner, for the decoder alone.",
+        style="dim", highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 @app.command()
@@ -693,6 +798,18 @@ def _number(text: str, option: str) -> int:
     if not text.strip().isdigit() or int(text) < 2:
         _fail(f"{option} {text!r}: give numbers of ranks of 2 or more, such as 2,4")
     return int(text)
+
+
+def _tokens(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 256:
+        _fail(f"--tokens {text!r}: give lengths of 256 or more, such as 1024,2048")
+    return int(text)
+
+
+def _check_plot(path: Path):
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        _fail(f"--plot {str(path)!r}: give a file that ends in .png, .svg or .pdf")
+    _need("matplotlib", "plot")
 
 
 def _size(text: str) -> int:

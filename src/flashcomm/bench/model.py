@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm.bench.timing import Times, interleaved
 from flashcomm.integrations.transformers import Compression
+from flashcomm.overlap import Overlap
+from flashcomm.planner.overlap import Split
 
 
 def check_directory(directory: Path, ranks: int):
@@ -39,15 +42,21 @@ def check_directory(directory: Path, ranks: int):
 
 def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """(model, tokenizer) from a local directory, tensor parallel over all ranks of the default group."""
+    model = load_model(directory, dtype)
+    import transformers
+
+    return model, transformers.AutoTokenizer.from_pretrained(directory)
+
+
+def load_model(directory: Path, dtype: torch.dtype) -> Any:
+    """The model of `load`, for directories without a tokenizer too."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     plan = _tensor_parallel_argument() if dist.get_world_size() > 1 else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    return model, tokenizer
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
 
 
 def _tensor_parallel_argument() -> dict[str, Any]:
@@ -151,6 +160,21 @@ def accuracy(
     return results
 
 
+class Prefill(NamedTuple):
+    """Time to first token with one codec."""
+
+    times: Times
+    """Of the slowest rank."""
+    wire_bytes_per_token: float
+    """That one rank sends."""
+    algorithms: str
+    """That ran."""
+    overlapped: Times | None = None
+    """As `times`, with `flashcomm.overlap`."""
+    split: Split | None = None
+    """How that cut the prompt."""
+
+
 @torch.inference_mode()
 def prefill(
     model: Any,
@@ -160,35 +184,36 @@ def prefill(
     repeats: int,
     algorithm: str = "auto",
     progress: Callable[[], object] = lambda: None,
-) -> dict[str, tuple[Times, float, str]]:
-    """Time to first token of each codec, all taking turns in one run.
+    overlap: Overlap | None = None,
+) -> dict[str, Prefill]:
+    """Time to first token of each codec, all taking turns in one run; with `overlap`, of each in parts as well."""
 
-    Returns:
-        By codec: times of the slowest rank; bytes that one rank sends per prompt token; the algorithms that ran.
-    """
-
-    def first_token(spec: str):
+    def first_token(spec: str, parts: int | str = 1):
         switch(handle, spec, algorithm)
+        if overlap:
+            overlap.parts = parts
         # The host reads the token, so on a GPU the time ends when it is there.
         model(prompt[None], use_cache=True, logits_to_keep=1).logits.argmax(-1).item()
 
     prompt = prompt.to(model.device)
-    facts = {}
+    facts, splits = {}, {}
     for spec in specs:
         flashcomm.reset_stats()
         first_token(spec)
         stats = flashcomm.stats()
         algorithms = sorted({call.split("/")[1] for call in stats["calls"]})
         facts[spec] = (stats["wire_bytes"] / len(prompt), "+".join(algorithms))
-    times = interleaved(
-        {spec: lambda spec=spec: first_token(spec) for spec in specs},
-        repeats=repeats,
-        warmup=1,
-        before=dist.barrier,
-        after=dist.barrier,
-        progress=progress,
-    )
-    return {spec: (times[spec], *facts[spec]) for spec in specs}
+        if overlap:
+            first_token(spec, "auto")  # measures
+            first_token(spec, "auto")
+            splits[spec] = overlap.last_split
+    variants: dict[str, Callable[[], object]] = {spec: partial(first_token, spec) for spec in specs}
+    variants |= {f"{spec}, overlapped": partial(first_token, spec, "auto") for spec in splits}
+    times = interleaved(variants, repeats=repeats, warmup=1, before=dist.barrier, after=dist.barrier, progress=progress)
+    return {
+        spec: Prefill(times[spec], wire, ran, times.get(f"{spec}, overlapped"), splits.get(spec))
+        for spec, (wire, ran) in facts.items()
+    }
 
 
 @torch.inference_mode()

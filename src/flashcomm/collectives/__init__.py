@@ -36,8 +36,14 @@ class Work:
     Example: ``work = flashcomm.all_reduce(x, async_op=True); ...; y = work.wait()``.
     """
 
-    def __init__(self, out: torch.Tensor, future: "Future | None" = None, event: Any = None):
-        self._out, self._future, self._event = out, future, event
+    def __init__(
+        self,
+        out: torch.Tensor,
+        future: "Future | None" = None,
+        event: Any = None,
+        plain: "tuple[Any, Callable[[BaseException], Exception]] | None" = None,
+    ):
+        self._out, self._future, self._event, self._plain = out, future, event, plain
 
     def wait(self) -> torch.Tensor:
         """The result, once it is there. On CUDA the current stream waits, not the host. Raises what the call raised."""
@@ -45,12 +51,23 @@ class Work:
             self._future.result()
         if self._event is not None:
             torch.cuda.current_stream(self._out.device).wait_event(self._event)
+        if self._plain is not None:
+            work, failure = self._plain
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise failure(error) from error
+            # The backend's handle must not be waited for twice.
+            self._plain = None
         return self._out
 
     def is_completed(self) -> bool:
         """Whether `wait` would return at once."""
         if self._event is not None:
             return self._event.query()
+        # Another thread may be waiting.
+        if (plain := self._plain) is not None:
+            return plain[0].is_completed()
         return self._future is None or self._future.done()
 
 
@@ -78,7 +95,8 @@ def all_reduce(
             explains ``auto``.
         out: tensor of x's shape, dtype and device for the result; may be `x`.
         async_op: return a `Work`, whose ``wait()`` gives the result. On gloo compressed calls then run on a thread of
-            their own, on CUDA on a stream; uncompressed ones and other CPU backends finish before they return.
+            their own, on CUDA on a stream, and the plain collective wherever the backend runs it. Compressed calls over
+            other CPU backends finish before they return.
         strict: raise where ``auto`` would run uncompressed although a codec was asked for, or a codec without a kernel.
         batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
             on the size of its batch.
@@ -444,11 +462,15 @@ class _Call:
             state.abandon(f"rank {state.rank} failed in the middle of an earlier call: {error!r}")
             if not isinstance(error, RuntimeError):
                 raise
-            raise RuntimeError(
-                f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
-                "A peer that is gone, or that does not join within the group's timeout, looks like this"
-            ) from error
+            raise self.failure(state, error) from error
         self.tally.add(sent, self.plain_bytes)
+
+    def failure(self, state: GroupState, error: BaseException) -> RuntimeError:
+        """What `error` means to the caller."""
+        return RuntimeError(
+            f"{self.op} over {state.ranks} ranks failed on rank {state.rank} ({self.contract}): {error}. "
+            "A peer that is gone, or that does not join within the group's timeout, looks like this"
+        )
 
 
 def _decided(
@@ -541,6 +563,14 @@ def _run(
     if not async_op:
         call(x, state, out)
         return out
+    if (
+        call.op == "all_reduce"
+        and call.plan.algorithm == "plain"
+        and state.ranks > 1
+        and x.numel()
+        and out.is_contiguous()
+    ):
+        return _start_plain_all_reduce(call, x, state, out)
     if out.device.type == "cuda":
         stream = state.stream(out.device)
         stream.wait_stream(torch.cuda.current_stream(out.device))
@@ -563,6 +593,15 @@ def _plain_all_reduce(x: torch.Tensor, codec: Codec, state: GroupState, out: tor
         out.copy_(x)
     dist.all_reduce(out, group=state.group)
     return 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
+
+
+def _start_plain_all_reduce(call: _Call, x: torch.Tensor, state: GroupState, out: torch.Tensor) -> Work:
+    """On the backend's own thread or stream; it keeps its place among the caller's collectives."""
+    if out.data_ptr() != x.data_ptr() or out.stride() != x.stride():
+        out.copy_(x)
+    work = dist.all_reduce(out, group=state.group, async_op=True)
+    call.tally.add(call.plain_bytes, call.plain_bytes)
+    return Work(out, plain=(work, partial(call.failure, state)))
 
 
 def _plain_reduce_scatter(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:

@@ -15,6 +15,7 @@ from flashcomm.bench import model as bench
 from flashcomm.codecs import parse
 from flashcomm.demo import text
 from flashcomm.integrations.transformers import calibrate, compressed
+from flashcomm.overlap import prefill as overlapping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,13 @@ class DemoRow:
     ranks_identical: bool
     text: str
     """Greedy continuation of the prompt."""
+    parts: str | None = None
+    """Tokens of each part of the prompt, if it was overlapped."""
+    overlapped_ms: float | None = None
+    """Time to first token with overlap."""
+    overlapped_vs_plain: float | None = None
+    predicted_ms: float | None = None
+    """Of the decoder, by the planner of overlap."""
 
     def as_dict(self) -> dict:
         """The row as JSON stores it."""
@@ -50,6 +58,7 @@ def rank_main(
     new_tokens: int,
     repeats: int,
     dtype: str,
+    overlap: bool = False,
 ) -> tuple[list[DemoRow], int]:
     """Run on every rank: the rows and the number of held-out tokens. Times are those of the slowest rank."""
     model, tokenizer = bench.load(directory, getattr(torch, dtype))
@@ -64,25 +73,35 @@ def rank_main(
     with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:
         total = len(windows) * (len(specs) + 1)
         accuracy = bench.accuracy(model, handle, specs, windows, algorithm, step("accuracy", total))
-        prefill = bench.prefill(
-            model, handle, specs, windows[0], repeats, algorithm, step("time to first token", repeats + 1)
-        )
+        with overlapping(model) if overlap else nullcontext() as parts:
+            advance = step("time to first token", repeats + 1)
+            prefill = bench.prefill(model, handle, specs, windows[0], repeats, algorithm, advance, parts)
         advance = step("text", len(specs))
         rows = []
         for spec in specs:
             bench.switch(handle, spec, algorithm)
             continuation = bench.generate(model, tokenizer, prompt, new_tokens)
             advance()
-            times, wire, ran = prefill[spec]
+            first = prefill[spec]
+            plain_ms = prefill[specs[0]].times.p50_ms
+            more = {}
+            if first.overlapped and first.split:
+                more = {
+                    "parts": "+".join(map(str, first.split.sizes)),
+                    "overlapped_ms": first.overlapped.p50_ms,
+                    "overlapped_vs_plain": plain_ms / first.overlapped.p50_ms,
+                    "predicted_ms": 1e3 * first.split.seconds if first.split.seconds else None,
+                }
             rows.append(
                 DemoRow(
                     codec=spec,
-                    algorithm=ran,
+                    algorithm=first.algorithms,
                     bits_per_value=handle.codec.bits_per_value(hidden, model.dtype),
-                    wire_bytes_per_token=wire,
-                    ttft_ms=times.p50_ms,
-                    ttft_vs_plain=prefill[specs[0]][0].p50_ms / times.p50_ms,
+                    wire_bytes_per_token=first.wire_bytes_per_token,
+                    ttft_ms=first.times.p50_ms,
+                    ttft_vs_plain=plain_ms / first.times.p50_ms,
                     text=continuation,
+                    **more,
                     **accuracy[spec].as_dict(),
                 )
             )

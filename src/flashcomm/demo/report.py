@@ -52,7 +52,7 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
 <p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. Every sum is compressed
 here, also the small ones that <code>auto</code> would leave plain. <b>Bits</b> count scales
 and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b> is the median time from a prompt of
-{facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns. {html.escape(link(facts))} <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
+{facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns{", overlapped while parts of the prompt take turns" if rows[0].parts else ""}. {html.escape(link(facts))} <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
 <b>top-1</b> are teacher-forced over {facts["eval_tokens"]:,} tokens of standard-library source that the model never saw.</p>
 <div class="scroll">{_table(rows)}</div>
 <h2>At a glance</h2><div class="plots">{plots}</div>
@@ -84,16 +84,25 @@ def by_text(rows: Sequence[DemoRow]) -> dict[str, list[str]]:
 def _table(rows: Sequence[DemoRow]) -> str:
     head = (
         '<tr><th class="l">codec</th><th class="l">algorithm</th><th>bits</th><th>wire B/token</th><th>TTFT ms</th>'
-        "<th>speed</th><th>perplexity</th><th>change</th><th>KL</th><th>top-1</th><th>same bits</th></tr>"
+        "<th>speed</th>"
+        + ("<th>parts</th><th>overlapped ms</th><th>predicted ms</th><th>speed</th>" if rows[0].parts else "")
+        + "<th>perplexity</th><th>change</th><th>KL</th><th>top-1</th><th>same bits</th></tr>"
     )
     body = "".join(
         f'<tr><td><code>{html.escape(r.codec)}</code></td><td class="l">{r.algorithm}</td><td>{r.bits_per_value:.2f}</td>'
-        f"<td>{r.wire_bytes_per_token:,.0f}</td><td>{r.ttft_ms:.0f}</td><td>{r.ttft_vs_plain:.2f}x</td>"
+        f"<td>{r.wire_bytes_per_token:,.0f}</td><td>{r.ttft_ms:.0f}</td><td>{r.ttft_vs_plain:.2f}x</td>{_overlap_cells(r)}"
         f"<td>{r.perplexity:.4f}</td><td>{100 * r.perplexity_change:+.3f} %</td><td>{r.kl:.2e}</td>"
         f"<td>{100 * r.top1:.2f} %</td><td>{'yes' if r.ranks_identical else '<span class=bad>NO</span>'}</td></tr>"
         for r in rows
     )
     return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
+
+
+def _overlap_cells(row: DemoRow) -> str:
+    if row.parts is None:
+        return ""
+    cells = row.parts, f"{row.overlapped_ms:.0f}", f"{row.predicted_ms:.0f}", f"{row.overlapped_vs_plain:.2f}x"
+    return "".join(f"<td>{cell}</td>" for cell in cells)
 
 
 def _family(codec: str) -> str:

@@ -3,9 +3,9 @@
     with flashcomm.integrations.transformers.compressed(model, "int8g128"):
         model.generate(...)
 
-How: each module that reduces is marked, per thread, while it runs; a summing `torch.distributed.all_reduce` over the
-model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest (biases are
-added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
+How: each module that reduces is marked, per thread or greenlet, while it runs; a summing `torch.distributed.all_reduce`
+over the model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest
+(biases are added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
 
 Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
 is read from the loaded model, not from a version:
@@ -20,6 +20,7 @@ counted in `flashcomm.stats()`.
 ``torch.compile(model)`` works, before or after. Marked modules run between the graphs, so ``fullgraph=True`` does not.
 """
 
+import contextvars
 import functools
 import re
 import threading
@@ -43,7 +44,8 @@ _NOT_REDUCING = re.compile(
     "colwise|packed_|local|grouped_gemm|ep_router|megamoe|mla_|moe_identity|replicate|sequence_parallel|embedding_colwise"
 )
 
-_running = threading.local()
+# Entries are of one context, so threads, and greenlets that take turns on one, do not see each other's.
+_running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
 _patch_lock = threading.Lock()
 _originals: dict[str, Callable] = {}
@@ -133,7 +135,7 @@ def calibrate(
         handle._observe = observe
         for ids in batches:
             model(ids[None].to(model.device), use_cache=False)
-        group = handle._group
+        group = handle.group
     if not seen:
         raise ValueError("calibration needs at least one batch of text")
     features = {}
@@ -158,6 +160,11 @@ class Compression:
 
     calibration: Calibration | None
     """What calibrated codecs are bound with."""
+    group: dist.ProcessGroup
+    """The ranks over which the model is tensor parallel."""
+    wait: "Callable[[Callable[[], Any], str], torch.Tensor] | None"
+    """Given what starts a sum and returns its `flashcomm.Work`, and the module's name, returns the sum; None if sums
+    are simply made."""
 
     def __init__(
         self,
@@ -170,10 +177,11 @@ class Compression:
         **options: Any,
     ):
         self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
-        self._group = tensor_parallel_group(model)
+        self.group = tensor_parallel_group(model)
         self._bound: dict[tuple[Codec, str], Codec] = {}
         self._observe: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
-        if any(handle._model is model for handle in _handles):
+        self.wait = None
+        if compression_of(model):
             raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
         reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
         if modules:
@@ -220,20 +228,23 @@ class Compression:
         return lambda: setattr(module, "_compiled_call_impl", before)
 
     def _enter(self, name: str):
-        _stack().append((self, name, self.calls[name]))
+        _running.set((*_running.get(), (self, name, self.calls[name])))
 
     def _leave(self, name: str):
         # Above our entry there can be those of modules that raised before their own hook.
-        while (entry := _stack().pop())[:2] != (self, name):
-            pass
-        if self.calls[name] == entry[2]:
+        running = _running.get()
+        while running[-1][:2] != (self, name):
+            running = running[:-1]
+        _running.set(running[:-1])
+        if self.calls[name] == running[-1][2]:
             record_plain("all_reduce", f"no sum seen in {self.modules[name]} module {re.sub(r'[0-9]+', '*', name)}")
 
     def _reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         self.calls[name] += 1
         options = {"algorithm": self.algorithm, **self._options}
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
-        result = collectives.all_reduce(x, self._codec_of(name), self._group, out=out, **options)
+        reduce = functools.partial(collectives.all_reduce, x, self._codec_of(name), self.group, out=out, **options)
+        result = self.wait(functools.partial(reduce, async_op=True), name) if self.wait else reduce()
         assert isinstance(result, torch.Tensor)
         if self._observe and part is not None:
             self._observe(name, part, result.reshape(part.shape))
@@ -245,9 +256,14 @@ class Compression:
             return self.codec
         key = (self.codec, name)
         if key not in self._bound:
-            rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+            rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
             self._bound[key] = self.calibration.bind(self.codec, name, rank=rank, ranks=ranks)
         return self._bound[key]
+
+
+def compression_of(model: Any) -> "Compression | None":
+    """The compression of `model`, if it is compressed."""
+    return next((handle for handle in _handles if handle._model is model), None)
 
 
 def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
@@ -280,12 +296,6 @@ def _reducing_modules(model: Any):
             yield name, module, style
 
 
-def _stack() -> list:
-    if not hasattr(_running, "stack"):
-        _running.stack = []
-    return _running.stack
-
-
 def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
     """Whether an all-reduce with these arguments is a sum that the caller waits for, and over which group."""
     return op == dist.ReduceOp.SUM and not async_op, group
@@ -293,10 +303,11 @@ def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: boo
 
 def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
     """The compression and module that this all-reduce belongs to, if any."""
-    if not is_sum or not _stack() or _stack()[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
+    running = _running.get()
+    if not is_sum or not running or running[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
         return None
-    handle, name, _ = _stack()[-1]
-    return (handle, name) if _resolve(group) == handle._group else None
+    handle, name, _ = running[-1]
+    return (handle, name) if _resolve(group) == handle.group else None
 
 
 @torch.compiler.disable
@@ -304,11 +315,11 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
     handle, name = marked
     if type(x) is not torch.Tensor:
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
-    _stack().append(None)  # What flashcomm itself sends passes through.
+    before = _running.set((*_running.get(), None))  # What flashcomm itself sends passes through.
     try:
         return handle._reduce(name, x, out)
     finally:
-        _stack().pop()
+        _running.reset(before)
 
 
 def _patch():
