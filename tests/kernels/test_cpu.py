@@ -21,13 +21,19 @@ def assert_equals_specification(codec, x):
         assert same_bytes(decoded, codec.decode(payload, x.shape[1], dtype)), f"{codec} {dtype} {list(x.shape)}: decode"
 
 
-def test_affine_codecs_run_on_numba():
+def test_every_codec_says_what_serves_it_and_why(monkeypatch):
     assert kernels.route(codecs.parse("int4g128"), "cpu") == ("numba", "compiled for this CPU")
     assert kernels.route(codecs.parse("bf16"), "cpu")[0] == "numba"
     assert kernels.route(codecs.parse("none"), "cpu")[0] == "torch"
-    backend, why = kernels.route(codecs.parse("int4g128"), "cuda")
+    assert kernels.route(codecs.parse("int4g128"), "cuda") == ("triton", "compiled for this GPU")
+    assert kernels.route(codecs.parse("int4g128+taco"), "cuda") == ("torch", "no GPU kernel for int4g128+taco")
+    backend, why = kernels.route(codecs.parse("int4g128"), "xpu")
     assert backend == "torch"
     assert "specification" in why
+    monkeypatch.setenv("FLASHCOMM_TRITON", "0")
+    kernels.route.cache_clear()
+    assert kernels.route(codecs.parse("int4g128"), "cuda") == ("torch", "FLASHCOMM_TRITON=0")
+    kernels.route.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", values.DTYPES)
