@@ -66,7 +66,7 @@ def test_same_bytes_as_the_specification(spec):
         assert same(again, want), f"decode_sum_encode {dtype} [3, {cols}]"
 
 
-@pytest.mark.parametrize("dtype", values.DTYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spec", ["int4g128", "mxfp8_e4m3"])
 def test_same_bytes_on_all_16_bit_patterns(spec, dtype):
     codec, x = codecs.parse(spec), values.every_pattern(dtype).reshape(32, 2048)
