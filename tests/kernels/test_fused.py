@@ -41,7 +41,8 @@ def sums_are_those_of_the_simulation(folder):
 
     warnings.simplefilter("ignore", RuntimeWarning)
     rank, size = dist.get_rank(), dist.get_world_size()
-    peers, memory = meet(folder, "same")
+    # One program of three ranks has flags that end between multiples of 16 bytes.
+    peers, memory = meet(folder, "same", blocks=1 if size == 3 else 2)
     cases = [
         ("int4g128", (5, 512), torch.bfloat16),
         ("int2g32+spike:int8g128", (3, 2048), torch.float32),

@@ -47,7 +47,7 @@ class Peers:
     @property
     def half_bytes(self) -> int:
         """What a call may use."""
-        return (self.size_bytes - 8 * len(self.buffers) * len(self.epochs)) // 32 * 16
+        return (self.size_bytes - padded(8 * len(self.buffers) * len(self.epochs))) // 32 * 16
 
 
 def padded(size_bytes: int) -> int:

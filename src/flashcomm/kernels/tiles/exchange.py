@@ -40,6 +40,12 @@ def _long(n):
 
 
 @triton.jit
+def _half(epoch, half_bytes, R: tl.constexpr):
+    """Where the half that a call works in begins: behind the flags, at a multiple of 16."""
+    return tl.cdiv(8 * R * tl.num_programs(0), 16) * 16 + (epoch & 1).to(tl.int64) * half_bytes
+
+
+@triton.jit
 def _flag(buffers_ptr, rank, step, source, R: tl.constexpr):
     """The flag of a rank that `source` sets to this program of it, when its part of a step has arrived."""
     offset = 4 * ((step * R + source) * tl.num_programs(0) + tl.program_id(0))
@@ -98,7 +104,7 @@ def one_step(
     """out[T, H] = the sum over ranks of their x[T, H]; each sends all of its payload to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs_ptr + block) + 1
-    start = 8 * R * blocks + (epoch & 1).to(tl.int64) * half_bytes
+    start = _half(epoch, half_bytes, R)
     line, width = _long(cols), _long(width)
     of_rank = rows * width
     mine = _place(buffers_ptr, rank, start + rank * of_rank)
@@ -152,7 +158,7 @@ def two_step(
     stripe = (rows + R - 1) // R
     line, width, sum_width = _long(cols), _long(width), _long(sum_width)
     of_rank, sums_of_rank = stripe * width, stripe * sum_width
-    stage = 8 * R * blocks + (epoch & 1).to(tl.int64) * half_bytes
+    stage = _half(epoch, half_bytes, R)
     received, sums = stage + R * of_rank, stage + 2 * R * of_rank
     for i in range(1, R + 1):
         # Our own stripe last: the others are on their way meanwhile.
