@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -305,12 +306,20 @@ def bench_gpu(
     """The Triton kernels against a copy; without a GPU, what they compile to: registers, spills, bytes, the floor."""
     import torch
 
+    from flashcomm import kernels
     from flashcomm.bench import gpu
 
     specs = _codec_list(codecs)
     if targets is None and not torch.cuda.is_available():
         targets = ",".join(gpu.TARGETS)
         _err.print("no CUDA device on this machine: compiling for " + targets)
+    _need("triton", "gpu")
+    for spec in specs:
+        if missing := kernels.any_missing(flashcomm.codec(spec), "cuda") or (":" in spec and "a pair of formats"):
+            _fail(f"{spec} has no kernel of its own: {missing}")
+    for name in targets.split(",") if targets else ():
+        if not re.fullmatch(r"sm_[0-9]+|gfx[0-9a-f]+", name.strip()):
+            _fail(f"unknown target {name!r}: give names such as {', '.join(gpu.TARGETS)}")
     with _err.status("warming up") as status:
         update = lambda what: status.update(f"at {what}")  # noqa: E731
         if targets:

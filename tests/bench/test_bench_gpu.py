@@ -47,3 +47,19 @@ def test_measuring_checks_the_bytes_first_and_counts_what_moves():
 def test_measuring_on_a_gpu():
     assert torch.cuda.is_available()
     assert all(row.backend == "triton" for row in gpu.measure(gpu.CODECS, mib=64, repeats=3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--targets", "foo"], "unknown target 'foo': give names such as sm_80"),
+        (["--targets", "sm_90", "--codecs", "int4g100"], "groups of a power of two, not of 100"),
+        (["--targets", "sm_90", "--codecs", "int4g128:int8g128"], "a pair of formats"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_compiled(arguments, message):
+    command = [sys.executable, "-m", "flashcomm.cli", "bench", "gpu", *arguments]
+    done = subprocess.run(command, env={**COMPILED, "COLUMNS": "200"}, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
