@@ -155,10 +155,11 @@ def lab_table() -> str:
         return "Not measured yet on a quiet machine."
     document = json.loads(path.read_text())
     machine, rows = document["machine"], document["rows"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}, commit {machine['commit']}"
     errors = [abs(row["error"]) for row in rows]
     lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}, commit {machine['commit']}: {len(rows)} prompts, "
-        f"median error {statistics.median(errors):.1%}, worst {max(errors):.1%} ([rows](../results/plan_lab_cpu.md)).",
+        f"{where}: {len(rows)} prompts, median error {statistics.median(errors):.1%}, worst {max(errors):.1%} "
+        "([rows](../results/plan_lab_cpu.md)).",
         "",
         "| ranks | link | tokens | codec | parts | predicted | measured | error |",
         "| ---: | --- | ---: | --- | --- | ---: | ---: | ---: |",

@@ -29,7 +29,7 @@ SETTINGS = ((2, "200mbit"), (2, "1gbit"), (4, "500mbit"))
 """Ranks, each behind a link of its own, and its rate."""
 CODECS = ("none", "int8g128", "int4g128")
 TOKENS = (1024,)
-REPEATS = 5
+REPEATS = 3
 MEDIAN, WORST = 0.10, 0.25
 """What errors should stay within."""
 

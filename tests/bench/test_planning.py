@@ -1,5 +1,6 @@
 """`flashcomm plan` as a user runs it, what it writes, and what `flashcomm tune --save` measures for it."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def computes():
     from flashcomm.bench import compute
 
     cost = Cost((Point(1024, 1e-3, 0.0),))
-    compute.LENGTHS, compute._REPEATS = (64, 128, 256), 1
+    compute.LENGTHS, compute._REPEATS = (32, 64, 128), 1
+    compute.PROBE = dataclasses.replace(compute.PROBE, layers=2, hidden=256, intermediate=512)
     return compute.computed(Group(ranks=2, machine=Machine(name="here", plain=cost))).as_dict()
 
 

@@ -8,6 +8,7 @@ other, which tells the products' rate from the memory's.
 Source: our own.
 """
 
+import itertools
 import os
 import statistics
 import time
@@ -29,7 +30,7 @@ PROBE = Shape(
     name="probe", hidden=1024, layers=4, heads=16, kv_heads=16, head_dim=64, intermediate=3072, vocabulary=1024
 )
 """What is run; its heads and its MLP are divided by the ranks."""
-LENGTHS = (256, 512, 1024)
+LENGTHS = (128, 256, 512, 1024)
 _REPEATS = 3
 _SUM_BYTES, _SUMS = 2 << 20, 8
 
@@ -57,7 +58,9 @@ def computed(group: planner.Group) -> Cluster:
     share = replace(share, intermediate=PROBE.intermediate // ranks)
     attention, mlp = _lines(share)
     flops, bytes_s = _rates((share.attention(1), attention.token_s), (share.mlp(1), mlp.token_s))
-    plain_core, codec_core = (0.0, 0.0) if _spare_cores() else (_core_s("none"), _core_s("int8g128"))
+    # A second of a core that ranks share keeps them from computing for longer; where cores are left over, not at all.
+    load = _ranks_per_core()
+    plain_core, codec_core = (load * _core_s(spec) if load >= 1 else 0.0 for spec in ("none", "int8g128"))
     cluster = Cluster(
         name=group.machine.name,
         group=group,
@@ -114,7 +117,7 @@ def _decoder(share: Shape) -> Any:
         num_key_value_heads=share.kv_heads, head_dim=share.head_dim, intermediate_size=share.intermediate,
         vocab_size=share.vocabulary, max_position_embeddings=max(LENGTHS),
     )  # fmt: skip
-    return transformers.LlamaModel(config).to(torch.bfloat16).eval()
+    return transformers.LlamaModel(config).bfloat16().eval()
 
 
 @torch.inference_mode()
@@ -130,7 +133,7 @@ def _laps(model: Any, tokens: int) -> tuple[float, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    laps = [end - start for start, end in zip(times, times[1:], strict=False)]
+    laps = [end - start for start, end in itertools.pairwise(times)]
     return statistics.median(laps[0::2]), statistics.median(laps[1::2])
 
 
@@ -147,8 +150,8 @@ def _core_s(spec: str) -> float:
     return busy.item()
 
 
-def _spare_cores() -> bool:
+def _ranks_per_core() -> float:
     # The hosts of a lab are one machine.
     local = "LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores > torch.get_num_threads() * int(os.environ.get(local, "1"))
+    return torch.get_num_threads() * int(os.environ.get(local, "1")) / cores

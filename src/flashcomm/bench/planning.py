@@ -166,26 +166,27 @@ def draw(planned: Planned, machine: str, path: Path):
         path: a file that ends in .png, .svg or .pdf.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
 
     shape, prompts = planned.shape, {"tokens": planned.tokens, "rows": planned.rows}
     specs = [one.codec for one in planned.predictions]
     ranks = [2**n for n in range(1, 11)]
-    most = planned.cluster.group.ranks
-    per_host = min(hardware.accelerator(machine).ranks_per_host, max(1, most // 2))
+    one_host = hardware.accelerator(machine).ranks_per_host
+    # At least two hosts, or there is no link between them.
+    most = max(planned.cluster.group.ranks, 2 * one_host)
     rates = [2**n for n in range(11)]
-    lines = {
-        f"{machine}, hosts of up to {hardware.accelerator(machine).ranks_per_host}": (
-            "ranks", ranks, [hardware.cluster(machine, n) for n in ranks],
-        ),
-        f"{max(most, 2 * per_host)} x {machine}, {max(most, 2 * per_host) // per_host} hosts": (
+    lines = [
+        (f"{machine}, hosts of {one_host}", "ranks", ranks, [hardware.cluster(machine, n) for n in ranks]),
+        (
+            f"{most} x {machine}, {most // one_host} hosts",
             "Gbit/s of each host",
             rates,
-            [hardware.cluster(machine, max(most, 2 * per_host), ranks_per_host=per_host, rate=f"{n}gbit") for n in rates],
+            [hardware.cluster(machine, most, rate=f"{n}gbit") for n in rates],
         ),
-    }  # fmt: skip
+    ]
     figure = Figure(figsize=(10.6, 4.2), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, (title, (label, values, clusters)) in zip(panels, lines.items(), strict=True):
+    for axes, (title, label, values, clusters) in zip(panels, lines, strict=True):
         for number, spec in enumerate(specs):
             times = [prefill.predict(shape, one, spec, **prompts) for one in clusters]
             colour = _GREY if spec == "none" else _COLOURS[(number - 1) % len(_COLOURS)]
@@ -194,6 +195,9 @@ def draw(planned: Planned, machine: str, path: Path):
             axes.plot(values, [1e3 * one.overlapped_s for one in times], linestyle=":", **look)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            formatted(FuncFormatter(lambda ms, _: f"{ms:,.4g}" if ms < 1000 else f"{ms:,.0f}"))
+        axes.tick_params(which="both", labelsize=8)
         axes.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
         axes.set_title(title, fontsize=10, loc="left")
         axes.set_xlabel(label)

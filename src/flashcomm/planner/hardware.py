@@ -36,10 +36,13 @@ STAGE_S = 3.7e-6
 algorithm and three stages, 2 KiB on 4 MI300X, github.com/vllm-project/vllm/pull/19744."""
 NETWORK_S = 20e-6
 """A call between two hosts with RDMA: the ring's 19.8 us in RCCL's tuning model."""
-CPU_STEP_S = 0.9e-3
-"""A call between two CPU hosts: 16 KiB among 4 ranks on 2 cores, one_step, results/all_reduce_lab4_1gbit.md."""
-CPU_CODEC_BYTES_S = 9.5e9
-"""What a core encodes and decodes, bytes in and out: int4g128 and int8g128, results/codec_cpu.md."""
+CPU_STEP_S = 0.45e-3
+"""A call between two CPU hosts: half of 0.9 ms, 16 KiB among 4, one_step, results/all_reduce_lab4_1gbit.md."""
+CPU_PLAIN_CORE_S, CPU_CODEC_CORE_S = 1.76e-9, 1.2e-9
+"""Of a core for each byte of a message, plain and int8g128: 29.5 and 20 ms for 16 MiB, cpu_ms of
+results/all_reduce_lab4_10gbit.md."""
+CPU_CODEC_BYTES_S = 3.1e9
+"""What a core encodes, sends, adds up and decodes, bytes in and out of its codecs: the same 20 ms."""
 _BITS = (4.25, 8.25)
 _CPU_PIECES = (1, 3, 6, MOST_PIECES)
 
@@ -90,10 +93,17 @@ class Accelerator(NamedTuple):
     rate: str = "400gbit"
     """Of the link between hosts, if nobody says otherwise."""
     ranks_per_host: int = 8
+    attention_share: float = ATTENTION_SHARE
+    memory_share: float = MEMORY_SHARE
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks are processes that have no accelerator."""
+        return self.link == "memory"
 
 
 _MAMF = "matmul: stas00/ml-engineering"
-_CPU = "2 cores of an AMD EPYC (Zen 5): see docs/plan.md"
+_CPU = "a rank on each core of an AMD EPYC (Zen 5): transformers, CPU time, as `flashcomm tune --save` counts"
 ACCELERATORS = {
     "l4": Accelerator(121, MATMUL_SHARE, 300, "pcie4", "NVIDIA L4 data sheet: 242 with sparsity"),
     "a10": Accelerator(125, MATMUL_SHARE, 600, "pcie4", "NVIDIA A10 data sheet"),
@@ -111,7 +121,9 @@ ACCELERATORS = {
     "b200": Accelerator(2250, 0.776, 8000, "nvlink5", f"NVIDIA B200 data sheet; {_MAMF}"),
     "mi300x": Accelerator(1307, 0.514, 5300, "xgmi", f"AMD MI300X data sheet; {_MAMF}"),
     **{
-        f"cpu-{rate}gbe": Accelerator(0.31, 0.5, 42, "memory", _CPU, rate=f"{rate}gbit", ranks_per_host=1)
+        f"cpu-{rate}gbe": Accelerator(
+            0.31, 1.0, 1.2, "memory", _CPU, rate=f"{rate}gbit", ranks_per_host=1, attention_share=0.24, memory_share=1.0
+        )
         for rate in (1, 10, 25, 100)
     },
 }  # fmt: skip
@@ -242,10 +254,11 @@ def cluster(
         bytes_s=1e9 * wire.achieved * (inside - 1 if wire.per_peer else 1),
         call_s=wire.call_s,
         host_bytes_s=ETHERNET_SHARE * bits_per_second(rate) / 8,
-        network_s=CPU_STEP_S if _is_cpu(one) else NETWORK_S,
-        codec_bytes_s=CPU_CODEC_BYTES_S if _is_cpu(one) else 1e9 * MEMORY_SHARE * one.memory_gbytes_s,
-        stage_s=0.0 if _is_cpu(one) else STAGE_S,
-        pieces=_CPU_PIECES if _is_cpu(one) else (1,),
+        network_s=CPU_STEP_S if one.is_cpu else NETWORK_S,
+        codec_bytes_s=CPU_CODEC_BYTES_S if one.is_cpu else 1e9 * one.memory_share * one.memory_gbytes_s,
+        stage_s=0.0 if one.is_cpu else STAGE_S,
+        pieces=_CPU_PIECES if one.is_cpu else (1,),
+        plain_core_s=CPU_PLAIN_CORE_S if one.is_cpu else 0.0,
     )
     sends = 2 * (ranks - 1) / ranks / (paths.bytes_s if hosts == 1 else min(paths.bytes_s, paths.host_bytes_s))
     facts = [f"{name}: {one.tflops:g} TFLOPS, {one.memory_gbytes_s:g} GB/s ({one.source})"]
@@ -256,19 +269,17 @@ def cluster(
     peak = 1e12 * one.tflops
     return Cluster(
         name=f"{ranks} x {name}",
-        group=Group(ranks=ranks, hosts=hosts, connected=_is_cpu(one), machine=paths.machine(f"{ranks} x {name}")),
+        group=Group(ranks=ranks, hosts=hosts, connected=one.is_cpu, machine=paths.machine(f"{ranks} x {name}")),
         flops=one.matmul_share * peak,
-        attention_flops=ATTENTION_SHARE * peak,
-        bytes_s=1e9 * MEMORY_SHARE * one.memory_gbytes_s,
-        plain_core=wire.sm_share * sends,
+        attention_flops=one.attention_share * peak,
+        bytes_s=1e9 * one.memory_share * one.memory_gbytes_s,
+        plain_core=CPU_PLAIN_CORE_S if one.is_cpu else wire.sm_share * sends,
         # Half of the bytes travel, and the codecs compute.
-        codec_core=wire.sm_share * sends / 2 + paths.codec_s("two_step", 1.0, 0.5) - 3 * paths.stage_s,
+        codec_core=CPU_CODEC_CORE_S
+        if one.is_cpu
+        else wire.sm_share * sends / 2 + paths.codec_s("two_step", 1.0, 0.5) - 3 * paths.stage_s,
         facts=tuple(facts),
     )
-
-
-def _is_cpu(one: Accelerator) -> bool:
-    return one.link == "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +298,8 @@ class _Paths:
     codec_bytes_s: float
     stage_s: float
     pieces: tuple[int, ...]
+    plain_core_s: float
+    """Of the core that makes a plain sum, per byte; 0 where links alone limit it."""
 
     @property
     def hosts(self) -> int:
@@ -305,7 +318,9 @@ class _Paths:
         """The backend's ring, which enters and leaves each host once."""
         sent = 2 * (self.ranks - 1) / self.ranks * message
         return self._calls_s(1) + max(
-            sent / self.bytes_s if self.inside > 1 else 0.0, sent / self.host_bytes_s if self.hosts > 1 else 0.0
+            sent / self.bytes_s if self.inside > 1 else 0.0,
+            sent / self.host_bytes_s if self.hosts > 1 else 0.0,
+            message * self.plain_core_s,
         )
 
     def codec_s(self, algorithm: str, message: float, payload: float) -> float:
