@@ -82,7 +82,7 @@ def figures() -> list[Figure]:
         Figure(paper, "all-reduce of 64 MiB, INT4, 4 L40 across sockets", "over NCCL", 3.18, _times(l40_sys, "int4g128", 32 * MIB)),
         Figure(iso, "8 RTX 4090, 70B, 4,096 tokens (ours), int8", "prefill saved", 35, _saved("llama-2-70b", cluster("rtx4090", 8), "int8g128", 4096, 1), "%", "ranks and lengths are not known to us"),
         Figure(iso, "8 RTX 4090, 30B, 4,096 tokens (ours), int8", "prefill saved", 35, _saved("llama-30b", cluster("rtx4090", 4), "int8g128", 4096, 1), "%", "4 ranks, as 52 heads divide"),
-        Figure(iso, "8 A800, 70B, 4,096 tokens (ours), plain", "prefill saved", 15, _saved("llama-2-70b", cluster("a800", 8), "none", 4096, 1), "%", "ranks and lengths are not known to us; on NVLink GEMMs lose more to the transfers than the 18 % assumed"),
+        Figure(iso, "8 A800, 70B, 4,096 tokens (ours), plain", "prefill saved", 15, _saved("llama-2-70b", cluster("a800", 8), "none", 4096, 1), "%", "ranks and lengths are not known to us, nor what transfers take from the products there: 18 % here"),
         *(
             Figure(sglang, f"Qwen2.5-72B, {n} MI300X, INT{bits}, 8,192 tokens (ours)", "first token", published, _faster("qwen2.5-72b", ranks, f"int{bits}sg32", 8192, 1), note=_SERVED)
             for n, ranks, all_of in ((8, mi8, (1.06, 1.08, 1.12)), (4, mi4, (1.14, 1.18, 1.27)))
