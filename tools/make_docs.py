@@ -1,11 +1,16 @@
-"""Write results/NAME.md from results/NAME.json, and the table of docs/codecs.md from results/codec_cpu.json.
+"""Write results/NAME.md from results/NAME.json, the table of docs/codecs.md from results/codec_cpu.json, and
+those of docs/plan.md and docs/choosing.md.
 
 `--check` only says whether they agree, with exit status 1 if not.
 """
 
 import json
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import published
 
 from flashcomm.codecs import Affine, Block, Codec, Hadamard, Keep, Spike, Static, parse
 
@@ -140,11 +145,58 @@ def codecs_page() -> str:
     return before + codec_table() + rest.split(END)[1]
 
 
+PLAN, CHOOSING = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md"))
+
+
+def lab_table() -> str:
+    """The rows of results/plan_lab_cpu.json, if they have been measured."""
+    path = RESULTS / "plan_lab_cpu.json"
+    if not path.exists():
+        return "Not measured yet on a quiet machine."
+    document = json.loads(path.read_text())
+    machine, rows = document["machine"], document["rows"]
+    where = f"{machine['cpu']}, {machine['cores']} cores, {machine['date']}, commit {machine['commit']}"
+    errors = [abs(row["error"]) for row in rows]
+    lines = [
+        f"{where}: {len(rows)} prompts, median error {statistics.median(errors):.1%}, worst {max(errors):.1%} "
+        "([rows](../results/plan_lab_cpu.md)).",
+        "",
+        "| ranks | link | tokens | codec | parts | predicted | measured | error |",
+        "| ---: | --- | ---: | --- | --- | ---: | ---: | ---: |",
+        *(
+            f"| {row['ranks']} | {row['link']} | {row['tokens']:,} | `{row['codec']}` | {row['parts']} | "
+            f"{row['predicted_ms']:.0f} ms | {row['measured_ms']:.0f} ms | {row['error']:+.1%} |"
+            for row in rows
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def with_tables(page: Path, **tables: Callable[[], str]) -> str:
+    """A page with today's tables, each between marks of its name."""
+    text = page.read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: make docs -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        text = "\n\n".join([before + begin, table(), end + rest.split(end)[1]])
+    return text
+
+
+def pages() -> dict[Path, str]:
+    """All pages of docs/ of which parts are made here."""
+    tables = {"lab": lab_table, "published": published.published_table, "machines": published.machines_table}
+    return {
+        CODECS: codecs_page(),
+        PLAN: with_tables(PLAN, **tables),
+        CHOOSING: with_tables(CHOOSING, choices=published.choices_table),
+    }
+
+
 def main() -> int:
     """Write or check every table; returns the exit status."""
     stale = []
     texts = {path.with_suffix(".md"): table(path) for path in sorted(RESULTS.glob("*.json"))}
-    for target, text in {**texts, CODECS: codecs_page()}.items():
+    for target, text in {**texts, **pages()}.items():
         if "--check" in sys.argv:
             if not target.exists() or target.read_text() != text:
                 stale.append(target.name)

@@ -21,6 +21,7 @@ from rich.table import Table
 import flashcomm
 from flashcomm.bench.lab import Lab
 from flashcomm.planner import ALGORITHMS, Group
+from flashcomm.planner.prefill import CODECS as PLAN_CODECS
 
 app = typer.Typer(
     help="Tensor-parallel LLM inference with activations in 2 to 8 bits on the wire.",
@@ -510,6 +511,52 @@ def _print_ttft(rows: list):
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model's folder, its config.json, or a name such as llama-3-70b.")],
+    machine: Annotated[
+        str, typer.Option(help="A name such as l40, h100 or cpu-10gbe, or a file of 'flashcomm tune --save'.")
+    ],
+    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel ranks, 4 if not given.", min=2)] = None,
+    prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 2048,
+    batch: Annotated[int, typer.Option(help="Prompts at once.", min=1)] = 1,
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs to compare with plain.")] = ",".join(PLAN_CODECS),
+    ranks_per_host: Annotated[
+        int | None, typer.Option(help="Ranks of a host; the machine's if not given.", min=1)
+    ] = None,
+    rate: Annotated[str | None, typer.Option(help="Of each host's link to the others, such as 100gbit.")] = None,
+    link: Annotated[str | None, typer.Option(help="Inside of a host: pcie4, pcie4-sys, nvlink4 ...")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Write the policy to this file, for FLASHCOMM_POLICY.", dir_okay=False)
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw time over ranks and over the link's rate to this file.", dir_okay=False)
+    ] = None,
+    json_file: Json = None,
+):
+    """Predict the time to first token in each codec, and say what to choose; nothing is started or loaded."""
+    from flashcomm.bench import planning
+
+    if plot:
+        _check_plot(plot)
+    options = {"ranks_per_host": ranks_per_host, "rate": rate, "link": link}
+    try:
+        made = planning.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=_codec_list(codecs), **options)
+        if plot:
+            planning.draw(made, machine, plot)
+    except ValueError as error:
+        _fail(str(error))
+    _out.print(planning.table_of(made, _table))
+    for line in [*made.advice.reasons, *made.notes]:
+        _out.print(f"- {line}", highlight=False, soft_wrap=True)
+    if policy:
+        chosen, comments = planning.policy_of(made)
+        policy.parent.mkdir(parents=True, exist_ok=True)
+        chosen.save(policy, comments)
+        _out.print(f"{policy}: {chosen}", highlight=False, soft_wrap=True)
+    _write_json(json_file, made.as_dict())
+
+
+@app.command()
 def tune(
     tp: Annotated[
         int | None, typer.Option(help="Ranks to start on this machine, 2 if not given.", min=2, show_default=False)
@@ -517,29 +564,43 @@ def tune(
     rate: Rate = None,
     ranks_per_host: RanksPerHost = 1,
     repeats: Annotated[int, typer.Option(help="Timed rounds for each size.", min=1)] = 5,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure how ranks compute too, and write both for 'flashcomm plan --machine'.", dir_okay=False
+        ),
+    ] = None,
     json_file: Json = None,
 ):
     """Measure what collectives cost on a group of ranks, and keep it: `algorithm="auto"` plans with it from then on.
 
     Where ranks have been started by torchrun or `flashcomm lab`, they are measured; else ranks are started here.
     """
-    from flashcomm.bench import launch
+    from flashcomm.bench import compute, launch
     from flashcomm.bench import tune as tuning_bench
     from flashcomm.collectives import tuning
 
+    if save:
+        _need("transformers", "transformers")
+        if save.suffix != ".json":
+            _fail(f"--save {str(save)!r}: give a file that ends in .json")
+    measure = compute.measure if save else tuning_bench.measure
     _warm_up([*tuning_bench.CODECS, "bf16"])
     if launch.joined():
         world = os.environ["WORLD_SIZE"]
         if int(world) < 2 or rate or str(tp or world) != world:
             _fail(f"this is one rank of {world} already: start 2 or more, and leave --tp and --rate out")
-        group = launch.join(tuning_bench.measure, (repeats,))
+        group = launch.join(measure, (repeats,))
         if os.environ["RANK"] != "0":
             return
     else:
         ranks = tp or 2
         with _lab(ranks, rate, ranks_per_host) as lab, _err.status(f"measuring {ranks} ranks"):
-            group = launch.run(tuning_bench.measure, (repeats,), ranks=ranks, lab=lab)[0]
+            group = launch.run(measure, (repeats,), ranks=ranks, lab=lab)[0]
     assert group is not None
+    if save:
+        _write_json(save, group.as_dict())
+        group = group.group
     assert group.machine is not None
     target = tuning.save(group.machine)
     _print_tuning(group)

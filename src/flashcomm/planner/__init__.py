@@ -11,7 +11,19 @@ from functools import lru_cache
 from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
 from flashcomm.planner.model import SIZES, Cost, Machine, Way, crossover
 
-__all__ = ["ALGORITHMS", "SIZES", "Cost", "Group", "Machine", "Plan", "Way", "choose", "crossover", "pieces"]
+__all__ = [
+    "ALGORITHMS",
+    "SIZES",
+    "Cost",
+    "Group",
+    "Machine",
+    "Plan",
+    "Way",
+    "choose",
+    "crossover",
+    "pays_from",
+    "pieces",
+]
 
 ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical", "plain")
 
@@ -208,7 +220,7 @@ def _as(way: Way, message_bytes: int, group: Group, codec: Codec, reason: str) -
 
 
 def _by_cost(message_bytes: int, group: Group, machine: Machine, codec: Codec, exact: str) -> Plan:
-    start = _pays_from(machine, codec)
+    start = pays_from(machine, codec)
     way, _ = _best(machine, codec, message_bytes)
     if way and start is not None and message_bytes >= start:
         reason = f"measured to win from {_human(start)} on"
@@ -250,8 +262,13 @@ def _exact_way(machine: Machine, message_bytes: int) -> tuple[Way | None, float]
 
 
 @lru_cache(maxsize=1024)
-def _pays_from(machine: Machine, codec: Codec) -> int | None:
-    """The message size from which on compression wins at every larger one."""
+def pays_from(machine: Machine, codec: Codec) -> int | None:
+    """The message size from which on compression wins at every larger one; None if there is none.
+
+    Args:
+        machine: of the group, from `flashcomm tune` or a table.
+        codec: the wire format.
+    """
     return crossover([_best(machine, codec, size)[1] < MARGIN * _exact_way(machine, size)[1] for size in SIZES])
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import numpy as np
 
@@ -40,14 +41,18 @@ class Line:
     fixed_s: float = 0.0
     token_s: float = 0.0
     pair_s: float = 0.0
+    least_s: float = 0.0
+    """What tokens take at least, however few they are: weights are read once for all of them."""
 
     def seconds(self, tokens: float, pairs: float = 0.0) -> float:
         """What it says.
 
         >>> Line(fixed_s=1, token_s=2, pair_s=3).seconds(10, 100)
         321
+        >>> Line(token_s=2, least_s=50).seconds(10), Line(token_s=2, least_s=50).seconds(30)
+        (50, 60)
         """
-        return self.fixed_s + tokens * self.token_s + pairs * self.pair_s
+        return self.fixed_s + max(self.least_s, tokens * self.token_s) + pairs * self.pair_s
 
     @classmethod
     def through(cls, points: "Sequence[tuple[float, float, float]]") -> "Line":
@@ -75,14 +80,24 @@ class Line:
         return cls(fixed_s=best[0], token_s=best[1], pair_s=best[2])
 
 
+class Timed(Protocol):
+    """Whatever takes a time that depends on a number of tokens, such as a `Line`."""
+
+    def seconds(self, tokens: float) -> float:
+        """For so many tokens."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
     """What a model and a codec cost on the ranks of a group."""
 
     segments: tuple[Line, ...]
     """S of them, in order; each but the last is followed by a sum."""
-    sum: Line
+    sum: Timed
     """A sum over ranks, from its start to its end, where the link was not idle before."""
+    layers: int = 1
+    """How often the segments between the first and the last are run through."""
     burst_s: float = 0.0
     """Of sending that an idle link makes up for, as those do whose rate is a limit on an average."""
     busy: float = 0.0
@@ -92,6 +107,11 @@ class Profile:
     Parts make up for it: ranks that compute another part do not wait for each other at every sum."""
     skips: str = "none"
     """Whose attention leaves out the keys that follow a token: ``all`` parts, the ``first``, or ``none``."""
+
+    @property
+    def sums(self) -> int:
+        """How many there are in a prompt in one piece."""
+        return min(1, len(self.segments) - 1) + self.layers * max(0, len(self.segments) - 2)
 
     def seconds(self, sizes: Sequence[int], rows: int = 1, before: int = 0) -> float:
         """Time of a prompt whose parts have so many tokens.
@@ -104,33 +124,50 @@ class Profile:
         starts = [before, *itertools.accumulate(sizes[:-1], initial=before)][1:] if len(sizes) > 1 else [before]
         tokens = [rows * size for size in sizes]
         attended = [rows * pairs(size, start, self.skips) for size, start in zip(sizes, starts, strict=True)]
+        computes = {line: list(map(line.seconds, tokens, attended)) for line in self.segments}
+        transfers = list(map(self.sum.seconds, tokens))
+        # Alone, a sum is waited for anyway, and by all ranks.
+        busy, late = (self.busy, 1.0) if len(sizes) > 1 else (0.0, 1 + self.uneven)
         core = link = 0.0
         burst = self.burst_s
         ready = [0.0] * len(sizes)
-        alone = len(sizes) == 1
-        for number, segment in enumerate(self.segments):
-            for part in range(len(sizes)):
-                late = 1 + self.uneven if alone else 1
-                core = max(core, ready[part]) + late * segment.seconds(tokens[part], attended[part])
-                if number < len(self.segments) - 1:
-                    transfer = self.sum.seconds(tokens[part])
+
+        def run(segments: Sequence[Line]):
+            nonlocal core, link, burst
+            for segment in segments:
+                for part, (compute, transfer) in enumerate(zip(computes[segment], transfers, strict=True)):
+                    core = max(core, ready[part]) + late * compute
                     # What the link makes up for in its idle time, of which this transfer uses what it can.
                     burst = min(self.burst_s, burst + max(0.0, core - link))
-                    link = max(link, core) + max(0.0, transfer - burst)
+                    ready[part] = link = max(link, core) + max(0.0, transfer - burst)
                     burst = max(0.0, burst - transfer)
-                    ready[part] = link
-                    # Alone, it is waited for anyway.
-                    core += 0.0 if alone else self.busy * transfer
+                    core += busy * transfer
+
+        *summed, last = self.segments
+        run(summed[:1])
+        lead: list[float] = []
+        for left in range(self.layers - 1, -1, -1):
+            start, earlier = core, lead
+            run(summed[1:])
+            lead = [one - core for one in (link, *ready)] + [burst]
+            if earlier and all(math.isclose(a, b, abs_tol=1e-9 * core) for a, b in zip(earlier, lead, strict=True)):
+                # Layers that begin alike take as long.
+                core += left * (core - start)
+                ready = [core + one for one in lead[1:-1]]
+                break
+        for part, compute in enumerate(computes[last]):
+            core = max(core, ready[part]) + late * compute
         return core
 
     def compute_s(self, tokens: int, rows: int = 1, before: int = 0) -> float:
         """What the segments of a prompt in one piece take."""
         attended = rows * pairs(tokens, before, self.skips)
-        return sum(segment.seconds(rows * tokens, attended) for segment in self.segments)
+        times = [segment.seconds(rows * tokens, attended) for segment in self.segments]
+        return sum(times) + (self.layers - 1) * sum(times[1:-1])
 
     def communication_s(self, tokens: int, rows: int = 1) -> float:
         """What the sums of a prompt in one piece take."""
-        return (len(self.segments) - 1) * self.sum.seconds(rows * tokens)
+        return self.sums * self.sum.seconds(rows * tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

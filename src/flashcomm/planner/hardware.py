@@ -1,0 +1,362 @@
+"""Machines by name, and what they make of a collective: data sheets, times the shares of them that were measured.
+
+A `Cluster` is what a prediction needs of a machine: how fast a rank computes, and the costs of its collectives as a
+`Group` with a `Machine`. It comes from here, by arithmetic, or from a file of ``flashcomm tune --save``, by measuring.
+
+A sum is one call of the backend, and a compressed one as many as it has steps. A call takes a latency, inside of a host
+the same for 2 ranks as for 8, between hosts one that grows with the logarithm of their number, and the time in which
+the slowest link carries its bytes.
+
+Shape legend: R ranks, H hosts of L ranks, M bytes of a message in 16 bits, C bytes of its payload.
+
+Source: the alpha-beta model (Hockney 1994), bytes per step from docs/algorithms.md; each figure has its own.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from flashcomm.planner import MOST_PIECES, PIECE_S, Group
+from flashcomm.planner.model import SIZES, Cost, Machine, Way
+
+MATMUL_SHARE = 0.81
+"""Of the peak, in the best matrix products: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of the table
+"Maximum Achievable Matmul FLOPS" in github.com/stas00/ml-engineering; cards in that table have their own."""
+ATTENTION_SHARE = 0.62
+"""Of the peak, in attention: the middle of the 50 to 73 % of FlashAttention-2, arXiv 2307.08691, abstract."""
+MEMORY_SHARE = 0.83
+"""Of the bandwidth: copies inside of an RTX PRO 6000, 1,488 of 1,792 GB/s, voipmonitor/rtx6kpro, pcie-bandwidth.md."""
+ETHERNET_SHARE = 0.92
+"""Of the rate: plain all-reduces of 16 MiB at 1 Gbit/s, results/all_reduce_lab4_1gbit.md."""
+STAGE_S = 3.7e-6
+"""What encoding, adding up or decoding takes at least on a GPU: 23.9 us for int8 less 12.7 us for fp16 by the same
+algorithm and three stages, 2 KiB on 4 MI300X, github.com/vllm-project/vllm/pull/19744."""
+NETWORK_S = 20e-6
+"""A call between two hosts with RDMA: the ring's 19.8 us in RCCL's tuning model."""
+CPU_STEP_S = 0.45e-3
+"""A call between two CPU hosts: half of 0.9 ms, 16 KiB among 4, one_step, results/all_reduce_lab4_1gbit.md."""
+CPU_PLAIN_CORE_S, CPU_CODEC_CORE_S = 1.76e-9, 1.2e-9
+"""Of a core for each byte of a message, plain and int8g128: 29.5 and 20 ms for 16 MiB, cpu_ms of
+results/all_reduce_lab4_10gbit.md."""
+CPU_CODEC_BYTES_S = 3.1e9
+"""What a core encodes, sends, adds up and decodes, bytes in and out of its codecs: the same 20 ms."""
+_BITS = (4.25, 8.25)
+_CPU_PIECES = (1, 3, 6, MOST_PIECES)
+
+
+class Link(NamedTuple):
+    """Between the ranks of a host, each direction by itself."""
+
+    gbytes_s: float
+    """Peak of one rank, 1e9 bytes/s; of one pair of ranks where `per_peer`."""
+    achieved: float
+    """1e9 bytes/s that all-reduces of many MiB reached."""
+    call_s: float
+    """What a collective takes however few its bytes are."""
+    sm_share: float
+    """Of the processors that the transfer takes from what computes meanwhile."""
+    source: str
+    per_peer: bool = False
+
+
+_NVLINK_CALL = "4 KB take 19.4 us, 8 H100, NVIDIA aiconfigurator"
+_PCIE_CALL = "8 B take 42 us, 8 RTX 4090, NVIDIA/nccl#1530"
+_PCIE_SMS, _NVLINK_SMS = 0.03, 0.18
+"""4 of 128 processors, as PCIe wants 1 to 4 blocks (NVFP4 all-reduce, lessons); 24 of 132, as TokenWeave's 16 to 32."""
+LINKS = {
+    "pcie4": Link(31.5, 20, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16; 20 GB/s: NVIDIA/nccl-tests#178; {_PCIE_CALL}"),
+    "pcie4-sys": Link(31.5, 10, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16, through the CPUs; 10 GB/s: what NCCL takes for SYS, NVIDIA/nccl-tests#307; {_PCIE_CALL}"),
+    "pcie5": Link(63, 35, 42e-6, _PCIE_SMS, f"PCIe 5.0 x16; 35 GB/s: 4 RTX 5090, NVIDIA/nccl#1639; {_PCIE_CALL}"),
+    "nvlink3": Link(300, 208, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 600 GB/s both ways; 208 GB/s: NVIDIA/nccl-tests#178; {_NVLINK_CALL}"),
+    "nvlink3-a800": Link(200, 139, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 400 GB/s both ways; the share of nvlink3; {_NVLINK_CALL}"),
+    "nvlink4": Link(450, 306, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 900 GB/s both ways; 306 GB/s: 4 H100, 0.5 to 4 MiB, vllm#24532; {_NVLINK_CALL}"),
+    "nvlink5": Link(900, 770, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 1,800 GB/s both ways; 770 GB/s: GB200, Azure/AI-benchmarking-guide#7; {_NVLINK_CALL}"),
+    "xgmi": Link(64, 45.8, 14e-6, _NVLINK_SMS, "AMD: 7 links of 64 GB/s; 45.8 GB/s, and 37.2 us for 1 MiB: 2 MI300X, RCCL, mk1-project/quickreduce", per_peer=True),
+    "memory": Link(20, 8, 0.05e-3, 1.0, "shared memory of a CPU host: 16 MiB among 4 ranks, results/all_reduce_shared_cpu.md"),
+}  # fmt: skip
+"""What GPUs of a host are joined by. One collective among 4 or 8 ranks reaches the second figure, in 1e9 bytes/s."""
+
+
+class Accelerator(NamedTuple):
+    """What a rank runs on."""
+
+    tflops: float
+    """Peak for bf16 without sparsity."""
+    matmul_share: float
+    memory_gbytes_s: float
+    link: str
+    """Of `LINKS`."""
+    source: str
+    rate: str = "400gbit"
+    """Of the link between hosts, if nobody says otherwise."""
+    ranks_per_host: int = 8
+    attention_share: float = ATTENTION_SHARE
+    memory_share: float = MEMORY_SHARE
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether ranks are processes that have no accelerator."""
+        return self.link == "memory"
+
+
+_MAMF = "matmul: stas00/ml-engineering"
+_CPU = "a rank on each core of an AMD EPYC (Zen 5): transformers, CPU time, as `flashcomm tune --save` counts"
+ACCELERATORS = {
+    "l4": Accelerator(121, MATMUL_SHARE, 300, "pcie4", "NVIDIA L4 data sheet: 242 with sparsity"),
+    "a10": Accelerator(125, MATMUL_SHARE, 600, "pcie4", "NVIDIA A10 data sheet"),
+    "l40": Accelerator(181, MATMUL_SHARE, 864, "pcie4", "NVIDIA L40 data sheet"),
+    "l40s": Accelerator(362, MATMUL_SHARE, 864, "pcie4", "NVIDIA L40S data sheet"),
+    "rtx4090": Accelerator(165, MATMUL_SHARE, 1008, "pcie4-sys", "NVIDIA Ada whitepaper; no peer access over PCIe"),
+    "rtxpro6000": Accelerator(500, MATMUL_SHARE, 1792, "pcie5", "NVIDIA data sheet: an eighth of 4,000 TOPS FP4 with sparsity"),
+    "a100-pcie": Accelerator(312, 0.81, 1935, "pcie4", f"NVIDIA A100 data sheet, 80 GB; {_MAMF}"),
+    "a100": Accelerator(312, 0.869, 2039, "nvlink3", f"NVIDIA A100 data sheet, SXM 80 GB; {_MAMF}"),
+    "a800": Accelerator(312, 0.869, 2039, "nvlink3-a800", f"as A100 SXM, with 400 GB/s of NVLink; {_MAMF}"),
+    "h20": Accelerator(148, MATMUL_SHARE, 4000, "nvlink4", "NVIDIA H20 data sheet"),
+    "h100-pcie": Accelerator(756, MATMUL_SHARE, 2000, "pcie5", "NVIDIA H100 data sheet, PCIe"),
+    "h100": Accelerator(989, 0.803, 3350, "nvlink4", f"NVIDIA H100 data sheet, SXM; {_MAMF}"),
+    "h200": Accelerator(989, 0.803, 4800, "nvlink4", f"NVIDIA H200 data sheet; {_MAMF}, of H100"),
+    "b200": Accelerator(2250, 0.776, 8000, "nvlink5", f"NVIDIA B200 data sheet; {_MAMF}"),
+    "mi300x": Accelerator(1307, 0.514, 5300, "xgmi", f"AMD MI300X data sheet; {_MAMF}"),
+    **{
+        f"cpu-{rate}gbe": Accelerator(
+            0.31, 1.0, 1.2, "memory", _CPU, rate=f"{rate}gbit", ranks_per_host=1, attention_share=0.24, memory_share=1.0
+        )
+        for rate in (1, 10, 25, 100)
+    },
+}  # fmt: skip
+"""By name. ``flashcomm tune --save`` writes a file for one's own machine, which is better."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Ranks: how fast each computes, and what their collectives cost."""
+
+    name: str
+    group: Group
+    """With its `machine`."""
+    flops: float
+    """Operations per second in matrix products."""
+    attention_flops: float
+    bytes_s: float
+    """Read and written between products."""
+    segment_s: float = 0.0
+    """What a segment takes however few its tokens are."""
+    plain_core: float = 0.0
+    """Seconds of the core that a sum takes from what computes meanwhile, per byte of the message."""
+    codec_core: float = 0.0
+    """The same of a compressed sum."""
+    skips: str = "all"
+    """As of `flashcomm.planner.overlap.Profile`."""
+    facts: tuple[str, ...] = field(default=(), compare=False)
+    """Where its figures are from."""
+
+    def as_dict(self) -> dict:
+        """As JSON stores it."""
+        assert self.group.machine is not None
+        rates = {name: getattr(self, name) for name in _RATES}
+        ranks = {"ranks": self.group.ranks, "hosts": self.group.hosts}
+        return {"name": self.name, **ranks, **rates, "skips": self.skips, "machine": self.group.machine.as_dict()}
+
+    @classmethod
+    def from_dict(cls, fields: Any, source: str) -> "Cluster":
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: a key is missing, or its value is of another kind; names `source` and the key.
+        """
+        if not isinstance(fields, Mapping) or not isinstance(fields.get("machine"), Mapping):
+            raise ValueError(f"{source}: no machine in it. Give a file of `flashcomm tune --save FILE`")
+        for key in (*_RATES, "ranks", "hosts"):
+            value = fields.get(key)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{source}: {key} = {value!r}, and a number of 0 or more is needed")
+        try:
+            machine = Machine.from_dict(dict(fields["machine"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{source}: its machine cannot be read ({error!r}): make it again") from None
+        group = Group(ranks=int(fields["ranks"]), hosts=int(fields["hosts"]), connected=True, machine=machine)
+        rates = {key: float(fields[key]) for key in _RATES}
+        return cls(
+            name=str(fields.get("name", source)), group=group, skips=str(fields.get("skips", "all")),
+            facts=(f"measured: {source}",), **rates,
+        )  # fmt: skip
+
+
+_RATES = ("flops", "attention_flops", "bytes_s", "segment_s", "plain_core", "codec_core")
+
+
+def accelerator(name: str) -> Accelerator:
+    """The one of that name, also with its number of ranks, ``l40x4``.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    key = re.sub(r"x\d+$", "", name.lower()) if name.lower() not in ACCELERATORS else name.lower()
+    if key not in ACCELERATORS:
+        near = difflib.get_close_matches(key, ACCELERATORS, 1)
+        meant = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"unknown machine {name!r}.{meant} Allowed: {', '.join(ACCELERATORS)}, or a file of "
+            "`flashcomm tune --save FILE`"
+        )
+    return ACCELERATORS[key]
+
+
+def bits_per_second(rate: str) -> float:
+    """Of a rate such as ``10gbit``.
+
+    Raises:
+        ValueError: no number with kbit, mbit or gbit.
+
+    >>> bits_per_second("2.5gbit")
+    2500000000.0
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", rate.strip().lower())
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"rate {rate!r}: give a number and kbit, mbit or gbit (per second), such as 100gbit")
+    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
+
+
+def cluster(
+    name: str, ranks: int, *, ranks_per_host: int | None = None, rate: str | None = None, link: str | None = None
+) -> Cluster:
+    """So many ranks of a machine of the table.
+
+    Args:
+        name: of `ACCELERATORS`.
+        ranks: R, 2 or more.
+        ranks_per_host: L; those of the table if not given, or all if they are fewer.
+        rate: of each host's link to the others, such as ``100gbit``; the table's if not given.
+        link: of `LINKS`, inside of a host; the table's if not given.
+
+    Raises:
+        ValueError: an unknown name, or ranks that hosts of that size cannot hold.
+
+    >>> cluster("l40", 4).group.hosts, cluster("h100", 1024).group.hosts
+    (1, 128)
+    """
+    one = accelerator(name)
+    if ranks < 2:
+        raise ValueError(f"{ranks} rank: one rank sends nothing. Give 2 or more")
+    inside = min(ranks_per_host or one.ranks_per_host, ranks)
+    if ranks % inside:
+        raise ValueError(f"{ranks} ranks on hosts of {inside}: give a number of ranks per host that divides {ranks}")
+    if link is not None and link not in LINKS:
+        raise ValueError(f"unknown link {link!r}. Allowed: {', '.join(LINKS)}")
+    wire = LINKS[link or one.link]
+    hosts, rate = ranks // inside, rate or one.rate
+    paths = _Paths(
+        ranks=ranks,
+        inside=inside,
+        bytes_s=1e9 * wire.achieved * (inside - 1 if wire.per_peer else 1),
+        call_s=wire.call_s,
+        host_bytes_s=ETHERNET_SHARE * bits_per_second(rate) / 8,
+        network_s=CPU_STEP_S if one.is_cpu else NETWORK_S,
+        codec_bytes_s=CPU_CODEC_BYTES_S if one.is_cpu else 1e9 * one.memory_share * one.memory_gbytes_s,
+        stage_s=0.0 if one.is_cpu else STAGE_S,
+        pieces=_CPU_PIECES if one.is_cpu else (1,),
+        plain_core_s=CPU_PLAIN_CORE_S if one.is_cpu else 0.0,
+    )
+    sends = 2 * (ranks - 1) / ranks / (paths.bytes_s if hosts == 1 else min(paths.bytes_s, paths.host_bytes_s))
+    facts = [f"{name}: {one.tflops:g} TFLOPS, {one.memory_gbytes_s:g} GB/s ({one.source})"]
+    if inside > 1:
+        facts.append(f"{link or one.link}: {wire.achieved:g} of {wire.gbytes_s:g} GB/s ({wire.source})")
+    if hosts > 1:
+        facts.append(f"between {hosts} hosts: {rate} each")
+    peak = 1e12 * one.tflops
+    return Cluster(
+        name=f"{ranks} x {name}",
+        group=Group(ranks=ranks, hosts=hosts, connected=one.is_cpu, machine=paths.machine(f"{ranks} x {name}")),
+        flops=one.matmul_share * peak,
+        attention_flops=one.attention_share * peak,
+        bytes_s=1e9 * one.memory_share * one.memory_gbytes_s,
+        plain_core=CPU_PLAIN_CORE_S if one.is_cpu else wire.sm_share * sends,
+        # Half of the bytes travel, and the codecs compute.
+        codec_core=CPU_CODEC_CORE_S
+        if one.is_cpu
+        else wire.sm_share * sends / 2 + paths.codec_s("two_step", 1.0, 0.5) - 3 * paths.stage_s,
+        facts=tuple(facts),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Paths:
+    """What carries a message, and what its codecs cost."""
+
+    ranks: int
+    inside: int
+    """L ranks of a host."""
+    bytes_s: float
+    """Of one rank to the others of its host."""
+    call_s: float
+    host_bytes_s: float
+    """Of one host to the others."""
+    network_s: float
+    codec_bytes_s: float
+    stage_s: float
+    pieces: tuple[int, ...]
+    plain_core_s: float
+    """Of the core that makes a plain sum, per byte; 0 where links alone limit it."""
+
+    @property
+    def hosts(self) -> int:
+        return self.ranks // self.inside
+
+    def machine(self, name: str) -> Machine:
+        """The costs of all ways, at the sizes that are compared."""
+        algorithms = ["one_step", "two_step", *(["hierarchical"] if 1 < self.hosts < self.ranks else [])]
+        ways = [Way(algorithm=name, pieces=n) for name in algorithms for n in self.pieces]
+        compressed = {way: self._cost(way, _BITS) for way in ways}
+        exact = {way: self._cost(way, (16.0,)) for way in ways if way.pieces == 1} if len(self.pieces) > 1 else {}
+        plain = Cost.measured([(size, 16.0, self.plain_s(size)) for size in SIZES])
+        return Machine(name=name, plain=plain, compressed=compressed, uncompressed=exact)
+
+    def plain_s(self, message: float) -> float:
+        """The backend's ring, which enters and leaves each host once."""
+        sent = 2 * (self.ranks - 1) / self.ranks * message
+        return self._calls_s(1) + max(
+            sent / self.bytes_s if self.inside > 1 else 0.0,
+            sent / self.host_bytes_s if self.hosts > 1 else 0.0,
+            message * self.plain_core_s,
+        )
+
+    def codec_s(self, algorithm: str, message: float, payload: float) -> float:
+        """What encoding, adding up and decoding read and write."""
+        if algorithm == "one_step":
+            stages, moved = 2, 2 * message + (self.ranks + 1) * payload
+        elif algorithm == "two_step":
+            stages, moved = 3, 2 * message + (3 + 1 / self.ranks) * payload
+        else:
+            stages, moved = 4, 3 * message + (2 * message + 3 * payload) / self.inside
+        return stages * self.stage_s + moved / self.codec_bytes_s
+
+    def _cost(self, way: Way, widths: tuple[float, ...]) -> Cost:
+        return Cost.measured([(size, bits, self._way_s(way, size, bits)) for size in SIZES for bits in widths])
+
+    def _way_s(self, way: Way, message: int, bits: float) -> float:
+        payload, others = message * bits / 16, self.ranks - self.inside
+        if way.algorithm == "one_step":
+            calls, inside, between = 1, (self.inside - 1) * payload, self.inside * others * payload
+        elif way.algorithm == "two_step":
+            calls = 2
+            inside = 2 * (self.inside - 1) / self.ranks * payload
+            between = 2 * self.inside * others / self.ranks * payload
+        else:
+            calls = 2
+            inside = 2 * (self.inside - 1) / self.inside * message
+            between = (1 if self.hosts == 2 else 2 * (self.hosts - 1) / self.hosts) * payload
+        inside_s, between_s = inside / self.bytes_s, between / self.host_bytes_s
+        # Levels take turns; without them both links carry at once.
+        links = inside_s + between_s if way.algorithm == "hierarchical" else max(inside_s, between_s)
+        codecs = self.codec_s(way.algorithm, message, payload)
+        if len(self.pieces) == 1:
+            return self._calls_s(calls) + links + codecs
+        hidden = min(links, codecs) * (1 - 1 / way.pieces)
+        return self._calls_s(calls) + links + codecs - hidden + (way.pieces - 1) * PIECE_S
+
+    def _calls_s(self, calls: int) -> float:
+        network = self.network_s * math.ceil(math.log2(self.hosts)) if self.hosts > 1 else 0.0
+        return calls * ((self.call_s if self.inside > 1 else 0.0) + network)

@@ -1,0 +1,270 @@
+"""How long prompts take on a cluster, in each codec and in parts, and what to choose: arithmetic before anything runs.
+
+    prefill = compute + sums    in one piece;  by `Profile.seconds` in parts, which take turns
+    compute = layers x (products / their rate + values / memory's rate + pairs / attention's rate)
+    sums    = (2 x layers + 1) x what `planner.choose` takes for a message of tokens x hidden x 2 bytes
+
+Products of few tokens take what reading their weights takes. The first token needs the product with the vocabulary too.
+
+Source: our own; the parts and their turns are ISO's (arXiv 2409.11155).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flashcomm import planner
+from flashcomm.codecs import Codec, Levels, parse
+from flashcomm.planner import overlap
+from flashcomm.planner.hardware import Cluster
+from flashcomm.planner.overlap import Line, Profile, Split
+from flashcomm.planner.shapes import Shape, Work
+
+CODECS = ("none", "int8g128", "int6g128", "int5g128", "int4g32", "int4g128")
+SAFE_CODEC = "int8g128"
+"""Whose loss of accuracy nobody has to measure first: docs/accuracy.md."""
+WORTH = 1.05
+"""What the first token must be faster by before a codec, or parts, are advised."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sums:
+    """The sums of a model in one codec on a cluster, by tokens."""
+
+    cluster: Cluster
+    codec: Codec
+    token_bytes: int
+    """Of a message: 2 for each hidden value."""
+
+    def plan(self, tokens: float) -> planner.Plan:
+        """What the sum of so many tokens does."""
+        return planner.choose(int(tokens * self.token_bytes), self.cluster.group, self.codec)
+
+    def seconds(self, tokens: float) -> float:
+        """How long that takes."""
+        return seconds(self.cluster.group, self.plan(tokens), int(tokens * self.token_bytes))
+
+    def busy(self, tokens: float) -> float:
+        """Share of that in which it takes the core from what computes meanwhile."""
+        exact = self.plan(tokens).algorithm == "plain"
+        core_s = self.cluster.plain_core if exact else self.cluster.codec_core
+        return min(1.0, tokens * self.token_bytes * core_s / self.seconds(tokens))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What prompts take in one codec."""
+
+    codec: str
+    algorithm: str
+    """Of a sum of the whole prompts, with its pieces: ``two_step/3``."""
+    compute_s: float
+    sums_s: float
+    """Of the prompts in one piece."""
+    head_s: float
+    """The product with the vocabulary."""
+    split: Split
+    """The fastest way to run the prompts in parts; of one part if none is faster."""
+    min_bytes: int | None
+    """Messages from this size on are faster than plain; None if none is."""
+
+    @property
+    def prefill_s(self) -> float:
+        """In one piece."""
+        return self.compute_s + self.sums_s
+
+    @property
+    def ttft_s(self) -> float:
+        """To the first token, in one piece."""
+        return self.prefill_s + self.head_s
+
+    @property
+    def overlapped_s(self) -> float:
+        """To the first token, in the parts of `split`."""
+        return (
+            self.split.seconds if len(self.split.sizes) > 1 and self.split.seconds else self.prefill_s
+        ) + self.head_s
+
+    @property
+    def share(self) -> float:
+        """Of the sums in the prefill, in one piece."""
+        return self.sums_s / self.prefill_s
+
+    def as_dict(self) -> dict:
+        """The figures by name, times in ms."""
+        parts = list(self.split.sizes)
+        times = {"compute": self.compute_s, "sums": self.sums_s, "prefill": self.prefill_s, "ttft": self.ttft_s}
+        times |= {"overlapped_ttft": self.overlapped_s}
+        figures = {f"{name}_ms": 1e3 * seconds for name, seconds in times.items()}
+        return {
+            "codec": self.codec, "algorithm": self.algorithm, **figures, "share": self.share, "parts": parts,
+            "min_bytes": self.min_bytes,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """What to run and why."""
+
+    codec: str
+    """``none`` where nothing is worth it."""
+    min_bytes: int
+    """Of a message that is worth the codec."""
+    speedup: float
+    """Of the first token, over plain, both in one piece."""
+    parts: tuple[int, ...]
+    """Of a prompt where it can run in parts; one if it should not."""
+    speedup_in_parts: float
+    """Over plain in one piece."""
+    reasons: tuple[str, ...]
+    """Sentences."""
+
+    def as_dict(self) -> dict:
+        """The fields by name."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+def profile(shape: Shape, cluster: Cluster, codec: Codec, tokens: int) -> Profile:
+    """What a model costs on a cluster, for the planner of overlap.
+
+    Args:
+        shape: of the model.
+        cluster: the ranks.
+        codec: of the sums.
+        tokens: of the batch, at which the share of a sum's time that takes the core is read.
+
+    Returns:
+        A profile of which the first segment is the look-up of the tokens and the last is the norm before the head.
+    """
+    sums = Sums(cluster=cluster, codec=codec, token_bytes=2 * shape.hidden)
+    ranks = cluster.group.ranks
+    look_up = Line(fixed_s=cluster.segment_s, token_s=4 * shape.hidden / cluster.bytes_s)
+    layer = (_line(shape.attention(ranks), cluster), _line(shape.mlp(ranks), cluster))
+    segments = (look_up, *layer, look_up)
+    return Profile(segments=segments, sum=sums, layers=shape.layers, busy=sums.busy(tokens), skips=cluster.skips)
+
+
+def predict(shape: Shape, cluster: Cluster, codec: str, *, tokens: int, rows: int = 1) -> Prediction:
+    """How long prompts take in one codec.
+
+    Args:
+        shape: of the model.
+        cluster: the ranks.
+        codec: of the sums; ``none`` for plain.
+        tokens: of each prompt.
+        rows: prompts in the batch.
+
+    Raises:
+        ValueError: an unknown codec.
+
+    >>> from flashcomm.planner.hardware import cluster
+    >>> from flashcomm.planner.shapes import SHAPES
+    >>> four = cluster("l40", 4)
+    >>> plain, few = (predict(SHAPES["llama-3-8b"], four, name, tokens=2048).ttft_s for name in ("none", "int4g128"))
+    >>> plain > few
+    True
+    """
+    parsed = parse(codec)
+    costs = profile(shape, cluster, parsed, rows * tokens)
+    plan = Sums(cluster=cluster, codec=parsed, token_bytes=2 * shape.hidden).plan(rows * tokens)
+    return Prediction(
+        codec=str(parsed),
+        algorithm=f"{plan.algorithm}/{plan.pieces}" if plan.pieces > 1 else plan.algorithm,
+        compute_s=costs.compute_s(tokens, rows),
+        sums_s=costs.communication_s(tokens, rows),
+        head_s=_line(shape.head(cluster.group.ranks), cluster).seconds(rows),
+        split=overlap.choose(costs, tokens, rows),
+        min_bytes=planner.pays_from(_machine(cluster.group), parsed),
+    )
+
+
+def advise(predictions: Sequence[Prediction]) -> Advice:
+    """What to choose among predictions of the same prompts, of which the first is plain.
+
+    The codec is chosen for prompts in one piece: `SAFE_CODEC` if that is worth it, otherwise the one with the most bits
+    that is, otherwise none.
+    """
+    plain, *others = predictions
+    gain = lambda one: plain.ttft_s / one.ttft_s  # noqa: E731
+    worth = [one for one in others if one.min_bytes is not None and gain(one) >= WORTH]
+    most_bits = max(worth, key=lambda one: parse(one.codec).bits_per_value(4096), default=plain)
+    chosen = next((one for one in worth if one.codec == SAFE_CODEC), most_bits)
+    fastest = max(worth, key=gain, default=plain)
+    reasons = [
+        f"the sums take {plain.share:.0%} of a plain prefill, so however they are sent it gets at most "
+        f"{plain.prefill_s / plain.compute_s:.2f}x faster"
+    ]
+    if chosen is plain:
+        best = max(map(gain, others), default=1.0)
+        reasons.append(f"no codec makes the first token {WORTH - 1:.0%} faster (the best: {best:.2f}x): leave it plain")
+    else:
+        reasons.append(f"{chosen.codec} makes the first token {gain(chosen):.2f}x faster")
+        if chosen.codec != SAFE_CODEC:
+            reasons.append(f"more bits are not worth it: measure with `flashcomm accuracy` what {chosen.codec} costs")
+        reasons.append(f"messages under {human(chosen.min_bytes or 0)} stay plain, as those of most decode steps")
+    if gain(fastest) >= WORTH * gain(chosen):
+        reasons.append(
+            f"{fastest.codec} makes it {gain(fastest):.2f}x faster: measure with `flashcomm accuracy` what that costs"
+        )
+    split = chosen.split.sizes if chosen.ttft_s >= WORTH * chosen.overlapped_s else (sum(chosen.split.sizes),)
+    in_parts = plain.ttft_s / chosen.overlapped_s if len(split) > 1 else gain(chosen)
+    reasons.append(
+        f"where prompts run in {len(split)} parts that take turns (flashcomm.overlap): {in_parts:.2f}x faster"
+        if len(split) > 1
+        else f"parts that take turns gain less than {WORTH - 1:.0%} more: run prompts in one piece"
+    )
+    return Advice(
+        codec=chosen.codec,
+        min_bytes=chosen.min_bytes or 0,
+        speedup=gain(chosen),
+        parts=split,
+        speedup_in_parts=in_parts,
+        reasons=tuple(reasons),
+    )
+
+
+def seconds(group: planner.Group, plan: planner.Plan, message_bytes: int) -> float:
+    """What a measured group takes for a plan that `planner.choose` has made for it.
+
+    Args:
+        group: with its machine.
+        plan: for a message of that size.
+        message_bytes: on each rank.
+    """
+    machine = _machine(group)
+    if plan.algorithm == "plain":
+        return machine.plain.seconds(message_bytes)
+    way = planner.Way(algorithm=plan.algorithm, pieces=plan.pieces)
+    codec = plan.codec.between if isinstance(plan.codec, Levels) else plan.codec
+    cost = machine.uncompressed[way] if plan.declined else machine.compressed[way]
+    return cost.seconds(message_bytes, codec.bits_per_value(4096))
+
+
+def human(size: int) -> str:
+    """Bytes as KiB or MiB.
+
+    >>> human(3 << 19), human(64 << 10)
+    ('1.5 MiB', '64 KiB')
+    """
+    return f"{size / 2**20:g} MiB" if size >= 1 << 20 else f"{size / 2**10:g} KiB"
+
+
+def compare(shape: Shape, cluster: Cluster, codecs: Sequence[str], *, tokens: int, rows: int) -> Iterator[Prediction]:
+    """The prediction of each codec, plain's first."""
+    for codec in dict.fromkeys(["none", *codecs]):
+        yield predict(shape, cluster, codec, tokens=tokens, rows=rows)
+
+
+def _machine(group: planner.Group) -> planner.Machine:
+    assert group.machine is not None
+    return group.machine
+
+
+@lru_cache(maxsize=256)
+def _line(work: Work, cluster: Cluster) -> Line:
+    return Line(
+        fixed_s=cluster.segment_s,
+        token_s=work.flops / cluster.flops + work.value_bytes / cluster.bytes_s,
+        pair_s=work.pair_flops / cluster.attention_flops,
+        least_s=work.weight_bytes / cluster.bytes_s,
+    )

@@ -1,0 +1,111 @@
+"""`flashcomm plan` as a user runs it, what it writes, and what `flashcomm tune --save` measures for it."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+import ranks
+from flashcomm.bench import planning
+from flashcomm.planner import Group, Machine
+from flashcomm.planner.hardware import cluster
+from flashcomm.planner.model import Cost, Point
+from flashcomm.policy import Policy
+
+COMMAND = [sys.executable, "-m", "flashcomm.cli", "plan"]
+SLOW = ("llama-3-70b", "l40")
+OPTIONS = dict(ranks=4, tokens=1024, rows=8, link="pcie4-sys")
+
+
+def run(*arguments):
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=100)
+
+
+def test_the_command_prints_advises_and_writes(tmp_path):
+    policy, document = tmp_path / "policy.toml", tmp_path / "plan.json"
+    done = run("llama-3-70b", "--machine", "l40", "--link", "pcie4-sys", "--prompt", 1024, "--batch", 8,
+               "--policy", policy, "--json", document)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "int8g128 makes the first token" in done.stdout
+    written = json.loads(document.read_text())
+    assert [row["codec"] for row in written["rows"]][:2] == ["none", "int8g128"]
+    assert {"compute_ms", "sums_ms", "ttft_ms", "overlapped_ttft_ms", "share", "parts"} <= set(written["rows"][0])
+    assert (written["ranks"], written["prompt"], written["batch"]) == (4, 1024, 8)
+    loaded = Policy.load(policy)
+    assert (loaded.codec, loaded.min_bytes) == (written["advice"]["codec"], written["advice"]["min_bytes"])
+    assert "# flashcomm plan: llama-3-70b, 4 x l40" in policy.read_text()
+
+
+def test_the_command_says_what_is_wrong():
+    done = run("llama-3-70b", "--machine", "l400")
+    assert done.returncode == 2
+    assert "unknown machine 'l400'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "machine", "options", "message"),
+    [
+        ("nothing", "l40", {}, "unknown model 'nothing'"),
+        ("llama-3-8b", "l40", {"tokens": 0}, "prompt 0: give 1 or more"),
+        ("llama-3-8b", "l40", {"rows": 0}, "batch 0: give 1 or more"),
+        ("llama-3-8b", "l40", {"codecs": ["int4g128+keep64"]}, "needs a calibration of a model"),
+        ("llama-3-8b", "none.json", {}, "cannot read 'none.json'.*tune --save none.json"),
+        ("llama-3-8b", "none.json", {"rate": "1gbit"}, "--rate with none.json"),
+    ],
+)
+def test_arguments_are_checked(model, machine, options, message):
+    with pytest.raises(ValueError, match=message):
+        planning.plan(model, machine, **options)
+
+
+def test_a_measured_machine_is_planned_for_with_its_own_ranks(tmp_path):
+    path = tmp_path / "here.json"
+    path.write_text(json.dumps(cluster("l40", 4, link="pcie4-sys").as_dict()))
+    named = planning.plan(*SLOW, **OPTIONS)
+    measured = planning.plan("llama-3-70b", str(path), tokens=1024, rows=8)
+    assert measured.predictions[1].ttft_s == pytest.approx(named.predictions[1].ttft_s)
+    assert measured.cluster.facts == (f"measured: {path}",)
+    with pytest.raises(ValueError, match=r"--tp 8 with .*here.json, which was measured on 4 ranks"):
+        planning.plan("llama-3-70b", str(path), ranks=8)
+
+
+def test_the_policy_says_what_the_advice_says():
+    policy, comments = planning.policy_of(planning.plan(*SLOW, **OPTIONS))
+    assert policy.codec == "int8g128"
+    assert any("predicted, not measured" in line for line in comments)
+    assert any("NVIDIA L40 data sheet" in line for line in comments)
+    plain, _ = planning.policy_of(planning.plan("llama-2-7b", "h20", ranks=2, rows=4))
+    assert plain.codec == "none"
+
+
+def test_heads_that_ranks_do_not_divide_are_noted():
+    assert planning.plan("llama-3-8b", "h100", ranks=1024).notes == ["32 heads do not divide by 1024: as if they did"]
+
+
+def test_a_picture_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install 'flashcomm[plot]'")
+    path = tmp_path / "folder" / "plan.png"
+    planning.draw(planning.plan(*SLOW, **{**OPTIONS, "codecs": ["int8g128"]}), "l40", path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def computes():
+    from flashcomm.bench import compute
+
+    cost = Cost((Point(1024, 1e-3, 0.0),))
+    compute.LENGTHS, compute._REPEATS = (32, 64, 128), 1
+    compute.PROBE = dataclasses.replace(compute.PROBE, layers=2, hidden=256, intermediate=512)
+    return compute.computed(Group(ranks=2, machine=Machine(name="here", plain=cost))).as_dict()
+
+
+def test_what_ranks_compute_is_measured_alike_on_all_of_them():
+    pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
+    one, other = ranks.shared(2).run(computes)
+    assert one == other
+    assert 1e8 < one["flops"] < 1e14
+    assert 1e7 < one["bytes_s"] < 1e12
+    assert one["attention_flops"] > 1e8
+    assert (one["ranks"], one["skips"]) == (2, "first")
