@@ -43,6 +43,7 @@ def table(path: Path) -> str:
     names = [name for name in rows[0] if name not in HIDDEN and name not in same]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     facts = {k: v for k, v in document.items() if k not in ("machine", "rows", "prompt", "model", "op")}
+    facts = {k: v for k, v in facts.items() if not isinstance(v, list)}
     facts |= {name: rows[0][name] for name in same}
     lines = [
         f"# {path.stem}",

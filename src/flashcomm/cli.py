@@ -218,6 +218,139 @@ def calibrate(
     )
 
 
+Model = Annotated[
+    Path, typer.Argument(help="A Hugging Face model directory; the bundled model if not given, or by the name 'demo'.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(help="UTF-8 text like what the model will see, again for each file.", dir_okay=False),
+]
+SimulatedRanks = Annotated[int, typer.Option("--tp", help="Ranks to simulate, in one process.", min=2)]
+Hosts = Annotated[int, typer.Option(help="Hosts with as many ranks each, for --algorithm hierarchical.", min=0)]
+Window = Annotated[int, typer.Option(help="Tokens of a window; each token is judged by its predecessors.", min=16)]
+Seed = Annotated[int, typer.Option(help="Of what is random: the bootstrap, and which text is explored.")]
+
+
+@app.command("accuracy")
+def measure_accuracy(
+    model: Model = Path("demo"),
+    tp: SimulatedRanks = 8,
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain and the floor are always measured.")] = (
+        "int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike"
+    ),
+    policy: Annotated[list[Path] | None, typer.Option(help="A policy to measure too; again for each.")] = None,
+    algorithm: Algorithm = "auto",
+    hosts: Hosts = 0,
+    text: Texts = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.", min=32)] = 20480,
+    window: Window = 1024,
+    dtype: Dtype = "bfloat16",
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report.html, .md and .json.", file_okay=False)] = Path(
+        "flashcomm-accuracy"
+    ),
+    json_file: Json = None,
+):
+    """What each codec costs this model over N ranks, simulated bit for bit in one process."""
+    from flashcomm.accuracy import command, report
+
+    specs = _codec_list(codecs)
+    setup = _setup(model, specs, tp, hosts, algorithm, text, tokens, window, dtype, calibration, seed, out)
+    try:
+        rows, document = command.accuracy(setup, specs, policy or [])
+    except (ValueError, NotImplementedError) as error:
+        _fail(str(error))
+    table = _table(f"{setup.model} as {tp} ranks, {dtype}, {document['tokens']:,} tokens")
+    for place, name in enumerate(report.HEAD):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*report.cells(row, intervals=False))
+    _out.print(table)
+    _write_json(json_file, document)
+    _out.print(
+        f"\nReport with confidence intervals, plots, by sum and by position: {out / 'report.html'}", highlight=False
+    )
+
+
+@app.command("tune-policy")
+def tune_policy(
+    model: Model = Path("demo"),
+    budget: Annotated[str, typer.Option(help="What the policy may cost: kl=NATS.")] = "kl=0.01",
+    tp: SimulatedRanks = 8,
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs to choose from.")] = (
+        "int3g32,int4g128,int4g32,int5g128,int6g128,int8g128"
+    ),
+    algorithm: Algorithm = "auto",
+    hosts: Hosts = 0,
+    text: Texts = None,
+    explore: Annotated[int, typer.Option(help="Tokens to measure each codec at each sum on.", min=16)] = 4096,
+    tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 16384,
+    window: Window = 1024,
+    dtype: Dtype = "bfloat16",
+    calibration: Calibration = None,
+    seed: Seed = 0,
+    policy: Annotated[Path, typer.Option(help="The file to write.", dir_okay=False)] = Path("policy.toml"),
+    out: Annotated[Path, typer.Option(help="Folder for tuning.json, and to go on from.", file_okay=False)] = Path(
+        "flashcomm-tuning"
+    ),
+    json_file: Json = None,
+):
+    """The codec of each sum that sends the fewest bits within a budget of accuracy, as a policy file."""
+    from flashcomm.accuracy import command
+
+    specs = _codec_list(codecs)
+    name, _, limit = budget.partition("=")
+    try:
+        nats = float(limit)
+    except ValueError:
+        nats = 0.0
+    if name.strip() != "kl" or not nats > 0:
+        _fail(f"--budget {budget!r}: give kl= and a number of nats above 0, such as kl=0.01")
+    setup = _setup(model, specs, tp, hosts, algorithm, text, tokens + explore, window, dtype, calibration, seed, out)
+    try:
+        tuned, document = command.tune_policy(setup, nats, specs, explore, policy)
+    except (ValueError, NotImplementedError) as error:
+        _fail(str(error))
+    for line in policy.read_text().split("\n\n")[0].splitlines():
+        _out.print(line, markup=False, highlight=False, soft_wrap=True)
+    _write_json(json_file, document)
+    _out.print(f"{policy}: {tuned.policy}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _setup(model, specs, tp, hosts, algorithm, texts, tokens, window, dtype, calibration, seed, out):
+    """What both commands measure, checked."""
+    from flashcomm.accuracy import command
+    from flashcomm.demo import MODEL
+    from flashcomm.demo.text import held_out_text
+
+    is_bundled = str(model) == "demo"
+    directory = _model_directory(MODEL if is_bundled else model, tp)
+    _check_dtype(dtype)
+    _need("matplotlib", "plot")
+    if hosts and tp % hosts:
+        _fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
+    for spec in specs:
+        _check_calibration(spec, calibration, tp)
+    _check_algorithm(algorithm, specs, Group(ranks=tp, hosts=hosts or tp))
+    _warm_up([*specs, "fp32"])
+    return command.Setup(
+        directory=directory,
+        model="the bundled model" if is_bundled else str(model),
+        texts=[_read_text(path) for path in texts] if texts else [held_out_text()],
+        text=", ".join(path.name for path in texts) if texts else "the standard library's held-out modules",
+        ranks=tp,
+        hosts=hosts,
+        algorithm=algorithm,
+        tokens=tokens,
+        window=window,
+        dtype=dtype,
+        seed=seed,
+        calibration=calibration,
+        out=out,
+    )
+
+
 @bench_app.command("codec")
 def bench_codec(
     codecs: Annotated[
@@ -843,7 +976,7 @@ def _model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:
     return directory
 
 
-def _check_algorithm(algorithm: str, specs: list[str], ranks: int):
+def _check_algorithm(algorithm: str, specs: list[str], ranks: int | Group):
     from flashcomm import planner
 
     try:

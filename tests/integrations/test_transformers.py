@@ -1,6 +1,7 @@
 """A real transformers model over real ranks, on the newest and the oldest release that flashcomm supports."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import promises
 import ranks
 from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compress, compressed
+from flashcomm.policy import Policy, Rule
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
 _PLAIN = dist.all_reduce
@@ -155,6 +157,30 @@ def generates():
     assert promises.everyone(text) == [text] * 2
 
 
+def follows_a_policy():
+    """Each module has its own codec, a decode step and a small message none."""
+    from flashcomm.bench.model import generate
+
+    model, tokenizer = loaded(MODEL, torch.bfloat16)
+    policy = Policy(codec="int8g128", algorithm="two_step", layers=(Rule(match="*.o_proj", codec="none"),))
+    rule = len([name for name, _ in model.named_modules() if name.endswith("o_proj")])
+    with compressed(model, policy) as handle:
+        others = len(handle.modules) - rule
+        flashcomm.reset_stats()
+        logits(model, 256)
+        assert flashcomm.stats()["calls"] == {"all_reduce/two_step/int8g128": others, "all_reduce/plain/none": rule}
+        handle.codec = replace(policy, min_bytes=2**20)
+        flashcomm.reset_stats()
+        logits(model, 256)
+        assert flashcomm.stats()["calls"] == {"all_reduce/one_step/bf16": others, "all_reduce/plain/none": rule}
+        for phase, codec in (("prefill", "one_step/bf16"), ("all", "two_step/int8g128")):
+            handle.codec = replace(policy, min_bytes=0, phase=phase)
+            flashcomm.reset_stats()
+            generate(model, tokenizer, "def f(x):", 4)
+            calls = flashcomm.stats()["calls"]
+            assert calls[f"all_reduce/{codec}"] == (3 + (phase == "all")) * others
+
+
 def gradients_pass_straight_through():
     """With gradients on, transformers wraps the sum in its own autograd function, so backward works as without us."""
     model, _ = loaded(MODEL)
@@ -243,7 +269,14 @@ def test_the_oldest_release_is_another_one():
 @both
 @pytest.mark.parametrize(
     "function",
-    [bundled_model, generates, gradients_pass_straight_through, survives_an_exception, not_tensor_parallel],
+    [
+        bundled_model,
+        generates,
+        follows_a_policy,
+        gradients_pass_straight_through,
+        survives_an_exception,
+        not_tensor_parallel,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_on_ranks(release, function):

@@ -41,7 +41,7 @@ def check_directory(directory: Path, ranks: int):
 
 
 def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
-    """(model, tokenizer) from a local directory, tensor parallel over all ranks of the default group."""
+    """(model, tokenizer) from a local directory, tensor parallel over the default group if there is one."""
     model = load_model(directory, dtype)
     import transformers
 
@@ -55,7 +55,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    plan = _tensor_parallel_argument() if dist.get_world_size() > 1 else {}
+    plan = _tensor_parallel_argument() if dist.is_initialized() and dist.get_world_size() > 1 else {}
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
 
 

@@ -1,6 +1,5 @@
 """What each rank of the demo does, and the rows that come out."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -8,10 +7,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from flashcomm.bench import model as bench
+from flashcomm.bench.progress import progress
 from flashcomm.codecs import parse
 from flashcomm.demo import text
 from flashcomm.integrations.transformers import calibrate, compressed
@@ -96,7 +94,7 @@ def rank_main(
                 DemoRow(
                     codec=spec,
                     algorithm=first.algorithms,
-                    bits_per_value=handle.codec.bits_per_value(hidden, model.dtype),
+                    bits_per_value=parse(spec).bits_per_value(hidden, model.dtype),
                     wire_bytes_per_token=first.wire_bytes_per_token,
                     ttft_ms=first.times.p50_ms,
                     ttft_vs_plain=plain_ms / first.times.p50_ms,
@@ -105,38 +103,9 @@ def rank_main(
                     **accuracy[spec].as_dict(),
                 )
             )
-    return rows, len(windows) * text.WINDOW
+    return rows, sum(len(window) for window in windows)
 
 
 def _progress():
-    """A bar on rank 0's terminal, a line per phase where there is none, nothing on the other ranks."""
-    if dist.get_rank() != 0:
-        return nullcontext(lambda name, total: lambda: None)
-    if not sys.stderr.isatty():
-        return nullcontext(_announce)
-    return _Bars()
-
-
-def _announce(name: str, total: int):
-    print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    return lambda: None
-
-
-class _Bars:
-    def __enter__(self):
-        columns = (
-            TextColumn("{task.description:>20}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-        )
-        self._bars = Progress(*columns, console=Console(stderr=True))
-        self._bars.start()
-        return self._step
-
-    def _step(self, name: str, total: int):
-        task = self._bars.add_task(name, total=total)
-        return lambda: self._bars.advance(task)
-
-    def __exit__(self, *exc_info: object):
-        self._bars.stop()
+    """On rank 0 alone."""
+    return progress() if dist.get_rank() == 0 else nullcontext(lambda name, total: lambda: None)

@@ -1,29 +1,12 @@
 """The demo's `report.html`: one file, nothing loaded from elsewhere."""
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 
-import matplotlib
 from matplotlib.figure import Figure
 
+from flashcomm.bench.page import BLUE, COLOURS, GREY, RED, document, figure, images
 from flashcomm.demo.measure import DemoRow
-
-_BLUE, _GREY, _RED = "#2563eb", "#9ca3af", "#b91c1c"
-_COLOURS = (_BLUE, "#d97706", "#059669", "#7c3aed", "#db2777", "#4b5563")
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:74rem;margin:2.5rem auto;padding:0 1.25rem}
-h1{font-size:1.7rem;margin:0 0 .25rem}h2{font-size:1.15rem;margin:2.2rem 0 .5rem}p{max-width:46rem}
-.note{color:#4b5563}.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:.92rem}
-th,td{padding:.4rem .6rem;border-bottom:1px solid #e5e7eb;text-align:right;white-space:nowrap}
-th:first-child,td:first-child,td.l,th.l{text-align:left}th{font-weight:600;color:#4b5563}
-code,pre{font:.88em ui-monospace,monospace}pre{background:#f9fafb;border:1px solid #e5e7eb;border-radius:6px;padding:.75rem;
-overflow-x:auto;margin:.25rem 0 1rem}.bad{color:#b91c1c;font-weight:600}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(22rem,1fr));gap:1.25rem}
-.plots img{width:100%;border:1px solid #e5e7eb;border-radius:6px}.plots img:first-child{grid-column:1/-1;max-width:56rem}
-"""
 
 
 def render(rows: Sequence[DemoRow], facts: dict) -> str:
@@ -36,17 +19,12 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
     """
     machine = facts["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    plots = "".join(
-        f'<img alt="{html.escape(alt)}" src="{_png(figure)}">' for alt, figure in _plots(rows, facts.get("rate"))
-    )
+    plots = images(_plots(rows, facts.get("rate")))
     texts = "".join(
         f"<h3>{', '.join(f'<code>{html.escape(codec)}</code>' for codec in codecs)}</h3><pre>{html.escape(text)}</pre>"
         for text, codecs in by_text(rows).items()
     )
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>flashcomm demo</title><style>{_STYLE}</style></head><body>
-<h1>flashcomm demo</h1>
+    body = f"""<h1>flashcomm demo</h1>
 <p class="note">{html.escape(str(facts["model"]))}, tensor parallel over {facts["ranks"]} ranks on
 {html.escape(machine["gpu"] or machine["cpu"])} ({machine["cores"]} cores), {machine["date"]}.</p>
 <p>Every row runs the same model on the same tokens; only the bytes between the ranks differ. Every sum is compressed
@@ -59,8 +37,8 @@ and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b
 <h2>What it writes</h2><p class="note">Greedy continuation of <code>{html.escape(repr(facts["prompt"]))}</code></p>
 {texts}
 <p class="note">{html.escape(versions)}{", commit " + machine["commit"] if machine["commit"] else ""}</p>
-</body></html>
 """
+    return document("flashcomm demo", body)
 
 
 def link(facts: dict) -> str:
@@ -130,14 +108,14 @@ def best(rows: Sequence[DemoRow]) -> list[DemoRow]:
 
 def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
     """KL against bits, a dot per format; names in a column beside it, so that none covers another."""
-    figure, axes = _figure(
+    plot, axes = figure(
         "Accuracy: KL against plain by bits on the wire; the line joins the formats worth a choice", 7.2
     )
     dots = sorted((r for r in rows if r.kl > 0 and r.bits_per_value < 16), key=lambda r: r.kl)
     front = best(dots)
-    axes.plot([r.bits_per_value for r in front], [r.kl for r in front], color=_GREY, linewidth=1, zorder=2)
+    axes.plot([r.bits_per_value for r in front], [r.kl for r in front], color=GREY, linewidth=1, zorder=2)
     families = dict.fromkeys(_family(r.codec) for r in dots)
-    for family, colour in zip(families, _COLOURS, strict=False):
+    for family, colour in zip(families, COLOURS, strict=False):
         members = [r for r in dots if _family(r.codec) == family]
         points = [r.bits_per_value for r in members], [r.kl for r in members]
         axes.scatter(*points, color=colour, s=26, zorder=3, label=family)
@@ -149,14 +127,14 @@ def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
         )  # fmt: skip
     for row in rows:
         if row.codec == "fp32":
-            axes.axhline(row.kl, color=_RED, linewidth=0.8, linestyle="--", label="sums in another order")
+            axes.axhline(row.kl, color=RED, linewidth=0.8, linestyle="--", label="sums in another order")
     axes.set_xlabel("bits per value")
     axes.set_ylabel("KL (nats)")
     if dots:
         axes.set_yscale("log")
         axes.legend(fontsize=8, loc="lower left", edgecolor="none", framealpha=1)
     axes.grid(True, color="#f0f0f0")
-    return figure
+    return plot
 
 
 def _plots(rows: Sequence[DemoRow], rate: str | None):
@@ -170,28 +148,13 @@ def _plots(rows: Sequence[DemoRow], rate: str | None):
             "{:.0f}",
         ),
     ):
-        figure, axes = _figure(title)
+        plot, axes = figure(title)
         names = [r.codec for r in rows][::-1]
         values = [value(r) for r in rows][::-1]
-        bars = axes.barh(names, values, color=[_GREY if n == "none" else _BLUE for n in names], zorder=3)
+        bars = axes.barh(names, values, color=[GREY if n == "none" else BLUE for n in names], zorder=3)
         axes.bar_label(bars, [unit.format(v) for v in values], padding=4, fontsize=8)
         axes.margins(x=0.15)
         axes.tick_params(axis="y", labelsize=8)
         axes.spines["bottom"].set_visible(False)
         axes.set_xticks([])
-        yield title, figure
-
-
-def _figure(title: str, width: float = 5.6):
-    figure = Figure(figsize=(width, width * 0.7), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title, fontsize=10, loc="left")
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):
-        figure.savefig(buffer, format="png", dpi=150)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+        yield title, plot

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from flashcomm.bench.windows import windows
+
 #: Top-level modules and packages that are only measured on. All exist in CPython 3.10 to 3.14, also where a
 #: distribution leaves the test suite out; some are a file in one version and a package in another.
 HELD_OUT = (
@@ -54,9 +56,6 @@ RELATED = (
 
 #: Folders, and beginnings of file names, that are not part of the library's own source.
 NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "config-", "_sysconfigdata")
-
-#: Tokens of a window of text.
-WINDOW = 1024
 
 #: Placed before every file in the token stream, and after the last one.
 END_OF_TEXT = "<|endoftext|>"
@@ -144,17 +143,6 @@ def calibration_text(stdlib: Path | None = None, characters: int = 400_000) -> s
     total = sum(path.stat().st_size for path in files)
     chosen = files[:: max(1, total // characters)]
     return END_OF_TEXT + "".join(text + END_OF_TEXT for text in read(chosen))
-
-
-def windows(ids: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """Return windows of 1,024 ids, about ``tokens`` in all, spread evenly over the text.
-
-    >>> [len(window) for window in windows(torch.arange(5000), 2048)]
-    [1024, 1024]
-    """
-    count = max(1, min(tokens, len(ids)) // WINDOW)
-    starts = torch.linspace(0, max(0, len(ids) - WINDOW), count).long().tolist()
-    return [ids[start : start + WINDOW] for start in starts]
 
 
 def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = 32 * 1024) -> list[torch.Tensor]:

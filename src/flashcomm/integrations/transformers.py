@@ -36,8 +36,9 @@ from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
-from flashcomm.codecs import Codec, Features
+from flashcomm.codecs import Codec, Features, Plain
 from flashcomm.collectives.stats import record_plain
+from flashcomm.policy import Policy
 
 # Styles of transformers' plans that shard a module but leave no sum to make after it.
 _NOT_REDUCING = re.compile(
@@ -53,7 +54,7 @@ _originals: dict[str, Callable] = {}
 
 def compress(
     model: Any,
-    codec: str | Codec = "int8g128",
+    codec: str | Codec | Policy = "int8g128",
     *,
     modules: str = "",
     algorithm: str = "auto",
@@ -65,9 +66,11 @@ def compress(
 
     Args:
         model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        codec: of all sums, or a `Policy`: then its ``min_bytes``, its ``phase`` and, unless another is given, its
+            ``algorithm`` count too.
         modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
         calibration: for codecs that need one (``+keep64``, ``int4static``): what `calibrate` returned, or its file.
-        codec, algorithm, strict, batch_invariant: as for `flashcomm.all_reduce`.
+        algorithm, strict, batch_invariant: as for `flashcomm.all_reduce`.
 
     Returns:
         A `Compression`.
@@ -85,13 +88,11 @@ def compress(
     options = {"strict": strict, "batch_invariant": batch_invariant}
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(calibration)
-    return Compression(
-        model, codecs.parse(codec), modules=modules, algorithm=algorithm, calibration=calibration, **options
-    )
+    return Compression(model, _parsed(codec), modules=modules, algorithm=algorithm, calibration=calibration, **options)
 
 
 @contextmanager
-def compressed(model: Any, codec: str | Codec = "int8g128", **options: Any):
+def compressed(model: Any, codec: str | Codec | Policy = "int8g128", **options: Any):
     """`compress` for the length of a ``with`` block; yields the handle."""
     handle = compress(model, codec, **options)
     try:
@@ -149,8 +150,8 @@ def calibrate(
 class Compression:
     """A model whose all-reduces are compressed; made by `compress`."""
 
-    codec: Codec
-    """The wire format. May be assigned to between forward passes, on all ranks alike."""
+    codec: Codec | Policy
+    """The wire format, or that of each module. May be assigned to between forward passes, on all ranks alike."""
     algorithm: str
     """As for `flashcomm.all_reduce`; may be assigned to like `codec`."""
     modules: dict[str, str]
@@ -169,7 +170,7 @@ class Compression:
     def __init__(
         self,
         model: Any,
-        codec: Codec,
+        codec: Codec | Policy,
         *,
         modules: str,
         algorithm: str,
@@ -179,6 +180,7 @@ class Compression:
         self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
         self.group = tensor_parallel_group(model)
         self._bound: dict[tuple[Codec, str], Codec] = {}
+        self._decoding = False
         self._observe: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         self.wait = None
         if compression_of(model):
@@ -190,11 +192,9 @@ class Compression:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
-        if codec.unbound:
-            if calibration is None:
-                codec.check(1)
-            for name in reducing:
-                self._codec_of(name)
+        for name in reducing:
+            if self._codec_of(name).unbound:
+                self._codec_of(name).check(1)
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
@@ -242,9 +242,8 @@ class Compression:
     def reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sum `x` over the ranks as the output of module `name`."""
         self.calls[name] += 1
-        options = {"algorithm": self.algorithm, **self._options}
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
-        reduce = functools.partial(collectives.all_reduce, x, self._codec_of(name), self.group, out=out, **options)
+        reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, **self._how(name, x))
         result = self.wait(functools.partial(reduce, async_op=True), name) if self.wait else reduce()
         assert isinstance(result, torch.Tensor)
         if self._observe and part is not None:
@@ -252,14 +251,38 @@ class Compression:
         return result
 
     def _codec_of(self, name: str) -> Codec:
-        """The codec, bound to what calibration knows about this module."""
+        """The codec of a module, bound to what calibration knows about it."""
+        codec = self.codec.codec_for(name) if isinstance(self.codec, Policy) else self.codec
         if self.calibration is None:
-            return self.codec
-        key = (self.codec, name)
+            return codec
+        key = (codec, name)
         if key not in self._bound:
             rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
-            self._bound[key] = self.calibration.bind(self.codec, name, rank=rank, ranks=ranks)
+            self._bound[key] = self.calibration.bind(codec, name, rank=rank, ranks=ranks)
         return self._bound[key]
+
+    def _how(self, name: str, x: torch.Tensor) -> dict[str, Any]:
+        """The options of the all-reduce of `x` after a module."""
+        codec, policy = self._codec_of(name), self.codec
+        if not isinstance(policy, Policy):
+            return {"codec": codec, "algorithm": self.algorithm, **self._options}
+        # Experts see all tokens in one dimension, after other modules of the same pass saw the sequences.
+        if x.dim() > 2:
+            self._decoding = x.shape[-2] == 1
+        if isinstance(codec, Plain):
+            return {"codec": codec, "algorithm": "plain"}
+        if (self._decoding and policy.phase == "prefill") or x.numel() * x.element_size() < policy.min_bytes:
+            # As they are, by the fastest way that there is for it.
+            return {"codec": "bf16" if x.dtype == torch.bfloat16 else "fp32"}
+        return {
+            "codec": codec,
+            "algorithm": policy.algorithm if self.algorithm == "auto" else self.algorithm,
+            **self._options,
+        }
+
+
+def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
+    return codec if isinstance(codec, Policy) else codecs.parse(codec)
 
 
 def compression_of(model: Any) -> "Compression | None":

@@ -28,6 +28,7 @@ from flashcomm.integrations.transformers import Compression, compress, compressi
 from flashcomm.overlap import splitting, turns
 from flashcomm.overlap.measuring import SHARES, Stopwatch, profile_of
 from flashcomm.planner.overlap import MIN_TOKENS, Profile, Split, choose
+from flashcomm.policy import Policy
 
 __all__ = ["Overlap", "prefill", "wrap"]
 
@@ -37,7 +38,7 @@ _MEASURE_TOKENS = 2 * MIN_TOKENS
 
 
 @contextmanager
-def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | None = None):
+def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | Policy | None = None):
     """Overlap the prefill of `model` for the length of a ``with`` block; yields the `Overlap`.
 
     Args:
@@ -45,7 +46,7 @@ def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str 
         parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times taken of the first prompt of 256 tokens or
             more, whose parts run one after the other; or a number of parts of about as many tokens each, 1 for none; or
             shares of the tokens, such as ``(3, 2)``.
-        codec: wire format of the sums; None for that in which `model` is compressed already, or plain if it is not.
+        codec: wire format of the sums, or a policy; None for what `model` is compressed with already, or plain.
 
     Raises:
         ValueError: a model whose prompts cannot be split, that is not tensor parallel, or that is overlapped already,
@@ -65,7 +66,9 @@ def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str 
         overlap.undo()
 
 
-def wrap(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | None = None) -> "Overlap":
+def wrap(
+    model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str | Codec | Policy | None = None
+) -> "Overlap":
     """Overlap the prefill of `model` until ``undo()`` of the returned handle; the arguments are those of `prefill`."""
     return Overlap(model, parts, codec)
 
@@ -83,7 +86,7 @@ class Overlap:
     wait: Callable[[Callable[[], Any], str], torch.Tensor]
     """How sums are made while parts take turns, as `Compression.wait` has it; replaced by who wants to watch."""
 
-    def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | None):
+    def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | Policy | None):
         self.parts, self.last_split = parts, None
         self.wait = lambda start, name: turns.wait(start())
         self._decoder = splitting.decoder_of(model)

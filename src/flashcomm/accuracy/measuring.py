@@ -1,0 +1,161 @@
+"""Run a simulated model over windows of text with each policy, and keep what was found, window by window.
+
+A window's figures are written when it is done, so an interrupted measurement goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashcomm.accuracy.metrics import compare
+from flashcomm.accuracy.simulated import Simulation, simulated
+from flashcomm.calibration import Calibration
+from flashcomm.policy import Policy
+
+EVERY = 16
+"""One token in so many is looked at in depth."""
+_RUN = "run.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What `measure` found. C variants, plain first; W windows of T judged tokens; M sums in the order of the model."""
+
+    names: tuple[str, ...]
+    bits: tuple[float, ...]
+    """On the wire per value, C."""
+    modules: tuple[str, ...]
+    """The modules that are summed, M."""
+    figures: torch.Tensor
+    """fp32 [C, 4, W, T] of `metrics.compare`."""
+    depth: torch.Tensor
+    """fp64 [C, M, 4], squares over one token in 16: of the error that a sum adds, of the exact sum, of the sum's
+    distance from plain's, and of plain's sum."""
+
+    @property
+    def added(self) -> torch.Tensor:
+        """Error of each sum, given what goes into it, relative to the sum: [C, M], roots of shares of squares."""
+        return (self.depth[..., 0] / self.depth[..., 1]).sqrt()
+
+    @property
+    def gathered(self) -> torch.Tensor:
+        """Distance of each sum from plain's, relative to plain's: [C, M]; the errors of all sums before included."""
+        return (self.depth[..., 2] / self.depth[..., 3]).sqrt()
+
+
+@torch.inference_mode()
+def measure(
+    model: Any,
+    ranks: int,
+    variants: Mapping[str, Policy],
+    windows: Sequence[torch.Tensor],
+    *,
+    hosts: int = 0,
+    calibration: Calibration | None = None,
+    folder: Path | None = None,
+    origin: str = "",
+    progress: Callable[[], object] = lambda: None,
+) -> Measurement:
+    """Compare policies with plain, teacher-forced: each token is judged by its predecessors in the window.
+
+    Args:
+        model, ranks, hosts, calibration: as for `simulated`.
+        variants: policies by name, whose ``min_bytes`` do not count; plain is measured too, and first.
+        windows: token ids, each [T + 1] with the same T.
+        folder: where the figures of each window are kept. A measurement of the same things in it is continued, one of
+            other things begun anew. None keeps nothing.
+        origin: which model this is, in words that another model would not have.
+        progress: called after each window.
+
+    Raises:
+        ValueError: windows that differ in length, or none, or what `simulated` raises.
+    """
+    if not windows or len({len(window) for window in windows}) > 1:
+        raise ValueError("accuracy is measured on one or more windows of the same length")
+    # Texts are cut into windows for our convenience, so no sum is too small here.
+    policies = {name: replace(p, min_bytes=0) for name, p in {"none": Policy(codec="none"), **variants}.items()}
+    with simulated(model, ranks, hosts=hosts, calibration=calibration) as simulation:
+        if folder:
+            facts = [origin, ranks, hosts, calibration and calibration.origin, [*map(repr, policies.items())]]
+            _open(
+                folder,
+                json.dumps([*facts, [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in windows]]),
+            )
+        found = []
+        for number, window in enumerate(windows):
+            path = folder and folder / f"{number:06}.pt"
+            if path and path.is_file():
+                found.append(torch.load(path, weights_only=True))
+            else:
+                found.append(_window(model, simulation, list(policies.values()), window.to(model.device)))
+                if path:
+                    _save(found[-1], path)
+            progress()
+        bits = tuple(simulation.bits_per_value(policy) for policy in policies.values())
+    return Measurement(
+        names=tuple(policies),
+        bits=bits,
+        modules=tuple(simulation.modules),
+        figures=torch.stack([figures for figures, _ in found], 2),
+        depth=torch.stack([depth for _, depth in found]).sum(0),
+    )
+
+
+def _window(
+    model: Any, simulation: Simulation, policies: Sequence[Policy], ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one window: [C, 4, T] figures and [C, M, 4] depth."""
+    figures, depths = [], []
+    plain, reference = torch.empty(0), []
+    for policy in policies:
+        simulation.policy = policy
+        depth = _Depth(list(simulation.modules), reference)
+        simulation.observe = depth
+        logits = model(ids[None], use_cache=False).logits[0, :-1]
+        plain = plain if figures else logits
+        figures.append(compare(plain, logits, ids[1:]))
+        depths.append(depth.squares)
+    return torch.stack(figures), torch.stack(depths)
+
+
+class _Depth:
+    """Adds up how far the sums of one forward pass are from the exact ones, and from those of the first pass."""
+
+    def __init__(self, modules: list[str], reference: list[torch.Tensor]):
+        self.squares = torch.zeros(len(modules), 4, dtype=torch.float64)
+        self._places = {name: place for place, name in enumerate(modules)}
+        self._reference, self._is_first, self._calls = reference, not reference, 0
+
+    def __call__(self, name: str, parts: Sequence[torch.Tensor], total: torch.Tensor):
+        *exact, found = (x.reshape(-1, x.shape[-1])[::EVERY].float() for x in (*parts, total))
+        exact = torch.stack(exact).sum(0)
+        if self._is_first:
+            self._reference.append(found)
+        plain = self._reference[self._calls]
+        self._calls += 1
+        squares = torch.stack([x.double().square().sum() for x in (found - exact, exact, found - plain, plain)])
+        self.squares[self._places[name]] += squares.cpu()
+
+
+def _open(folder: Path, identity: str):
+    """Make `folder` one of the measurement `identity`; what another left there goes."""
+    path = folder / _RUN
+    if path.is_file() and path.read_text() == identity:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.pt"):
+        old.unlink()
+    path.write_text(identity)
+
+
+def _save(found: tuple[torch.Tensor, torch.Tensor], path: Path):
+    """Whole or not at all."""
+    part = path.with_suffix(".part")
+    torch.save(found, part)
+    os.replace(part, path)

@@ -1,0 +1,273 @@
+"""A transformers model whose sums are those of N tensor-parallel ranks, in one process and bit for bit.
+
+Every module that the model's own plan splits runs once per rank, on the slice of parameters and input that this rank
+would hold: a matrix product of another shape may add in another order, so the slices of column-parallel modules are
+computed one by one too. Their outputs are joined; those of modules that reduce are summed by `flashcomm.simulate`.
+What lies between works on heads and features one by one, and runs once for all ranks.
+
+The bits are those of ranks whose matrix products use as many threads as this process does, without gradients.
+
+Source: our own.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashcomm import simulate
+from flashcomm.calibration import Calibration, MovingReach
+from flashcomm.codecs import Features, Plain
+from flashcomm.policy import Policy
+
+# Styles of transformers' plans, of modules.
+_JOINED = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
+_LINEAR = ("rowwise", "rowwise_rep", "rowwise_split_input")
+_EMBEDDING = ("embedding_rowwise",)
+_EXPERTS = ("moe_tp_experts",)
+# Without gradients a rank computes with these what one process does.
+_WHOLE = ("replicate", "replicated_with_grad_allreduce", "local_params", "mla_kv_a_proj", "embedding_colwise")
+
+Observer = Callable[[str, Sequence[torch.Tensor], torch.Tensor], None]
+
+
+class Simulation:
+    """A model that computes as N ranks would; made by `simulated`."""
+
+    ranks: int
+    policy: Policy
+    """May be assigned to between forward passes."""
+    modules: dict[str, int]
+    """The features of each sum, by the name of the module whose outputs are summed."""
+    observe: Observer | None
+    """Called after each sum with the module's name, what each rank adds, and the sum."""
+
+    def __init__(
+        self, model: Any, ranks: int, policy: Policy, *, hosts: int = 0, calibration: Calibration | None = None
+    ):
+        self.ranks, self.policy, self.hosts, self.calibration = ranks, policy, hosts, calibration
+        self.modules, self.observe = {}, None
+        self._dtype = model.dtype
+        self._undo: list[Callable[[], None]] = []
+        planned = list(_planned(model))
+        _check(model, ranks, [(name, style) for name, _, style, _ in planned])
+        for name, module, style, parameters in planned:
+            if style in (*_LINEAR, *_EMBEDDING, *_EXPERTS):
+                hidden = model.config.get_text_config().hidden_size
+                self.modules[name] = getattr(module, "out_features", getattr(module, "embedding_dim", hidden))
+            if style not in _WHOLE:
+                self._replace(name, module, style, parameters)
+
+    def undo(self):
+        """The model is as it was. Harmless when repeated."""
+        while self._undo:
+            self._undo.pop()()
+
+    def bits_per_value(self, policy: Policy) -> float:
+        """Bits on the wire per value, on average over all sums of a token."""
+        bits = (w * policy.codec_for(name).bits_per_value(w, self._dtype) for name, w in self.modules.items())
+        return sum(bits) / sum(self.modules.values())
+
+    def _replace(self, name: str, module: nn.Module, style: str, parameters: Mapping[str, str]):
+        forward, own = module.forward, vars(module).get("forward")
+
+        def joined(*args: Any, **kwargs: Any) -> torch.Tensor:
+            outputs = self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs))
+            parts = [output.chunk(2 if style == "packed_colwise" else 1, -1) for output in outputs]
+            return torch.cat([piece for same in zip(*parts, strict=True) for piece in same], -1)
+
+        def linear(x: torch.Tensor) -> torch.Tensor:
+            parts = self._each_rank(module, parameters, lambda rank: forward(_slice(x, -1, rank, self.ranks)))
+            total, bias = self._sum(name, parts), module._parameters.get("bias")
+            return total if bias is None else total + bias
+
+        def experts(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return self._sum(name, self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs)))
+
+        def embedding(ids: torch.Tensor) -> torch.Tensor:
+            stripe = -(-module.get_parameter("weight").shape[0] // self.ranks)
+            found, owner = forward(ids), (ids // stripe).unsqueeze(-1)
+            return self._sum(name, [found.masked_fill(owner != rank, 0) for rank in range(self.ranks)])
+
+        def restore():
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+        kinds = {**dict.fromkeys(_JOINED, joined), **dict.fromkeys(_LINEAR, linear)}
+        kinds |= {**dict.fromkeys(_EXPERTS, experts), **dict.fromkeys(_EMBEDDING, embedding)}
+        module.forward = kinds[style]
+        self._undo.append(restore)
+
+    def _each_rank(
+        self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """What `call` returns for every rank, while the module holds the parameters of that rank."""
+        whole: dict[str, Any] = {name: module._parameters[name] for name in styles}
+        try:
+            outputs = []
+            for rank in range(self.ranks):
+                held: Any = {n: _parameter(n, p, styles[n], rank, self.ranks) for n, p in whole.items()}
+                module._parameters.update(held)
+                outputs.append(call(rank))
+            return outputs
+        finally:
+            module._parameters.update(whole)
+
+    def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
+        codec = self.policy.codec_for(name)
+        if self.calibration is not None:
+            codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
+        if isinstance(codec, Plain) or parts[0].numel() * parts[0].element_size() < self.policy.min_bytes:
+            total = ring_sum(parts)
+        else:
+            options = {"algorithm": self.policy.algorithm, "hosts": self.hosts}
+            # As ranks choose where a token must not depend on its batch: the algorithm that sends the fewest bytes.
+            total = simulate.all_reduce(parts, codec, batch_invariant=True, **options)
+        if self.observe:
+            self.observe(name, parts, total)
+        return total
+
+
+@contextmanager
+def simulated(
+    model: Any,
+    ranks: int,
+    policy: Policy | None = None,
+    *,
+    hosts: int = 0,
+    calibration: Calibration | None = None,
+) -> Iterator[Simulation]:
+    """Make `model` compute what it would over `ranks` tensor-parallel ranks, for the length of a ``with`` block.
+
+    Args:
+        model: a transformers model in one process, whose configuration has a tensor-parallel plan.
+        ranks: over which the model would be split.
+        policy: the codec of each sum, and the algorithm; ``none`` is a ring's sum in the dtype of the model, as are
+            messages under ``min_bytes``. Every compressed sum is, as with ``batch_invariant=True``. None for plain.
+        hosts: number of hosts with as many ranks each, for the algorithm ``hierarchical``.
+        calibration: for codecs that need one, of as many ranks.
+
+    Yields:
+        A `Simulation`.
+
+    Raises:
+        ValueError: no plan, a model that is parallel already, or heads that `ranks` does not divide.
+        NotImplementedError: the plan splits a module in a way that is not simulated.
+
+    Example::
+
+        with simulated(model, 8, Policy(codec="int4g128", algorithm="one_step")):
+            logits = model(input_ids).logits
+    """
+    simulation = Simulation(model, ranks, policy or Policy(codec="none"), hosts=hosts, calibration=calibration)
+    try:
+        yield simulation
+    finally:
+        simulation.undo()
+
+
+@torch.inference_mode()
+def calibrate(model: Any, ranks: int, windows: Iterable[torch.Tensor], *, gamma: float = 0.01) -> Calibration:
+    """What `flashcomm.integrations.transformers.calibrate` finds on `ranks` ranks.
+
+    Args:
+        model, ranks: as for `simulated`.
+        windows: token ids, each [tokens].
+        gamma: weight of a new window in the moving averages.
+    """
+    seen: dict[str, list[MovingReach]] = {}
+
+    def observe(name: str, parts: Sequence[torch.Tensor], total: torch.Tensor):
+        averages = seen.setdefault(name, [MovingReach(gamma) for _ in range(ranks + 1)])
+        for average, x in zip(averages, (*parts, total), strict=True):
+            average.add(x.reshape(-1, x.shape[-1]))
+
+    with simulated(model, ranks) as simulation:
+        simulation.observe = observe
+        for window in windows:
+            model(window[None].to(model.device), use_cache=False)
+    features = {name: Features(torch.stack([a.result() for a in averages])) for name, averages in seen.items()}
+    return Calibration(features, "a simulation")
+
+
+def ring_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of all parts as a ring all-reduce makes it, in stripes, each from another rank on and rounded each time.
+
+    These are the bits of gloo where `ranks` divides the number of values; elsewhere its stripes end at other values.
+
+    Args:
+        parts: one tensor per rank, all of one shape and dtype.
+
+    Returns:
+        Tensor of that shape and dtype.
+
+    >>> ring_sum([torch.tensor([256.0, 1.0]).bfloat16(), torch.tensor([1.0, 1.0]).bfloat16()]).tolist()
+    [256.0, 2.0]
+    """
+    ranks = len(parts)
+    totals = []
+    for owner, stripe in enumerate(zip(*(part.reshape(-1).tensor_split(ranks) for part in parts), strict=True)):
+        # From the rank before its owner on backwards, as in gloo; so the owner, which adds the last, has the sum.
+        total = stripe[owner - 1]
+        for step in range(2, ranks + 1):
+            total = total + stripe[owner - step]
+        totals.append(total)
+    return torch.cat(totals).view(parts[0].shape)
+
+
+def _planned(model: Any) -> Iterator[tuple[str, nn.Module, str, dict[str, str]]]:
+    """(name, module, style, styles of its parameters) of every module that the model's plan names."""
+    plan = getattr(model, "_tp_plan", None) or {}
+    styles = {name: plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) for name, _ in model.named_modules()}
+    for name, module in model.named_modules():
+        if style := styles[name]:
+            parameters = [key for key, _ in module.named_parameters(recurse=False)]
+            general = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            yield name, module, style, {key: plan.get(f"{general}.{key}", style) for key in parameters}
+
+
+def _check(model: Any, ranks: int, styles: Sequence[tuple[str, str]]):
+    if getattr(model, "_device_mesh", None) is not None:
+        raise ValueError("this model is split over ranks already: load it in one process, without a plan")
+    if ranks < 2:
+        raise ValueError(f"{ranks} rank(s) sum nothing: simulate 2 or more")
+    if not styles:
+        raise ValueError(f"{type(model).__name__} has no tensor-parallel plan, so there are no sums to simulate")
+    known = (*_JOINED, *_LINEAR, *_EMBEDDING, *_EXPERTS, *_WHOLE)
+    for name, style in styles:
+        if style not in known:
+            raise NotImplementedError(
+                f"module {name!r} is split in the style {style!r}. Simulated: {', '.join(known)}. "
+                "'flashcomm demo --model' measures any model on real ranks"
+            )
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    if any(count % ranks for count in heads):
+        raise ValueError(
+            f"{ranks} ranks do not divide the {heads[0]} heads and {heads[1]} key/value heads of this model"
+        )
+
+
+def _parameter(name: str, whole: torch.Tensor, style: str, rank: int, ranks: int) -> torch.Tensor | None:
+    """The part of a parameter that a rank holds; a bias that is added after the sum is none."""
+    packed = 2 if style.startswith("packed_") else 1
+    if "rowwise" in style:
+        return None if name == "bias" else _slice(whole, -1, rank, ranks, packed)
+    if "colwise" in style:
+        # Of a weight, or of each expert's, the first dimension is that of the outputs.
+        return _slice(whole, max(whole.dim() - 2, 0), rank, ranks, packed)
+    return whole
+
+
+def _slice(x: torch.Tensor, dim: int, rank: int, ranks: int, packed: int = 1) -> torch.Tensor:
+    """The stripe of a rank, contiguous; of each of `packed` equal parts that follow each other."""
+    length = x.shape[dim] // packed
+    size = -(-length // ranks)
+    start = min(rank * size, length)
+    pieces = [part.narrow(dim, start, min(size, length - start)) for part in x.chunk(packed, dim)]
+    return pieces[0].contiguous() if packed == 1 else torch.cat(pieces, dim)

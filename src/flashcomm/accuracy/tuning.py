@@ -1,0 +1,195 @@
+"""Find the cheapest codec for each sum of a model, so that all together stay within a budget of KL.
+
+What a codec costs at one sum is measured alone, all others being plain, and counted from what another order of
+additions costs there. Such costs nearly add up; how nearly is learned by measuring a choice, and choosing again.
+
+Source: our own; the choice is the multiple-choice knapsack problem, solved by dynamic programming.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashcomm.accuracy.measuring import Measurement, measure
+from flashcomm.accuracy.metrics import FLOOR, KL, AccuracyRow, summarise
+from flashcomm.accuracy.simulated import simulated
+from flashcomm.codecs import parse
+from flashcomm.policy import Policy, Rule
+
+ROUNDS = 8
+"""Choices that are measured at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What `tune` found."""
+
+    policy: Policy
+    row: AccuracyRow
+    """Of the policy, on the windows that verify."""
+    uniform: tuple[AccuracyRow, ...]
+    """Of one codec for all sums, for each candidate and at last the floor, on the same windows."""
+    best_uniform: AccuracyRow
+    """The one with the fewest bits among those that meet the budget."""
+    costs: dict[str, dict[str, float]]
+    """KL that each codec adds alone, by module and codec: what the choice was made from."""
+    choice: dict[str, str]
+    """Codec by module."""
+
+    @property
+    def saved(self) -> float:
+        """Share of the best uniform codec's bits that the policy does without."""
+        return 1 - self.row.bits_per_value / self.best_uniform.bits_per_value
+
+
+def tune(
+    model: Any,
+    ranks: int,
+    budget: float,
+    explored: Sequence[torch.Tensor],
+    verified: Sequence[torch.Tensor],
+    candidates: Sequence[str],
+    *,
+    algorithm: str = "auto",
+    seed: int = 0,
+    folder: Path | None = None,
+    step: Callable[[str, int], Callable[[], object]] = lambda name, total: lambda: None,
+    **options: Any,
+) -> Tuned:
+    """The policy with the fewest bits whose KL, the upper end of its 95 % interval, stays within `budget`.
+
+    Args:
+        model, ranks: as for `simulated`.
+        budget: KL(plain || compressed) in nats.
+        explored: windows of token ids to measure each codec at each sum on.
+        verified: other windows, to measure whole policies on.
+        candidates: codecs to choose from.
+        algorithm: of the sums.
+        seed: of the bootstrap.
+        folder: where what was measured is kept, as for `measure`.
+        step: given what is measured and on how many windows, returns what is called after each.
+        options: of `measure`: ``hosts``, ``calibration``, ``origin``.
+
+    Raises:
+        ValueError: no candidate meets the budget.
+    """
+    names = list(candidates)
+
+    def run(windows: Sequence[torch.Tensor], variants: Mapping[str, Policy], name: str) -> Measurement:
+        place = folder / name.replace(" ", "-") if folder else None
+        return measure(model, ranks, variants, windows, folder=place, progress=step(name, len(windows)), **options)
+
+    def rows(variants: Mapping[str, Policy], name: str) -> list[AccuracyRow]:
+        found = run(verified, variants, name)
+        return summarise(found.names, found.bits, found.figures, seed=seed)[1:]
+
+    everywhere = {name: Policy(codec=name, algorithm=algorithm) for name in (*names, FLOOR)}
+    *uniform, floor = rows(everywhere, "uniform codecs")
+    meeting = [row for row in uniform if row.kl.high <= budget]
+    if not meeting:
+        best = min(uniform, key=lambda row: row.kl.high)
+        raise ValueError(
+            f"no candidate meets a KL of {budget:g}: {best.codec} has up to {best.kl.high:.2e}, and another order of "
+            f"additions alone up to {floor.kl.high:.2e}. Give a larger budget, or candidates with more bits"
+        )
+    best_uniform = min(meeting, key=lambda row: row.bits_per_value)
+    with simulated(model, ranks) as simulation:
+        widths = dict(simulation.modules)
+    modules = list(widths)
+    alone = {
+        f"{module} {name}": Policy(codec="none", algorithm=algorithm, layers=(Rule(match=module, codec=name),))
+        for module in modules
+        for name in (*names, FLOOR)
+    }
+    kl = run(explored, alone, "one sum at a time").figures[1:, KL].double().mean((1, 2)).view(len(modules), -1)
+    costs = (kl[:, :-1] - kl[:, -1:]).clamp_min(0)
+    bits = torch.tensor([[w * parse(name).bits_per_value(w, model.dtype) for name in names] for w in widths.values()])
+
+    # What the best uniform codec leaves to be saved is the least that is returned.
+    chosen = [names.index(best_uniform.codec)] * len(modules)
+    policy, row = everywhere[best_uniform.codec], best_uniform
+    allowed, tried = budget - floor.kl.high, set()
+    for number in range(ROUNDS):
+        choice = allocate(costs, bits, allowed)
+        if choice is None or tuple(choice) in tried:
+            break
+        tried.add(tuple(choice))
+        candidate = _policy(modules, [names[c] for c in choice], algorithm)
+        [found] = rows({"policy": candidate}, f"choice {number + 1}")
+        if found.kl.high <= budget and found.bits_per_value < row.bits_per_value:
+            policy, row, chosen = candidate, found, choice
+        # As much as would have met the budget exactly if costs only added up in this proportion.
+        predicted = sum(costs[m, c].item() for m, c in enumerate(choice))
+        allowed = (budget - floor.kl.high) * predicted / max(found.kl.high - floor.kl.high, 1e-12)
+    return Tuned(
+        policy=policy,
+        row=row,
+        uniform=(*uniform, floor),
+        best_uniform=best_uniform,
+        costs={module: dict(zip(names, costs[m].tolist(), strict=True)) for m, module in enumerate(modules)},
+        choice={module: names[c] for module, c in zip(modules, chosen, strict=True)},
+    )
+
+
+def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[int] | None:
+    """One column for each row, so that their costs stay within a budget and their sizes add up to the least.
+
+    Args:
+        costs: [M, C], 0 or more.
+        sizes: [M, C].
+        budget: of the costs that are chosen; each is rounded up to a share of it that is less than 1 in 10,000.
+
+    Returns:
+        The column of each row; None if there is no such choice.
+
+    >>> allocate(torch.tensor([[3.0, 1.0], [9.0, 1.0]]), torch.tensor([[4.0, 8.0], [4.0, 8.0]]), budget=4)
+    [0, 1]
+    """
+    rows, columns = costs.shape
+    if budget <= 0:
+        return None
+    steps = 10_000
+    units = (costs.double() / budget * steps).ceil().clamp_max(steps + 1).long()
+    # best[k]: the least size of the rows so far that costs k units at most.
+    best, picks = torch.zeros(steps + 1, dtype=torch.float64), []
+    for row in range(rows):
+        options = torch.full((columns, steps + 1), torch.inf, dtype=torch.float64)
+        for column, unit in enumerate(units[row].tolist()):
+            options[column, unit:] = best[: max(steps + 1 - unit, 0)] + sizes[row, column]
+        best, pick = options.min(0)
+        picks.append(pick)
+    if best[-1].isinf():
+        return None
+    left, chosen = steps, []
+    for row in reversed(range(rows)):
+        chosen.append(int(picks[row][left]))
+        left -= int(units[row, chosen[-1]])
+    return chosen[::-1]
+
+
+def evidence(tuned: Tuned, facts: Sequence[str]) -> list[str]:
+    """The comments of the policy's file: what was run, what was found, and what each choice costs."""
+    row, uniform = tuned.row, tuned.best_uniform
+    width = max(map(len, tuned.choice))
+    lines = [
+        *facts,
+        f"measured: KL {row.kl.value:.2e} (95 %: {row.kl.low:.2e} to {row.kl.high:.2e}), perplexity "
+        f"{100 * row.perplexity_change.value:+.2f} %, the same first token {100 * row.top1.value:.2f} %",
+        f"bits per value: {row.bits_per_value:.3f}, {100 * tuned.saved:.1f} % fewer than {uniform.codec} everywhere "
+        f"({uniform.bits_per_value:.3f}), the cheapest single codec that meets the budget",
+        "",
+        f"{'KL that the choice adds alone, by sum':{width}}  codec",
+    ]
+    lines += [f"{name:{width}}  {codec:9}  {tuned.costs[name][codec]:.1e}" for name, codec in tuned.choice.items()]
+    return [*lines, ""]
+
+
+def _policy(modules: Sequence[str], codecs: Sequence[str], algorithm: str) -> Policy:
+    """The most frequent codec for all, and a rule for each module that has another."""
+    usual = Counter(codecs).most_common(1)[0][0]
+    rules = [Rule(match=name, codec=codec) for name, codec in zip(modules, codecs, strict=True) if codec != usual]
+    return Policy(codec=usual, algorithm=algorithm, layers=tuple(rules))
