@@ -85,6 +85,8 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if backend == "flashcomm":
+        import flashcomm  # noqa: F401  registers it
     if backend == "nccl":
         # Ranks may have to share a GPU, which NCCL 2.30 and later allow on request.
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"

@@ -7,6 +7,9 @@ process what the ranks would get, `stats` tells what happened. `flashcomm.integr
 """
 
 import importlib
+from typing import Any
+
+import torch.distributed as dist
 
 from flashcomm import simulate
 from flashcomm.codecs import Codec
@@ -23,6 +26,15 @@ def __getattr__(name: str):
         return importlib.import_module(f"flashcomm.{name}")
     raise AttributeError(f"module 'flashcomm' has no attribute {name!r}")
 
+
+def _new_group(*given: Any):
+    from flashcomm.integrations import backend
+
+    return backend.create(*given)
+
+
+# Here, so that a program needs no more than `import flashcomm` to name the backend; it is loaded when it does.
+dist.Backend.register_backend("flashcomm", _new_group, extended_api=True, devices=["cpu", "cuda"])
 
 __all__ = [
     "Codec",

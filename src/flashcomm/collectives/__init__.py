@@ -21,7 +21,7 @@ from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
 from flashcomm.collectives import shared, steps
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
-from flashcomm.collectives.state import GroupState, gather, scatter_sum, state_of
+from flashcomm.collectives.state import GroupState, gather, plain_sums, scatter_sum, state_of
 from flashcomm.collectives.stats import Tally, reset_stats, stats, tally
 
 if TYPE_CHECKING:
@@ -69,6 +69,20 @@ class Work:
         if (plain := self._plain) is not None:
             return plain[0].is_completed()
         return self._future is None or self._future.done()
+
+    @property
+    def backend_work(self) -> Any:
+        """The backend's own handle, of a plain collective that it runs; None of anything else."""
+        return self._plain[0] if self._plain else None
+
+    def add_done_callback(self, function: Callable[[], object]):
+        """Call `function` as soon as `wait` blocks the host no longer: at once, or from another thread."""
+        if self._future is not None:
+            self._future.add_done_callback(lambda _: function())
+        elif (plain := self._plain) is not None:
+            plain[0].get_future().add_done_callback(lambda _: function())
+        else:
+            function()
 
 
 def all_reduce(
@@ -591,7 +605,8 @@ def _run(
 def _plain_all_reduce(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor) -> int:
     if out.data_ptr() != x.data_ptr() or out.stride() != x.stride():
         out.copy_(x)
-    dist.all_reduce(out, group=state.group)
+    with plain_sums():
+        dist.all_reduce(out, group=state.group)
     return 2 * x.numel() * x.element_size() * (state.ranks - 1) // state.ranks
 
 
@@ -599,7 +614,8 @@ def _start_plain_all_reduce(call: _Call, x: torch.Tensor, state: GroupState, out
     """On the backend's own thread or stream; it keeps its place among the caller's collectives."""
     if out.data_ptr() != x.data_ptr() or out.stride() != x.stride():
         out.copy_(x)
-    work = dist.all_reduce(out, group=state.group, async_op=True)
+    with plain_sums():
+        work = dist.all_reduce(out, group=state.group, async_op=True)
     call.tally.add(call.plain_bytes, call.plain_bytes)
     return Work(out, plain=(work, partial(call.failure, state)))
 

@@ -5,6 +5,7 @@ So before the first transfer of every new combination of operation, codec, dtype
 are about to do, and all of them raise if they differ.
 """
 
+import contextvars
 import importlib.util
 import itertools
 import logging
@@ -13,6 +14,7 @@ import os
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -434,6 +436,24 @@ def _with_levels(rows: list[list[int]], between: dist.ProcessGroup, inside: dist
     state.keep = group if group is not dist.group.WORLD else None
     state._levels = state_of(inside), state_of(between)
     return state
+
+
+_plain: "contextvars.ContextVar[bool]" = contextvars.ContextVar("plain", default=False)
+
+
+@contextmanager
+def plain_sums():
+    """Around an all-reduce of torch that is to stay what it is, also where `integrations.backend` is the backend."""
+    before = _plain.set(True)
+    try:
+        yield
+    finally:
+        _plain.reset(before)
+
+
+def is_plain() -> bool:
+    """Whether this thread is in `plain_sums`."""
+    return _plain.get()
 
 
 # torch 2.13 renames the collectives of one tensor; the older names warn there, the newer do not exist before.

@@ -1,0 +1,260 @@
+"""A backend of `torch.distributed` whose large sums are compressed: any program that names its backend.
+
+    import flashcomm
+    dist.init_process_group("flashcomm")  # FLASHCOMM_CODEC=int8g128, or FLASHCOMM_POLICY=policy.toml
+
+It is gloo on the CPU and NCCL on GPUs, of which one operation is replaced: an all-reduce that sums bf16, fp16 or fp32
+and is large enough for the policy goes through `flashcomm.all_reduce`. So do those of functional collectives, of
+DTensor and of compiled graphs. Everything else is torch's own. Sub-groups have the policy of the default group.
+
+A `CompressedGroup` holds a plain group of torch, which does everything else. It must be a plain one: torch calls what a
+subclass of `ProcessGroup` inherits with the interpreter locked, and gloo's threads may need the interpreter to finish
+an earlier operation first, so that both wait for ever.
+
+Hazard: a process group sees tensors, no modules and no phases, so of a policy it knows `codec`, `min_bytes` and
+`algorithm` only. Not supported: coalesced all-reduces, which stay plain; `split_group`, whose groups are plain.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flashcomm import codecs, collectives
+from flashcomm.collectives.state import is_plain
+from flashcomm.collectives.stats import record_plain
+from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Policy
+
+_log = logging.getLogger("flashcomm")
+
+
+class CompressedGroup(dist.ProcessGroup):
+    """The process group of backend ``flashcomm``; `torch.distributed.init_process_group` makes it."""
+
+    policy: Policy | None
+    """What is compressed; None for nothing. `set_policy` changes it."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int, policy: Policy | None):
+        # With the store as well torch makes an object that calls no method of a subclass.
+        super().__init__(rank, size)
+        self.policy = policy
+        self._store = store
+        self._plain = dist.ProcessGroup(store, rank, size)
+        self._agreements = 0
+
+    def allreduce(self, tensors: Any, *args: Any, **kwargs: Any) -> dist.Work:
+        """The sum of one tensor over all ranks, in place; compressed if the policy says so.
+
+        Args:
+            tensors, args, kwargs: as `ProcessGroup.allreduce` has them.
+
+        Returns:
+            A finished `torch.distributed.Work`, or one that is under way if the caller asked for an asynchronous one.
+
+        Raises:
+            ValueError: a codec that cannot encode this tensor; raised before any communication.
+            RuntimeError: as for `flashcomm.all_reduce`.
+        """
+        options = args[0] if args else kwargs.get("opts", kwargs.get("op", dist.ReduceOp.SUM))
+        x = tensors if isinstance(tensors, torch.Tensor) else tensors[0] if len(tensors) == 1 else None
+        if x is None or getattr(options, "reduceOp", options) != dist.ReduceOp.SUM or not self._compresses(x):
+            return self._plain.allreduce(tensors, *args, **kwargs)
+        assert self.policy is not None
+        # Like torch's own, which works on values and knows no gradients.
+        x = x.detach()
+        async_op = getattr(options, "asyncOp", True)
+        codec, algorithm = self.policy.codec, self.policy.algorithm
+        work = collectives.all_reduce(x, codec, self, algorithm=algorithm, out=x, async_op=async_op)
+        if not isinstance(work, collectives.Work):
+            work = collectives.Work(x)
+        return work.backend_work or _Handle(work, x)
+
+    def _compresses(self, x: torch.Tensor) -> bool:
+        """Whether a sum of `x` is to go through flashcomm; counts one that could and does not."""
+        if self.policy is None or is_plain() or self.size() == 1:
+            return False
+        if not x.is_floating_point() or x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
+            return False
+        if x.dtype not in codecs.FLOAT_DTYPES:
+            record_plain("all_reduce", f"codecs are for bf16, fp16 and fp32, not {x.dtype}")
+            return False
+        if x.numel() * x.element_size() < self.policy.min_bytes:
+            record_plain("all_reduce", f"message under the policy's min_bytes = {self.policy.min_bytes}")
+            return False
+        return True
+
+    def _agree(self, said: str):
+        """Compare what the ranks say about their policies, through the store, because the group may be half made.
+
+        Raises:
+            RuntimeError: they differ; on all ranks, naming two sides.
+        """
+        self._agreements += 1
+        store, keys = self._store, [f"policy {self._agreements} of {rank}" for rank in range(self.size())]
+        store.set(keys[self.rank()], said)
+        everyone = [store.get(key).decode() for key in keys]
+        if len(set(everyone)) > 1:
+            other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
+            raise RuntimeError(
+                f"ranks disagree about their policy: rank 0 has {everyone[0]}; rank {other} has {everyone[other]}. "
+                "Give every rank the same"
+            )
+
+
+def _plain_method(name: str) -> Any:
+    def method(self: CompressedGroup, *args: Any, **kwargs: Any) -> dist.Work:
+        return getattr(self._plain, name)(*args, **kwargs)
+
+    return method
+
+
+# Those that torch looks for in a subclass, by their names in this release and before.
+for _name in (
+    *("allgather", "allgather_into_tensor_coalesced", "all_gather_single_coalesced", "allreduce_coalesced"),
+    *("alltoall_base", "all_to_all_single", "barrier", "broadcast", "reduce_scatter"),
+    *("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "send", "recv"),
+):
+    if hasattr(dist.ProcessGroup, _name):
+        setattr(CompressedGroup, _name, _plain_method(_name))
+
+
+class _Handle(dist.Work):
+    """A `flashcomm.Work` as torch knows handles; torch's own `wait` has no use for the result."""
+
+    def __init__(self, work: collectives.Work, x: torch.Tensor):
+        super().__init__()
+        self._work, self._x = work, x
+        self._future: Any = None
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        # Not this timeout but that of the group ends a call whose peers are gone, on all ranks alike.
+        self._work.wait()
+        return True
+
+    def synchronize(self):
+        self._work.wait()
+
+    def is_completed(self) -> bool:
+        return self._work.is_completed()
+
+    def result(self) -> list[torch.Tensor]:
+        self._work.wait()
+        return [self._x]
+
+    def get_future(self) -> torch.futures.Future:
+        if self._future is None:
+            devices = [self._x.device] if self._x.device.type == "cuda" else []
+            done = torch.futures.Future(devices=devices)
+            # To C++ a future has failed where a callback of the one before it raised.
+            self._future = done.then(lambda _: self.result())
+            self._work.add_done_callback(lambda: done.set_result(None))
+        return self._future
+
+
+def set_policy(policy: Policy | None, group: dist.ProcessGroup | None = None):
+    """Change what a group of backend ``flashcomm`` compresses; every rank of it calls this.
+
+    Args:
+        policy: the same on all ranks; None for nothing.
+        group: None for the default group. Groups that exist already keep what they have.
+
+    Raises:
+        ValueError: a group of another backend, or a policy whose codec needs a calibration.
+        RuntimeError: ranks that give different policies; the group keeps the old one.
+
+    Example::
+
+        set_policy(Policy(codec="int4g32", min_bytes=2**20))
+    """
+    group = dist.group.WORLD if group is None else group
+    if not isinstance(group, CompressedGroup):
+        raise ValueError(f'{group!r} is no group of backend "flashcomm": use init_process_group("flashcomm")')
+    _check(policy)
+    group._agree(repr(policy))
+    group.policy = policy
+
+
+def create(options: Any, policy: Any) -> CompressedGroup:
+    """What torch calls for ``init_process_group("flashcomm", pg_options=policy)`` and for `new_group`.
+
+    Args:
+        options: of torch: the store, rank, size and timeout of the new group.
+        policy: a `Policy`; None for that of the default group, or else of the environment.
+
+    Raises:
+        ValueError: a policy that cannot be read, or whose codec needs a calibration.
+        RuntimeError: ranks with different policies. Both are raised before any communication.
+    """
+    failure = None
+    try:
+        found = _policy(policy)
+        said = repr(found)
+    except ValueError as error:
+        found, failure, said = None, error, f"an error: {error}"
+    group = CompressedGroup(options.store, options.group_rank, options.group_size, found)
+    try:
+        group._agree(said)
+    except RuntimeError as disagreement:
+        raise failure or disagreement from None
+    if failure:
+        raise failure
+    _add_backends(group, options)
+    is_default = not options.global_ranks_in_group
+    if is_default and options.group_rank == 0:
+        _announce(found, options.group_size)
+    return group
+
+
+def _policy(given: Any) -> Policy | None:
+    default = dist.group.WORLD
+    if given is None:
+        given = default.policy if isinstance(default, CompressedGroup) else Policy.from_environment()
+    return _check(given)
+
+
+def _check(policy: Any) -> Policy | None:
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(f'a flashcomm.policy.Policy is needed, such as Policy(codec="int8g128"), not {policy!r}')
+    if policy is not None and codecs.parse(policy.codec).unbound:
+        raise ValueError(
+            f"{policy.codec} needs a calibration of each module, and a process group sees no modules: "
+            "use another codec, or flashcomm.integrations.transformers"
+        )
+    return policy
+
+
+def _add_backends(group: CompressedGroup, options: Any):
+    """Gloo for CPU tensors, NCCL for those on GPUs, as torch makes them for ``cpu:gloo,cuda:nccl``."""
+    ranks, name = options.global_ranks_in_group, options.group_id
+    store = dist.PrefixStore("cpu/", options.store)
+    gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, timeout=options.timeout)
+    gloo.options.global_ranks_in_group, gloo.options.group_name = ranks, name
+    types = dist.ProcessGroup.BackendType
+    backends: list[tuple[str, Any, Any]] = [("cpu", types.GLOO, gloo)]
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        nccl_options = dist.ProcessGroupNCCL.Options()
+        nccl_options._timeout = options.timeout
+        nccl_options.global_ranks_in_group, nccl_options.group_name = ranks, name
+        store = dist.PrefixStore("cuda/", options.store)
+        nccl = dist.ProcessGroupNCCL(store, options.group_rank, options.group_size, nccl_options)
+        backends.append(("cuda", types.NCCL, nccl))
+    for device, kind, backend in backends:
+        backend._set_sequence_number_for_group()
+        for one in (group, group._plain):
+            one._register_backend(torch.device(device), kind, backend)
+            one._set_default_backend(kind)
+
+
+def _announce(policy: Policy | None, ranks: int):
+    if policy is None:
+        _log.warning(
+            "backend flashcomm has no policy and compresses nothing: set %s or %s, or give pg_options a Policy",
+            FILE_VARIABLE,
+            CODEC_VARIABLE,
+        )
+        return
+    _log.info("backend flashcomm compresses sums over %d ranks: %s", ranks, policy)
+    if policy.layers:
+        _log.warning("backend flashcomm sees no modules: of the policy it uses %s, and no [[layers]]", policy.codec)

@@ -1,0 +1,255 @@
+"""Tensor and sequence parallel modules of torch (DTensor), whose sums and gathers are compressed.
+
+    from flashcomm.integrations.dtensor import ColwiseParallel, RowwiseParallel
+    parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel(codec="int8g128")})
+
+The classes of `torch.distributed.tensor.parallel` of the same names, with a codec. They change what happens where a
+module's input or output gets its layout, on a mesh of one dimension:
+
+    Partial -> Replicate    `flashcomm.all_reduce`: after a row-wise module
+    Partial -> Shard        `flashcomm.reduce_scatter`: the same, under sequence parallelism
+    Shard -> Replicate      `flashcomm.all_gather`: before a column-wise module, under sequence parallelism
+
+Any other change is torch's own; sums and gathers among those are counted in `flashcomm.stats()`. Not supported:
+gradients.
+
+Source: the layouts are those of Reducing Activation Recomputation (arXiv 2205.05198); to compress them is our own.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives as functional
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, parallel
+
+from flashcomm import codecs, collectives
+from flashcomm.codecs import Codec
+from flashcomm.collectives.stats import record_plain
+
+
+class RowwiseParallel(parallel.RowwiseParallel):
+    """A row-wise linear whose partial outputs are summed in `codec`.
+
+    Args:
+        codec: wire format of the all-reduce, or of the reduce-scatter if `output_layouts` is a `Shard`.
+        algorithm: as for `flashcomm.all_reduce`, or for `flashcomm.reduce_scatter`.
+        input_layouts, output_layouts, use_local_output: as torch's class has them.
+
+    Raises:
+        ValueError: unknown codec, or one that needs a calibration.
+
+    Example::
+
+        parallelize_module(block, mesh, {"down": RowwiseParallel(codec="int4g32", output_layouts=Shard(1))})
+    """
+
+    def __init__(
+        self,
+        *,
+        codec: str | Codec = "int8g128",
+        algorithm: str = "auto",
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ):
+        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
+        self.codec, self.algorithm = _usable(codec), algorithm
+
+    def _prepare_output_fn(self, output_layouts, use_local_output, mod, outputs, device_mesh):
+        outputs = redistribute(outputs, output_layouts, self.codec, self.algorithm)
+        return outputs.to_local() if use_local_output else outputs
+
+
+class ColwiseParallel(parallel.ColwiseParallel):
+    """A column-wise linear whose input, if `input_layouts` is a `Shard`, is gathered in `codec`.
+
+    Args:
+        codec: wire format of the all-gather.
+        input_layouts, output_layouts, use_local_output: as torch's class has them.
+
+    Raises:
+        ValueError: unknown codec, or one that needs a calibration.
+
+    Example::
+
+        parallelize_module(block, mesh, {"up": ColwiseParallel(codec="int8g128", input_layouts=Shard(1))})
+    """
+
+    def __init__(
+        self,
+        *,
+        codec: str | Codec = "int8g128",
+        input_layouts: Placement | None = None,
+        output_layouts: Placement | None = None,
+        use_local_output: bool = True,
+    ):
+        super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
+        self.codec = _usable(codec)
+
+    def _prepare_input_fn(self, input_layouts, desired_input_layouts, mod, inputs, device_mesh):
+        x = inputs[0]
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, device_mesh, input_layouts, run_check=False)
+        return redistribute(x, desired_input_layouts, self.codec)
+
+
+class PrepareModuleInput(parallel.PrepareModuleInput):
+    """Inputs that several column-wise linears share, gathered once, in `codec`.
+
+    Args:
+        codec: wire format of the all-gather.
+        input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts, use_local_output: as
+            torch's class has them.
+
+    Raises:
+        ValueError: unknown codec, or one that needs a calibration.
+
+    Example::
+
+        gathered = PrepareModuleInput(codec="int8g128", input_layouts=Shard(1), desired_input_layouts=Replicate())
+        parallelize_module(block, mesh, {"attention": gathered})
+    """
+
+    def __init__(
+        self,
+        *,
+        codec: str | Codec = "int8g128",
+        input_layouts: Placement | tuple[Placement | None, ...] | None = None,
+        desired_input_layouts: Placement | tuple[Placement | None, ...] | None = None,
+        input_kwarg_layouts: dict[str, Placement] | None = None,
+        desired_input_kwarg_layouts: dict[str, Placement] | None = None,
+        use_local_output: bool = False,
+    ):
+        super().__init__(
+            input_layouts=input_layouts,
+            desired_input_layouts=desired_input_layouts,
+            input_kwarg_layouts=input_kwarg_layouts,
+            desired_input_kwarg_layouts=desired_input_kwarg_layouts,
+            use_local_output=use_local_output,
+        )
+        self.codec = _usable(codec)
+
+    def _prepare_input_arg(
+        self, input: Any, mesh: DeviceMesh, input_layout: Placement | None, desired_layout: Placement | None
+    ) -> Any:
+        if input_layout is None or desired_layout is None:
+            return super()._prepare_input_arg(input, mesh, input_layout, desired_layout)
+        x = input if isinstance(input, DTensor) else DTensor.from_local(input, mesh, (input_layout,), run_check=False)
+        x = redistribute(x, (desired_layout,), self.codec)
+        return x.to_local() if self.use_local_output else x
+
+
+def redistribute(
+    x: DTensor, placements: "tuple[Placement, ...]", codec: str | Codec = "int8g128", algorithm: str = "auto"
+) -> DTensor:
+    """``x.redistribute(placements=placements)``, in `codec` where that sums or gathers.
+
+    Args:
+        x: bf16, fp16 or fp32 of any shape; a shard may have any size, also 0 or another than its peers'.
+        placements: one for each dimension of x's mesh.
+        codec: wire format.
+        algorithm: of the collective that does it.
+
+    Returns:
+        The same values in the new layout, those that crossed the wire rounded by the codec; where they are replicated,
+        with the same bits on every rank.
+
+    Raises:
+        ValueError, RuntimeError: as for the verbs of flashcomm.
+
+    Example::
+
+        y = redistribute(x @ w, (Replicate(),), "int8g128")  # x is Shard(1), w is Shard(0), so x @ w is Partial
+    """
+    if x.placements == placements:
+        return x
+    verb = _verb(x, placements)
+    if verb is None:
+        return x.redistribute(placements=placements, async_op=True)
+    local = x.to_local()
+    if isinstance(local, functional.AsyncCollectiveTensor):
+        local = functional.wait_tensor(local)
+    out = verb(local, x, placements[0], codec, algorithm)
+    return DTensor.from_local(out, x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+
+
+def _verb(x: DTensor, placements: "tuple[Placement, ...]") -> Any:
+    """What makes the new layout of `x` in a codec; None where torch has to."""
+    changes = [(old, new) for old, new in zip(x.placements, placements, strict=True) if old != new]
+    moving = [(old, new) for old, new in changes if old.is_partial() or (old.is_shard() and new.is_replicate())]
+    if not moving:
+        return None
+    old, new = moving[0]
+    verb = _gather if old.is_shard() else _sum_and_keep if new.is_shard() else _sum
+    why_not = _why_not(x, old, new)
+    if why_not:
+        record_plain(_NAMES[verb], why_not)
+    return None if why_not else verb
+
+
+def _why_not(x: DTensor, old: Placement, new: Placement) -> str:
+    """Why torch has to make `new` of a layout that a collective of ours could replace; "" if it need not."""
+    if x.device_mesh.ndim > 1:
+        return f"a mesh of {x.device_mesh.ndim} dimensions"
+    if x.dtype not in codecs.FLOAT_DTYPES:
+        return f"codecs are for bf16, fp16 and fp32, not {x.dtype}"
+    # Embeddings have one of their own, which masks values first.
+    if old.is_partial() and old != Partial():
+        return f"the layout {old} is no plain sum"
+    # Groups of a codec run along this dimension, and would mix tokens.
+    if any(layout.is_shard(dim) for layout in (old, new) for dim in (-1, x.dim() - 1)):
+        return "shards of the last dimension"
+    return ""
+
+
+def _sum(local: torch.Tensor, x: DTensor, new: Replicate, codec: str | Codec, algorithm: str) -> torch.Tensor:
+    return _done(collectives.all_reduce(local, codec, x.device_mesh, algorithm=algorithm))
+
+
+def _sum_and_keep(local: torch.Tensor, x: DTensor, new: Shard, codec: str | Codec, algorithm: str) -> torch.Tensor:
+    mesh, dim = x.device_mesh, new.dim % x.dim()
+    rows = _padded(local.movedim(dim, 0), mesh.size() * _part(x, dim))
+    kept = _done(collectives.reduce_scatter(rows.contiguous(), codec, mesh, algorithm=algorithm))
+    return kept[: _held(x, dim)].movedim(0, dim).contiguous()
+
+
+def _gather(local: torch.Tensor, x: DTensor, new: Replicate, codec: str | Codec, algorithm: str) -> torch.Tensor:
+    (old,) = x.placements
+    assert isinstance(old, Shard)
+    dim = old.dim % x.dim()
+    rows = _padded(local.movedim(dim, 0), _part(x, dim))
+    everyone = _done(collectives.all_gather(rows.contiguous(), codec, x.device_mesh, algorithm=algorithm))
+    return everyone[: x.shape[dim]].movedim(0, dim).contiguous()
+
+
+_NAMES = {_sum: "all_reduce", _sum_and_keep: "reduce_scatter", _gather: "all_gather"}
+
+
+def _part(x: DTensor, dim: int) -> int:
+    """Size of a rank's shard of dimension `dim`, where the last ones may be smaller or empty."""
+    return -(-x.shape[dim] // x.device_mesh.size())
+
+
+def _held(x: DTensor, dim: int) -> int:
+    """Size of this rank's shard of dimension `dim`."""
+    part = _part(x, dim)
+    return min(part, max(0, x.shape[dim] - part * x.device_mesh.get_local_rank()))
+
+
+def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`rows` with zeros after them, `count` in all."""
+    missing = count - rows.shape[0]
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing else rows
+
+
+def _done(out: "torch.Tensor | collectives.Work") -> torch.Tensor:
+    assert isinstance(out, torch.Tensor)
+    return out
+
+
+def _usable(codec: str | Codec) -> Codec:
+    codec = codecs.parse(codec)
+    if codec.unbound:
+        raise ValueError(f"{codec} needs a calibration, which these classes cannot bind: give a codec without")
+    return codec
