@@ -4,6 +4,6 @@ import importlib
 
 
 def __getattr__(name: str):
-    if name == "transformers":
-        return importlib.import_module("flashcomm.integrations.transformers")
+    if name in ("transformers", "vllm", "sglang"):
+        return importlib.import_module(f"flashcomm.integrations.{name}")
     raise AttributeError(f"module 'flashcomm.integrations' has no attribute {name!r}")
