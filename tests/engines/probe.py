@@ -1,0 +1,43 @@
+"""What tests ask a worker of vLLM: a worker extension, whose methods the server's /collective_rpc calls."""
+
+import dataclasses
+import hashlib
+
+import torch
+
+import flashcomm
+from flashcomm import collectives
+from flashcomm.integrations import vllm
+
+_all_reduce = collectives.all_reduce
+_digest = hashlib.blake2b(digest_size=16)
+
+
+def _digesting(*args, **kwargs):
+    result = _all_reduce(*args, **kwargs)
+    _digest.update(result.contiguous().view(torch.uint8).numpy())
+    return result
+
+
+class Probe:
+    """Methods of every worker."""
+
+    def flashcomm_watch(self) -> str:
+        """From now on every compressed sum is a part of the digest."""
+        collectives.all_reduce = _digesting
+        return "watching"
+
+    def flashcomm_digest(self) -> str:
+        """Of all compressed sums since `flashcomm_watch`."""
+        return _digest.hexdigest()
+
+    def flashcomm_stats(self) -> dict:
+        """`flashcomm.stats()` of this worker, which starts from zero again."""
+        stats = flashcomm.stats()
+        flashcomm.reset_stats()
+        return stats
+
+    def flashcomm_from(self, min_bytes: int) -> str:
+        """Compress larger or smaller messages than the policy says."""
+        vllm.worker.use(dataclasses.replace(vllm.worker.policy, min_bytes=min_bytes))
+        return str(vllm.worker.policy)

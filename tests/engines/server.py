@@ -1,0 +1,136 @@
+"""A vLLM server of this machine for tests: started, asked over HTTP, and gone with all that it started."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from flashcomm.demo import MODEL
+
+HERE = Path(__file__).parent
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+START_S = 180.0
+SHARED = Path("/dev/shm")
+
+
+class Server:
+    """``vllm serve`` of the bundled model over two ranks; a context manager.
+
+    Args:
+        log: file for what it prints.
+        arguments: beyond the model and the number of ranks.
+        env: what asks flashcomm for something.
+    """
+
+    def __init__(self, log: Path, *arguments: str, env: "dict[str, str] | None" = None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = log
+        self._before = set(SHARED.iterdir())
+        self._argv = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)),
+            *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(self.port)),
+            *("--tensor-parallel-size", "2", "--max-model-len", "2048", "--max-num-seqs", "16"),
+            *("--dtype", "bfloat16", "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
+            *("--worker-extension-cls", "probe.Probe", *arguments),
+        ]
+        asked = ("FLASHCOMM_CODEC", "FLASHCOMM_POLICY", "TRITON_INTERPRET")
+        self._env = {name: value for name, value in os.environ.items() if name not in asked}
+        self._env |= {
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "VLLM_SERVER_DEV_MODE": "1",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+            **(env or {}),
+        }
+
+    def __enter__(self) -> "Server":
+        self.start()
+        end = time.monotonic() + START_S
+        while not self._answers():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.stop()
+                raise RuntimeError(f"the server did not start:\n{self.printed()[-4000:]}")
+            time.sleep(0.5)
+        return self
+
+    def __exit__(self, *exc_info: object):
+        self.stop()
+
+    def start(self):
+        """Start it without waiting for an answer."""
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._argv, env=self._env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stop(self):
+        """End it and all that it started; what killed processes left in /dev/shm is removed."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for left in set(SHARED.iterdir()) - self._before:
+            if left.owner() == Path.home().owner() and ("cpushm" in left.name or left.name.startswith("psm_")):
+                left.unlink(missing_ok=True)
+
+    def printed(self) -> str:
+        """All that it has printed."""
+        return self.log.read_text(errors="replace")
+
+    def workers(self) -> list[int]:
+        """Process ids of its ranks, in their order."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    name = (entry / "cmdline").read_bytes().decode(errors="replace")
+                    session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
+                    if session == self.process.pid and "Worker" in name:
+                        found[name] = int(entry.name)
+        return [found[name] for name in sorted(found)]
+
+    def ask(self, path: str, body: "dict | None" = None, timeout_s: float = 120.0):
+        """What a POST of `body`, or a GET, returns: JSON, or text where it is none."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            text = answer.read().decode()
+        return json.loads(text) if text.startswith(("{", "[")) else text
+
+    def complete(self, prompt: "list[int] | str", **options) -> dict:
+        """The first choice of a greedy completion."""
+        body = {"model": "demo", "prompt": prompt, "temperature": 0.0, **options}
+        return self.ask("/v1/completions", body)["choices"][0]
+
+    def on_workers(self, method: str, *args) -> list:
+        """What a method of `probe.Probe` returns on each rank."""
+        return self.ask("/collective_rpc", {"method": method, "args": list(args)})["results"]
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """The samples of one metric on /metrics, by their labels."""
+        lines = self.ask("/metrics").splitlines()
+        samples = [line[len(name) :].rsplit(" ", 1) for line in lines if line.startswith(name + "{")]
+        return {labels: float(value) for labels, value in samples}
+
+    def _answers(self) -> bool:
+        try:
+            self.ask("/health", timeout_s=2)
+        except (urllib.error.URLError, OSError):
+            return False
+        return True
