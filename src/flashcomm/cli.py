@@ -433,7 +433,13 @@ def bench_gpu(
     targets: Annotated[
         str | None, typer.Option(help="Compile for these instead of measuring: sm_80, sm_90, gfx942; no GPU is needed.")
     ] = None,
-    mib: Annotated[int, typer.Option(help="Size of the tensor in MiB.", min=1)] = 256,
+    tp: Annotated[
+        str | None,
+        typer.Option(help="Measure all-reduces over these world sizes, such as 2,4,8, which share the GPUs."),
+    ] = None,
+    mib: Annotated[
+        int | None, typer.Option(help="Size of the tensor in MiB; 256 if not given, with --tp 16.", min=1)
+    ] = None,
     repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 15,
     json_file: Json = None,
 ):
@@ -441,9 +447,12 @@ def bench_gpu(
     import torch
 
     from flashcomm import kernels
-    from flashcomm.bench import gpu
+    from flashcomm.bench import gpu, launch
 
     specs = _codec_list(codecs)
+    if tp and (targets or not torch.cuda.is_available()):
+        _fail("--tp measures all-reduces and needs a CUDA device" + (": leave out --targets" if targets else ""))
+    worlds = [_number(text, "--tp") for text in tp.split(",")] if tp else []
     if targets is None and not torch.cuda.is_available():
         targets = ",".join(gpu.TARGETS)
         _err.print("no CUDA device on this machine: compiling for " + targets)
@@ -457,10 +466,19 @@ def bench_gpu(
     with _err.status("warming up") as status:
         update = lambda what: status.update(f"at {what}")  # noqa: E731
         if targets:
+            title = "compiled ahead of time; floor: 256 MiB of bf16 on an H200"
             rows = gpu.compiled(specs, [name.strip() for name in targets.split(",")], update)
+        elif worlds:
+            title, rows = f"{mib or 16} MiB of bfloat16 on each rank", []
+            # In one launch where the GPUs can; ranks may share one.
+            os.environ.update(FLASHCOMM_FUSED="1", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
+            for ranks in worlds:
+                update(f"{ranks} ranks")
+                rows += launch.run(gpu.all_reduces, (specs, mib or 16, repeats), ranks=ranks)[0]
         else:
-            rows = gpu.measure(specs, mib=mib, repeats=repeats, progress=update)
-    table = _table("compiled ahead of time; floor: 256 MiB of bf16 on an H200" if targets else f"{mib} MiB of bfloat16")
+            title = f"{mib or 256} MiB of bfloat16"
+            rows = gpu.measure(specs, mib=mib or 256, repeats=repeats, progress=update)
+    table = _table(title)
     names = [name for name in rows[0].as_dict() if name != "mib"]
     for i, name in enumerate(names):
         table.add_column(name.replace("_", "\n"), justify="left" if i < 3 else "right", no_wrap=True)

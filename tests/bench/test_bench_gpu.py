@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
+
+import ranks
 
 pytest.importorskip("triton")
 from flashcomm.bench import gpu
@@ -43,6 +46,44 @@ def test_measuring_checks_the_bytes_first_and_counts_what_moves():
         assert row.copy_share == pytest.approx(moved / 4 * row.copy_ms / row.ms)
 
 
+def test_all_reduces_are_measured_beside_what_one_would_use_instead():
+    for rows in ranks.shared(2).run(gpu.all_reduces, ["int4g128", "int4g128:int8g128"], 1, 2, "cpu"):
+        ways = [(row.codec, row.algorithm, row.route) for row in rows]
+        assert ways == [
+            ("none", "plain", "group"),
+            ("cast to e4m3", "two_step", "group"),
+            ("int4g128", "one_step", "group"),
+            ("int4g128", "two_step", "group"),
+            ("int4g128:int8g128", "two_step", "group"),
+        ]
+        assert rows[0].speedup == 1
+        assert all(row.speedup == pytest.approx(rows[0].ms / row.ms) for row in rows)
+
+
+def cast_and_summed():
+    size, rank = dist.get_world_size(), dist.get_rank()
+    xs = [torch.randn(7, 64, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(size)]
+    out = torch.empty_like(xs[rank])
+    gpu.sum_in_fp8(xs[rank], out)
+    exact, reach = sum(x.double() for x in xs), sum(x.double().abs() for x in xs)
+    # Half a step of e4m3 is at most 2^-4 of a value, or of the smallest step: once for each value, once for the sum.
+    assert ((out.double() - exact).abs() <= 2.0**-4 * (2.0**-4 + 1) * reach + 2.0**-4 * exact.abs() + 2.0**-9).all()
+    return out
+
+
+def test_the_cast_that_others_use_sums():
+    first, *others = ranks.shared(3).run(cast_and_summed)
+    assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_all_reduces_on_a_gpu(world_size, fresh_ranks):
+    env = {"FLASHCOMM_FUSED": "1", "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"}
+    rows = fresh_ranks(world_size, env=env).run(gpu.all_reduces, ["int8g128", "int4g128"], 4, 3)[0]
+    assert {row.algorithm for row in rows} >= {"one_step", "two_step"}
+
+
 @pytest.mark.gpu
 def test_measuring_on_a_gpu():
     assert torch.cuda.is_available()
@@ -55,6 +96,7 @@ def test_measuring_on_a_gpu():
         (["--targets", "foo"], "unknown target 'foo': give names such as sm_80"),
         (["--targets", "sm_90", "--codecs", "int4g100"], "groups of a power of two, not of 100"),
         (["--targets", "sm_90", "--codecs", "int4g128:int8g128"], "a pair of formats"),
+        (["--targets", "sm_90", "--tp", "2"], "needs a CUDA device: leave out --targets"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_compiled(arguments, message):

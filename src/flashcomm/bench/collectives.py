@@ -197,7 +197,7 @@ def _measure_size(
         repeats=rounds,
         before=dist.barrier,
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
-        combine=lambda seconds: [s / calls for s in _slowest(seconds, device)],
+        combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
     rate = os.environ.get(labs.RATE_VARIABLE)
     shared = {
@@ -257,8 +257,8 @@ def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
     return call if times == 1 else repeated
 
 
-def _slowest(values: Sequence[float], device: torch.device) -> list[float]:
-    """Each value's maximum over the ranks."""
+def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> list[float]:
+    """Each value's maximum over the ranks of the default group, which serves tensors on `device`."""
     longest = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     return longest.tolist()
@@ -274,7 +274,7 @@ def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> t
     spent = torch.tensor([time.process_time() - start], device=device)
     # Only what all have received has surely passed the interface.
     dist.barrier()
-    sent = int(_slowest([(labs.interface_bytes() - before) / calls / times], device)[0]) if in_lab else None
+    sent = int(slowest([(labs.interface_bytes() - before) / calls / times], device)[0]) if in_lab else None
     dist.all_reduce(spent)
     return sent, 1e3 * spent.item() / dist.get_world_size() / calls / times
 

@@ -2,6 +2,8 @@
 
 Compiled, a kernel says how many registers a thread has, whether some are spilled to memory, and how many bytes must
 move; that many bytes at the speed of a copy are its floor. Only a GPU says how close it comes.
+
+All-reduces are measured beside what one would use instead: the backend's, torch's own in one launch, and a cast to FP8.
 """
 
 import os
@@ -10,14 +12,20 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from flashcomm import codecs, kernels
+import flashcomm
+from flashcomm import codecs, collectives, kernels, simulate
 from flashcomm.bench.codec import check
+from flashcomm.bench.collectives import slowest
 from flashcomm.bench.timing import interleaved
+from flashcomm.collectives import symmetric
+from flashcomm.collectives.state import gather
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 CODECS = ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g32+spike")
@@ -124,6 +132,122 @@ def measure(
                 )
             )
     return rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceRow:
+    """One way to sum over ranks that have GPUs."""
+
+    ranks: int
+    gpus: int
+    backend: str
+    """Of the process group."""
+    mib: int
+    codec: str
+    algorithm: str
+    route: str
+    """``one launch``, over the ``group``, or ``torch``'s."""
+    ms: float
+    """Of the slowest rank."""
+    copy_ms: float
+    """Of the message on one rank."""
+    speedup: float
+    """Over the backend's all-reduce."""
+
+    def as_dict(self) -> dict:
+        """The row as JSON stores it."""
+        return asdict(self)
+
+
+def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: str = "cuda") -> list[AllReduceRow]:
+    """Run on every rank of the default group: each codec in one step and in two, and what one would use instead.
+
+    Args:
+        specs: codecs without calibration.
+        mib: of bf16 values on each rank, in rows of 4,096.
+        repeats: timed rounds; variants take turns.
+        device: ``cuda``, of which each rank takes one in turn, or ``cpu``.
+
+    Returns:
+        The same rows on every rank.
+
+    Raises:
+        RuntimeError: a compressed result is not that of `flashcomm.simulate`.
+    """
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    gpus = torch.cuda.device_count() if device == "cuda" else 0
+    if gpus:
+        torch.cuda.set_device(rank % gpus)
+    shape = mib * (1 << 19) // _COLS, _COLS
+    xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
+    x = xs[rank].to(device)
+    out, copy = torch.empty_like(x), torch.empty_like(x)
+    state, calls = collectives.state_of(None), {}
+    calls["none", "plain", "group"] = partial(flashcomm.all_reduce, x, "none", out=out)
+    calls["cast to e4m3", "two_step", "group"] = partial(sum_in_fp8, x, out)
+    if device == "cuda" and state.symmetric(x.device):
+        calls["none", "two_shot", "torch"] = _two_shot(x)
+    for codec in map(codecs.parse, specs):
+        for algorithm in ("one_step", "two_step"):
+            if algorithm == "one_step" and len(set(codec.steps)) > 1:
+                continue
+            call = partial(flashcomm.all_reduce, x, codec, algorithm=algorithm, out=out)
+            call()
+            if not torch.equal(out[:64].cpu(), simulate.all_reduce([one[:64] for one in xs], codec, algorithm)):
+                raise RuntimeError(f"{codec} {algorithm}: rank {rank} got other values than one process computes")
+            route = "one launch" if symmetric.mover(algorithm, codec, x, state) else "group"
+            calls[str(codec), algorithm, route] = call
+    names = {" ".join(facts): facts for facts in calls}
+    times = interleaved(
+        {**{name: calls[facts] for name, facts in names.items()}, "copy": lambda: copy.copy_(x)},
+        repeats=repeats,
+        before=dist.barrier,
+        after=torch.cuda.synchronize if device == "cuda" else lambda: None,
+        combine=lambda seconds: slowest(seconds, x.device),
+    )
+    plain_ms = times["none plain group"].p50_ms
+    return [
+        AllReduceRow(
+            ranks=ranks,
+            gpus=gpus,
+            backend=dist.get_backend(),
+            mib=mib,
+            codec=codec,
+            algorithm=algorithm,
+            route=route,
+            ms=times[name].p50_ms,
+            copy_ms=times["copy"].p50_ms,
+            speedup=plain_ms / times[name].p50_ms,
+        )
+        for name, (codec, algorithm, route) in names.items()
+    ]
+
+
+def sum_in_fp8(x: torch.Tensor, out: torch.Tensor):
+    """The two-step all-reduce that torch alone can do in 8 bits: values cast to e4m3, no scales. x [T, H], T >= R."""
+    ranks = dist.get_world_size()
+    rows = -(-x.shape[0] // ranks)
+    sent = torch.zeros(ranks * rows, x.shape[1], dtype=torch.float8_e4m3fn, device=x.device)
+    sent[: x.shape[0]] = x.to(torch.float8_e4m3fn)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8))
+    mine = received.view(ranks, rows, -1).float().sum(0).to(torch.float8_e4m3fn)
+    gather(sent.view(torch.uint8), mine.view(torch.uint8), collectives.state_of(None).group)
+    out.copy_(sent[: x.shape[0]])
+
+
+def _two_shot(x: torch.Tensor) -> Callable[[], object]:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    group = collectives.state_of(None).group.group_name
+    shared = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
+    symmetric_memory.rendezvous(shared, group=group)
+
+    def call():
+        shared.copy_(x)
+        torch.ops.symm_mem.two_shot_all_reduce_(shared, "sum", group)
+
+    return call
 
 
 def bytes_per_value(codec: codecs.Codec, verb: str) -> float:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 import flashcomm
 from flashcomm.bench import model as bench
+from flashcomm.bench.collectives import slowest
 from flashcomm.bench.lab import RATE_VARIABLE
 from flashcomm.bench.timing import interleaved
 from flashcomm.integrations.transformers import Compression, compress
@@ -178,7 +179,7 @@ class _Runs:
         }
         variants |= {f"{spec} timed": lambda spec=spec: laps[spec].append(self.timed(spec)) for spec in specs}
         times = interleaved(
-            variants, repeats=repeats, warmup=1, before=dist.barrier, after=dist.barrier, combine=_slowest
+            variants, repeats=repeats, warmup=1, before=dist.barrier, after=dist.barrier, combine=slowest
         )
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, {spec: list(map(tuple, laps[spec])) for spec in specs})
@@ -278,13 +279,6 @@ class _Watch:
                 seen, free = seen + 1, now
             else:
                 time.sleep(self._POLL_S)
-
-
-def _slowest(seconds: Sequence[float]) -> list[float]:
-    """Of the ranks, in each round."""
-    worst = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(worst, dist.ReduceOp.MAX)
-    return worst.tolist()
 
 
 def _shared(ranks: Sequence[Times]) -> tuple[float, float, float]:

@@ -35,13 +35,11 @@ MAX_ONE_STEP_BYTES = 256 << 10
 """Up to here more than two ranks are better served by one transfer of more bytes than by two of fewer."""
 MAX_EXACT_ONE_STEP_BYTES = 64 << 10
 """The same for values as they are, between hosts or in shared memory, where a step costs some microseconds."""
-CODEC_S_PER_BYTE_AND_PIECE_S = {
-    # 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
-    "cpu": (0.6e-9, 0.3e-3),
-    # Not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
-    "cuda": (2e-12, 60e-6),
-}
-"""What encoding and decoding a byte of the message takes, and what a piece takes of its own."""
+# What encoding and decoding a byte of the message takes, and what a piece takes of its own, in seconds:
+# 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
+CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
+# On GPUs, not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
+GPU_CODEC_S_PER_BYTE, GPU_PIECE_S = 2e-12, 60e-6
 MOST_PIECES = 12
 # What a measured way must win by before compression is worth its error, and before an algorithm of ours replaces the
 # backend's.
@@ -141,7 +139,8 @@ def pieces(message_bytes: int, device: str = "cpu") -> int:
     >>> pieces(64 << 10), pieces(16 << 20), pieces(256 << 20, "cuda")
     (1, 6, 3)
     """
-    byte_s, piece_s = CODEC_S_PER_BYTE_AND_PIECE_S.get(device, CODEC_S_PER_BYTE_AND_PIECE_S["cuda"])
+    on_cpu = device == "cpu"
+    byte_s, piece_s = (CODEC_S_PER_BYTE, PIECE_S) if on_cpu else (GPU_CODEC_S_PER_BYTE, GPU_PIECE_S)
     return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * byte_s / piece_s))))
 
 
