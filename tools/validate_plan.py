@@ -38,9 +38,13 @@ MEDIAN, WORST = 0.10, 0.25
 class Row:
     """One prompt, predicted and measured."""
 
+    op: str = "plan"
     model: str
-    ranks: int
+    backend: str
+    dtype: str
     link: str
+    repeats: int
+    ranks: int
     tokens: int
     codec: str
     parts: str
@@ -70,8 +74,11 @@ def rows_of(ranks: int, rate: str, directory: Path, tokens: tuple[int, ...], rep
         rows.append(
             Row(
                 model=MODEL,
-                ranks=ranks,
+                backend=one.backend,
+                dtype=one.dtype,
                 link=rate,
+                repeats=one.repeats,
+                ranks=ranks,
                 tokens=one.tokens,
                 codec=one.codec,
                 parts=one.parts,

@@ -693,7 +693,7 @@ def plan(
     try:
         made = planning.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=_codec_list(codecs), **options)
         if plot:
-            planning.draw(made, machine, plot)
+            planning.draw(made, machine, plot, link)
     except ValueError as error:
         _fail(str(error))
     _out.print(planning.table_of(made, _table))

@@ -90,6 +90,8 @@ def test_a_picture_is_drawn(tmp_path):
     path = tmp_path / "folder" / "plan.png"
     planning.draw(planning.plan(*SLOW, **{**OPTIONS, "codecs": ["int8g128"]}), "l40", path)
     assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"--plot with here.json: other ranks and rates were not measured"):
+        planning.draw(planning.plan(*SLOW, **OPTIONS), "here.json", path)
 
 
 def computes():
@@ -109,3 +111,10 @@ def test_what_ranks_compute_is_measured_alike_on_all_of_them():
     assert 1e7 < one["bytes_s"] < 1e12
     assert one["attention_flops"] > 1e8
     assert (one["ranks"], one["skips"]) == (2, "first")
+
+
+def test_a_measured_machine_is_a_json_file():
+    command = [*COMMAND[:-1], "tune", "--save", "here.toml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--save 'here.toml': give a file that ends in .json" in done.stderr

@@ -157,14 +157,20 @@ def table_of(planned: Planned, new: Callable[[str], Table]) -> Table:
     return table
 
 
-def draw(planned: Planned, machine: str, path: Path):
+def draw(planned: Planned, machine: str, path: Path, link: str | None = None):
     """Write a picture of the first token's time, over ranks and over the rate between hosts.
 
     Args:
         planned: whose model, prompts and codecs are drawn.
         machine: a name of `flashcomm.planner.hardware.ACCELERATORS`.
         path: a file that ends in .png, .svg or .pdf.
+        link: as for `plan`.
+
+    Raises:
+        ValueError: a machine that was measured, on its own number of ranks and no other.
     """
+    if Path(machine).suffix == ".json":
+        raise ValueError(f"--plot with {machine}: other ranks and rates were not measured. Plot a machine by its name")
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -173,15 +179,15 @@ def draw(planned: Planned, machine: str, path: Path):
     ranks = [2**n for n in range(1, 11)]
     one_host = hardware.accelerator(machine).ranks_per_host
     # At least two hosts, or there is no link between them.
-    most = max(planned.cluster.group.ranks, 2 * one_host)
+    most = one_host * max(2, -(-planned.cluster.group.ranks // one_host))
     rates = [2**n for n in range(11)]
     lines = [
-        (f"{machine}, hosts of {one_host}", "ranks", ranks, [hardware.cluster(machine, n) for n in ranks]),
+        (f"{machine}, hosts of {one_host}", "ranks", ranks, [hardware.cluster(machine, n, link=link) for n in ranks]),
         (
             f"{most} x {machine}, {most // one_host} hosts",
             "Gbit/s of each host",
             rates,
-            [hardware.cluster(machine, most, rate=f"{n}gbit") for n in rates],
+            [hardware.cluster(machine, most, rate=f"{n}gbit", link=link) for n in rates],
         ),
     ]
     figure = Figure(figsize=(10.6, 4.2), layout="constrained")

@@ -50,7 +50,7 @@ class Line:
         >>> Line(fixed_s=1, token_s=2, pair_s=3).seconds(10, 100)
         321
         >>> Line(token_s=2, least_s=50).seconds(10), Line(token_s=2, least_s=50).seconds(30)
-        (50, 60)
+        (50.0, 60.0)
         """
         return self.fixed_s + max(self.least_s, tokens * self.token_s) + pairs * self.pair_s
 
@@ -59,7 +59,7 @@ class Line:
         """The best fit of (tokens, pairs, seconds), in which nothing is negative; pairs of 0 have no part in it.
 
         >>> Line.through([(1, 0, 3.0), (2, 0, 5.0)])
-        Line(fixed_s=1.0, token_s=2.0, pair_s=0.0)
+        Line(fixed_s=1.0, token_s=2.0, pair_s=0.0, least_s=0.0)
         """
         seconds = np.array([point[2] for point in points])
         # Relative errors, so that the small part of a prompt counts as much as the large one.
