@@ -26,10 +26,11 @@ class Server:
     Args:
         log: file for what it prints.
         arguments: beyond the model and the number of ranks.
+        dtype: of weights and activations.
         env: what asks flashcomm for something.
     """
 
-    def __init__(self, log: Path, *arguments: str, env: "dict[str, str] | None" = None):
+    def __init__(self, log: Path, *arguments: str, dtype: str = "bfloat16", env: "dict[str, str] | None" = None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -39,7 +40,7 @@ class Server:
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)),
             *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(self.port)),
             *("--tensor-parallel-size", "2", "--max-model-len", "2048", "--max-num-seqs", "16"),
-            *("--dtype", "bfloat16", "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
+            *("--dtype", dtype, "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
             *("--worker-extension-cls", "probe.Probe", *arguments),
         ]
         asked = ("FLASHCOMM_CODEC", "FLASHCOMM_POLICY", "TRITON_INTERPRET")

@@ -1,4 +1,4 @@
-"""Compress the sums of SGLang's tensor-parallel ranks. SGLang finds this by its plugin entry point; off unless asked for.
+"""Compress the sums of SGLang's tensor-parallel ranks. SGLang finds this as a plugin; off unless asked for.
 
     FLASHCOMM_CODEC=int8g128 python -m sglang.launch_server --model-path MODEL --tp 2
     FLASHCOMM_POLICY=policy.toml python -m sglang.launch_server --model-path MODEL --tp 2

@@ -213,11 +213,11 @@ class Worker:
 
     def in_decode(self) -> bool:
         """Whether no request of the running step has more tokens than a decode step computes."""
-        from vllm import forward_context
+        from vllm.forward_context import get_forward_context, is_forward_context_available
 
-        if not forward_context.is_forward_context_available():
+        if not is_forward_context_available():
             return False
-        metadata = forward_context.get_forward_context().attn_metadata
+        metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
             # vLLM measures its memory with a step of the largest size, which has none.
             return False

@@ -1,0 +1,250 @@
+"""A real vLLM server over two ranks: what it answers with compressed sums, what it counts, and how it ends."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from server import Server
+from transformers import AutoTokenizer
+
+from flashcomm.demo import MODEL, text
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = 64
+NEW_TOKENS = 8
+
+# To second order KL is half of the variance of the change of the log-probabilities, so the mean absolute change is at
+# most sqrt(2 KL). Of int8g128 over 2 ranks, all sums compressed, results/demo_tp2_cpu.json has the KL.
+KL = next(
+    row["kl"]
+    for row in json.loads((ROOT / "results" / "demo_tp2_cpu.json").read_text())["rows"]
+    if row["codec"] == "int8g128"
+)
+MEAN_LOGPROB_CHANGE = math.sqrt(2 * KL)
+
+EAGER_POLICY = """
+codec = "int8g128"
+min_bytes = 4096
+algorithm = "one_step"
+"""
+LAYERS_POLICY = """
+codec = "none"
+min_bytes = 4096
+algorithm = "one_step"
+[[layers]]
+match = "model.layers.[0-3].*"
+codec = "int8g128"
+[[layers]]
+match = "model.layers.*.mlp.down_proj"
+codec = "int6g128"
+"""
+
+
+def tokens() -> list[int]:
+    """Text that the model has not seen."""
+    ids = AutoTokenizer.from_pretrained(MODEL)(text.held_out_files()[0].read_text(), verbose=False)["input_ids"]
+    assert len(ids) > 4000
+    return ids
+
+
+def prompts() -> list[list[int]]:
+    """1 to 1,500 tokens."""
+    ids = tokens()
+    lengths = [1, 2, 1500, *(16 + (n * 397) % 500 for n in range(PROMPTS - 3))]
+    return [ids[37 * n : 37 * n + length] for n, length in enumerate(lengths)]
+
+
+def greedy(server: Server, some: list[list[int]], concurrent: int = 8) -> list[str]:
+    with ThreadPoolExecutor(concurrent) as pool:
+        return list(pool.map(lambda prompt: server.complete(prompt, max_tokens=NEW_TOKENS)["text"], some))
+
+
+def logprobs(server: Server, prompt: list[int]) -> list[float]:
+    """Of the prompt's own tokens after the first."""
+    choice = server.complete(prompt, max_tokens=1, echo=True, logprobs=0)
+    return choice["logprobs"]["token_logprobs"][1 : len(prompt)]
+
+
+def compressed_calls(stats: dict) -> int:
+    return sum(count for call, count in stats["calls"].items() if "/int" in call)
+
+
+@pytest.fixture(scope="module")
+def vanilla(tmp_path_factory):
+    """What vLLM answers without us, in fp32: with 16 bits another order of the sums changes more than int8 does."""
+    with Server(tmp_path_factory.mktemp("vanilla") / "log", "--enforce-eager", dtype="float32") as server:
+        ids = tokens()
+        yield {
+            "texts": greedy(server, prompts()),
+            "logprobs": [logprobs(server, ids[start : start + 512]) for start in (0, 1000, 2000)],
+            "metrics": server.ask("/metrics"),
+            "printed": server.printed(),
+        }
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory, vanilla):
+    folder = tmp_path_factory.mktemp("eager")
+    (folder / "policy.toml").write_text(EAGER_POLICY)
+    env = {"FLASHCOMM_POLICY": str(folder / "policy.toml")}
+    with Server(folder / "log", "--enforce-eager", dtype="float32", env=env) as server:
+        server.on_workers("flashcomm_watch")
+        yield server
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    (folder / "policy.toml").write_text(LAYERS_POLICY)
+    option = json.dumps({"flashcomm": str(folder / "policy.toml")})
+    with Server(folder / "log", "--additional-config", option) as server:
+        server.on_workers("flashcomm_watch")
+        yield server
+
+
+def test_off_unless_asked_for(vanilla):
+    assert "flashcomm compresses" not in vanilla["printed"]
+    assert "flashcomm_" not in vanilla["metrics"]
+
+
+def test_greedy_text_is_plains(vanilla, eager):
+    eager.on_workers("flashcomm_stats")
+    got = greedy(eager, prompts())
+    same = sum(ours == theirs for ours, theirs in zip(got, vanilla["texts"], strict=True))
+    assert same >= 0.95 * PROMPTS
+    first, second = eager.on_workers("flashcomm_stats")
+    assert compressed_calls(first) == compressed_calls(second) > 0
+    assert 0 < first["wire_bytes"] < 0.27 * first["plain_bytes"]
+    assert first["plain"]["decode step"] > 0
+
+
+def test_logprobs_are_close_to_plains(vanilla, eager):
+    ids = tokens()
+    changes = [
+        abs(ours - theirs)
+        for start, plain in zip((0, 1000, 2000), vanilla["logprobs"], strict=True)
+        for ours, theirs in zip(logprobs(eager, ids[start : start + 512]), plain, strict=True)
+    ]
+    assert 0 < sum(changes) / len(changes) <= MEAN_LOGPROB_CHANGE
+
+
+def requests_of_all_kinds(server: Server):
+    """Completions and chats, at once and streamed, 16 at a time."""
+
+    def chat(prompt: str):
+        body = {"model": "demo", "messages": [{"role": "user", "content": prompt}], "max_tokens": NEW_TOKENS}
+        return server.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+
+    def stream(prompt: str):
+        body = {"model": "demo", "prompt": prompt, "max_tokens": NEW_TOKENS, "stream": True}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{server.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            events = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
+        assert events[-1] == "[DONE]"
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+
+    kinds = (chat, stream, lambda prompt: server.complete(prompt, max_tokens=NEW_TOKENS)["text"])
+    with ThreadPoolExecutor(16) as pool:
+        answers = [pool.submit(kinds[n % 3], "def read(path):\n    " * (1 + n % 50)) for n in range(48)]
+        assert all(isinstance(answer.result(), str) for answer in answers)
+
+
+def test_every_kind_of_request(eager):
+    requests_of_all_kinds(eager)
+    assert all(compressed_calls(stats) > 0 for stats in eager.on_workers("flashcomm_stats"))
+
+
+def test_workers_get_the_same_sums(eager):
+    first, second = eager.on_workers("flashcomm_digest")
+    assert first == second
+
+
+def test_says_what_it_does(eager):
+    line = next(line for line in eager.printed().splitlines() if "flashcomm compresses" in line)
+    assert "int8g128" in line and "prefill" in line and "from 4 KiB" in line and "2 ranks over shared memory" in line
+
+
+def test_metrics(eager):
+    eager.complete(prompts()[2], max_tokens=2)
+    time.sleep(2.5)
+    calls = eager.metrics("flashcomm_calls_total")
+    for rank in "01":
+        assert calls[f'{{call="all_reduce/one_step/int8g128",rank="{rank}"}}'] > 0
+        assert eager.metrics("flashcomm_saved_bytes_total")[f'{{rank="{rank}"}}'] > 0
+        assert eager.metrics("flashcomm_plain_total")[f'{{rank="{rank}",reason="decode step"}}'] > 0
+
+
+def test_compiled_with_a_policy_for_some_layers(compiled):
+    some = prompts()
+    compiled.on_workers("flashcomm_from", 2**40)
+    plain = greedy(compiled, some)
+    compiled.on_workers("flashcomm_from", 4096)
+    compiled.on_workers("flashcomm_stats")
+    got = greedy(compiled, some)
+    assert sum(ours == theirs for ours, theirs in zip(got, plain, strict=True)) >= 0.95 * PROMPTS
+    first, second = compiled.on_workers("flashcomm_stats")
+    assert first["calls"] == second["calls"]
+    # Of 17 sums of a prompt 8 are of the first four layers, 4 are other down projections, and 5 are plain.
+    eights, sixes = (first["calls"][f"all_reduce/one_step/int{bits}g128"] for bits in (8, 6))
+    assert eights == 2 * sixes > 0
+    assert first["plain"]["codec none"] * 4 == 5 * sixes
+    requests_of_all_kinds(compiled)
+    digests = compiled.on_workers("flashcomm_digest")
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("which", ["eager", "compiled"])
+def test_a_lost_worker_ends_the_server(which, request):
+    server = request.getfixturevalue(which)
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(server.complete, prompt, max_tokens=400) for prompt in prompts()[3:7]]
+        time.sleep(1)
+        os.kill(server.workers()[1], signal.SIGKILL)
+        for answer in running:
+            with pytest.raises((urllib.error.URLError, OSError)):
+                answer.result(timeout=60)
+    # vLLM says so and ends with status 0.
+    server.process.wait(60)
+    assert "EngineDeadError" in server.printed()
+
+
+def test_a_wrong_policy_ends_the_command_before_weights_are_loaded(tmp_path):
+    (tmp_path / "policy.toml").write_text('codec = "int8g128"\nmin_byte = 5\n')
+    server = Server(tmp_path / "log", "--enforce-eager", env={"FLASHCOMM_POLICY": str(tmp_path / "policy.toml")})
+    server.start()
+    assert server.process.wait(60) != 0
+    server.stop()
+    assert "unknown key min_byte. Did you mean min_bytes?" in server.printed()
+    assert "Loading" not in server.printed()
+
+
+def test_without_a_wish_nothing_is_imported_or_replaced():
+    code = """
+import sys
+import vllm.engine.arg_utils
+before = set(sys.modules)
+from flashcomm.integrations import vllm
+vllm.register()
+vllm.register()
+heavy = {name.split(".")[0] for name in set(sys.modules) - before}
+print(*sorted(heavy & {"numba", "triton", "prometheus_client", "matplotlib", "typer"}))
+import vllm.v1.worker.worker_base as workers
+from vllm.distributed.parallel_state import GroupCoordinator
+print(GroupCoordinator.all_reduce.__module__)
+vllm.undo() if hasattr(vllm, "undo") else None
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["vllm.distributed.parallel_state"]

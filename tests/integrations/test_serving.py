@@ -1,0 +1,142 @@
+"""What an engine's worker compresses and what it leaves alone, over two ranks; engines themselves are tests/engines."""
+
+import json
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcomm
+import ranks
+from flashcomm.integrations import reporting, serving
+from flashcomm.policy import Policy, Rule
+from flashcomm.simulate import all_reduce
+
+LOG = logging.getLogger("flashcomm.test")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked(monkeypatch):
+    for name in ("FLASHCOMM_POLICY", "FLASHCOMM_CODEC"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_off_unless_asked_for(monkeypatch):
+    assert serving.asked_for() is None
+    assert serving.asked_for({}) is None
+    assert serving.asked_for(object()) is None
+    assert serving.asked_for({"flashcomm": "none"}) is None
+    monkeypatch.setenv("FLASHCOMM_CODEC", "int6g128")
+    assert str(serving.asked_for()).startswith("int6g128; prefill")
+
+
+def test_options_win_and_survive_the_way_to_workers(monkeypatch, tmp_path):
+    monkeypatch.setenv("FLASHCOMM_CODEC", "int6g128")
+    policy = Policy(codec="none", layers=(Rule(match="*.o_proj", codec="int4g32"),), min_bytes=5, algorithm="one_step")
+    policy.save(tmp_path / "policy.toml")
+    assert serving.asked_for({"flashcomm": str(tmp_path / "policy.toml")}) == policy
+    keys = json.loads(json.dumps(serving.keys_of(policy)))
+    assert serving.asked_for({"flashcomm": keys}) == policy
+    assert serving.asked_for({"flashcomm": "int8g128"}) == Policy()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("int8g129x", "option flashcomm: codec = 'int8g129x'"),
+        ({"min_byte": 5}, "option flashcomm: unknown key min_byte. Did you mean min_bytes?"),
+        (5, "option flashcomm: 5: give a codec, the path of a .toml file, or the keys of a policy"),
+        ("nowhere.toml", "cannot read the policy 'nowhere.toml'"),
+        ("int4g128+keep64", "needs a calibration, which engines do not have yet"),
+    ],
+)
+def test_a_wrong_wish_is_refused(given, message):
+    with pytest.raises(ValueError) as error:
+        serving.asked_for({"flashcomm": given})
+    assert message in str(error.value)
+
+
+def reduced(policy: Policy, decoding: bool, shape: tuple[int, int]):
+    """x, its sum, whether the engine made it, and the counts."""
+    sums = serving.Sums(policy, dist.group.WORLD, lambda: decoding, LOG)
+    sums.meet(torch.device("cpu"))
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(dist.get_rank())).to(torch.bfloat16)
+    before, asked = x.clone(), []
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        asked.append(x.shape)
+        return x
+
+    flashcomm.reset_stats()
+    result = sums.reduce(x, flashcomm.codec(policy.codec), plain)
+    assert torch.equal(x, before)
+    return x, result, bool(asked), flashcomm.stats()
+
+
+def test_large_sums_are_compressed():
+    policy = Policy(min_bytes=1024, algorithm="one_step")
+    (x0, first, left, stats), (x1, second, _, _) = ranks.shared(2).run(reduced, policy, False, (64, 256))
+    assert not left
+    assert torch.equal(first, second)
+    assert torch.equal(first, all_reduce([x0, x1], "int8g128", "one_step"))
+    assert stats["calls"] == {"all_reduce/one_step/int8g128": 1}
+
+
+@pytest.mark.parametrize(
+    "policy, decoding, reason",
+    [
+        (Policy(min_bytes=1 << 20, algorithm="one_step"), False, "message under 1024 KiB"),
+        (Policy(min_bytes=0, algorithm="one_step"), True, "decode step"),
+        (Policy(min_bytes=0, codec="none", layers=(Rule(match="a", codec="int8g128"),)), False, "codec none"),
+        (Policy(min_bytes=0), False, "compression does not pay in shared memory"),
+    ],
+)
+def test_the_rest_is_the_engines(policy, decoding, reason):
+    for x, result, left, stats in ranks.shared(2).run(reduced, policy, decoding, (64, 256)):
+        assert left
+        assert torch.equal(x, result)
+        assert stats["plain"] == {reason: 1}
+        assert not stats["calls"]
+
+
+def test_decode_steps_too_if_asked():
+    policy = Policy(min_bytes=0, phase="all", algorithm="one_step")
+    assert not any(left for _, _, left, _ in ranks.shared(2).run(reduced, policy, True, (1, 256)))
+
+
+def failed():
+    sums = serving.Sums(Policy(min_bytes=0, algorithm="one_step"), dist.group.WORLD, lambda: False, LOG)
+    with pytest.raises(ValueError, match="requires_grad|gradient"):
+        sums.reduce(torch.ones(64, 256, requires_grad=True), flashcomm.codec("int8g128"), lambda x: x)
+    return dict(reporting._errors)
+
+
+def test_failures_are_counted():
+    assert all(errors["ValueError"] >= 1 for errors in ranks.shared(2).run(failed))
+
+
+def test_workers_write_what_they_count(monkeypatch, tmp_path):
+    monkeypatch.setenv(reporting.FOLDER_VARIABLE, str(tmp_path))
+    reporter = reporting.Reporter(3, LOG)
+    try:
+        reporter.report()
+        assert set(json.loads((tmp_path / "3.json").read_text())) == {
+            "calls", "plain", "errors", "wire_bytes", "plain_bytes",
+        }  # fmt: skip
+        assert [path.name for path in tmp_path.iterdir()] == ["3.json"]
+    finally:
+        reporter.close()
+
+
+def test_workers_that_nobody_sees_log(monkeypatch, caplog):
+    monkeypatch.delenv(reporting.FOLDER_VARIABLE, raising=False)
+    reporter = reporting.Reporter(0, LOG)
+    try:
+        with caplog.at_level(logging.INFO, LOG.name):
+            reporter.report()
+            reporter.report()
+        assert len(caplog.messages) == 1
+        assert "less than plain" in caplog.messages[0]
+    finally:
+        reporter.close()

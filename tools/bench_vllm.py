@@ -1,0 +1,295 @@
+"""What flashcomm does for vLLM, measured in vLLM: its sums on one host, and times to first token over a slow link.
+
+.venv-engines/bin/python tools/bench_vllm.py all_reduce --json results/vllm_all_reduce_cpu.json
+.venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
+
+`all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `ttft` starts one
+server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are random and never
+repeat, the weights are random too, because times do not depend on them. It needs root, as the lab does.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import flashcomm
+from flashcomm.bench import launch, machine
+from flashcomm.bench.lab import Lab
+from flashcomm.bench.timing import Times, interleaved
+from flashcomm.bench.ttft import CONFIGS
+from flashcomm.demo import MODEL
+
+SIZES = tuple(8 << (10 + n) for n in range(14))
+HIDDEN = 4096
+VOCABULARY = 4096
+PORT = 8100
+START_S = 240.0
+WARMUP = 2
+
+
+def main():
+    """Run what the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    sums = commands.add_parser("all_reduce", help="vLLM's sum over shared memory against ours")
+    first = commands.add_parser("ttft", help="time to first token over a slow link")
+    first.add_argument("--rate", default="1gbit", help="of each host's link")
+    first.add_argument("--model", default="demo", choices=["demo", *CONFIGS], help="whose shape; weights are random")
+    first.add_argument("--tokens", type=int, default=1024)
+    first.add_argument("--codecs", default="none,int8g128,int4g128")
+    for command, repeats in ((sums, 21), (first, 11)):
+        command.add_argument("--repeats", type=int, default=repeats)
+        command.add_argument("--json", type=Path)
+    node = commands.add_parser("node")
+    node.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    if options.command == "node":
+        Node(options.folder).run()
+        return
+    rows = all_reduce(options.repeats) if options.command == "all_reduce" else ttft(options)
+    for row in rows:
+        print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), sep="  ")
+    if options.json:
+        document = {"op": f"vllm {options.command}", "machine": machine.describe(), "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def all_reduce(repeats: int) -> list[dict]:
+    """Rows of one size and way each; 2 ranks on this host."""
+    os.environ["VLLM_DIST_IDENT"] = f"flashcomm-bench-{os.getpid()}"
+    return launch.run(_sums_of_rank, (repeats,), ranks=2, timeout_s=300)[0]
+
+
+def _sums_of_rank(repeats: int) -> list[dict]:
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    with set_current_vllm_config(VllmConfig()):
+        parallel_state.init_distributed_environment(ranks, rank, "env://", rank, "gloo")
+        parallel_state.initialize_model_parallel(ranks)
+    tp = parallel_state.get_tp_group()
+    communicator, group = tp.device_communicator, tp.device_group
+    if communicator.dist_module is torch.distributed:
+        raise RuntimeError("vLLM does not share memory here, so there is nothing to compare with")
+    rows = []
+    for size in SIZES:
+        x = torch.randn(size // 2, dtype=torch.bfloat16).view(-1, min(HIDDEN, size // 2))
+        ours = partial(flashcomm.all_reduce, x, "int8g128", group)
+        variants = {
+            "vllm": partial(communicator.all_reduce, x.clone()),
+            "auto": ours,
+            "int8g128": partial(ours, algorithm="one_step"),
+            "gloo": partial(dist.all_reduce, x.clone(), group=group),
+        }
+        times = interleaved(variants, repeats=repeats, before=dist.barrier, combine=_slowest)
+        rows += [
+            {
+                "message_bytes": size,
+                "way": way,
+                "ranks": ranks,
+                "repeats": repeats,
+                "p50_ms": measured.p50_ms,
+                "p20_ms": measured.p20_ms,
+                "p80_ms": measured.p80_ms,
+                "speedup": times["vllm"].p50_ms / measured.p50_ms,
+            }
+            for way, measured in times.items()
+        ]
+    return rows
+
+
+def _slowest(seconds):
+    worst = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(worst, dist.ReduceOp.MAX)
+    return worst.tolist()
+
+
+def ttft(options: argparse.Namespace) -> list[dict]:
+    """Rows of one codec each, as the client on the first host sees them."""
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(ranks=2, rate=options.rate) as lab:
+        folder = Path(name)
+        _write_model(folder / "model", options.model)
+        task = {"codecs": options.codecs.split(","), "tokens": options.tokens, "repeats": options.repeats}
+        (folder / "task.json").write_text(json.dumps(task))
+        codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=1200)
+        if any(codes):
+            raise SystemExit(f"the nodes ended with {codes}:\n{(folder / '0.log').read_text()[-3000:]}")
+        figures = json.loads((folder / "result.json").read_text())
+    plain = figures[task["codecs"][0]]
+    return [
+        {
+            "model": options.model,
+            "link": options.rate,
+            "ranks": 2,
+            "tokens": options.tokens,
+            "repeats": options.repeats,
+            "codec": codec,
+            **one,
+            "speedup": plain["p50_ms"] / one["p50_ms"],
+        }
+        for codec, one in figures.items()
+    ]
+
+
+def _write_model(folder: Path, name: str):
+    """A model without weights: its shape, and a tokenizer for the server's sake."""
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "*.md", "training.json"))
+    if name != "demo":
+        config = json.loads((folder / "config.json").read_text())
+        changed = {**config, "head_dim": None, **CONFIGS[name], "vocab_size": config["vocab_size"]}
+        (folder / "config.json").write_text(json.dumps(changed))
+
+
+class Node:
+    """One host's part of a server, and on the first host its client.
+
+    Args:
+        folder: with the model and what is to be measured; both hosts see it.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._rank = folder, int(os.environ["RANK"])
+        self._task = json.loads((folder / "task.json").read_text())
+
+    def run(self):
+        """Serve until the client on the first host is done."""
+        with (self._folder / f"{self._rank}.log").open("wb") as log:
+            server = subprocess.Popen(
+                [sys.executable, "-c", _SERVE, *self._arguments()],
+                env={**os.environ, **self._environment()}, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        done = self._folder / "result.json"
+        try:
+            if self._rank == 0:
+                self._wait_for(server)
+                figures = self._measure()
+                partial_file = done.with_suffix(".partial")
+                partial_file.write_text(json.dumps(figures))
+                partial_file.replace(done)
+            while not done.exists():
+                if server.poll() is not None:
+                    raise SystemExit(f"host {self._rank}: the server ended with {server.returncode}")
+                time.sleep(0.2)
+        finally:
+            os.killpg(server.pid, signal.SIGTERM)
+            try:
+                server.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(server.pid, signal.SIGKILL)
+
+    def _arguments(self) -> list[str]:
+        headless = ["--headless"] if self._rank else []
+        return [
+            *("serve", str(self._folder / "model"), "--served-model-name", "demo", "--load-format", "dummy"),
+            *("--host", "127.0.0.1", "--port", str(PORT), "--tensor-parallel-size", "2", "--dtype", "bfloat16"),
+            *("--nnodes", "2", "--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"]),
+            *("--distributed-executor-backend", "mp", "--max-model-len", "2048", "--max-num-seqs", "4"),
+            *("--no-enable-prefix-caching", "--worker-extension-cls", "bench_vllm.Switch", *headless),
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        return {
+            "FLASHCOMM_CODEC": "int8g128",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": str(self._rank),
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_HOST_IP": f"10.77.0.{self._rank + 1}",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
+        }
+
+    def _wait_for(self, server: subprocess.Popen):
+        end = time.monotonic() + START_S
+        while server.poll() is None and time.monotonic() < end:
+            try:
+                self._ask("/health")
+                return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise SystemExit("the server did not start")
+
+    def _measure(self) -> dict[str, dict]:
+        """Requests take turns, forwards and backwards; what switches the codec is not timed."""
+        codecs, repeats = self._task["codecs"], self._task["repeats"]
+        generator = random.Random(0)
+        seconds: dict[str, list[float]] = {codec: [] for codec in codecs}
+        sent: dict[str, tuple[str, int]] = {}
+        for number in range(-WARMUP, repeats):
+            for codec in codecs if number % 2 == 0 else codecs[::-1]:
+                self._on_workers("flashcomm_use", codec)
+                prompt = [generator.randrange(1, VOCABULARY) for _ in range(self._task["tokens"])]
+                start = time.perf_counter()
+                self._ask("/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 1, "ignore_eos": True})
+                if number >= 0:
+                    seconds[codec].append(time.perf_counter() - start)
+                sent[codec] = self._on_workers("flashcomm_sent")[0]
+        figures = {}
+        for codec in codecs:
+            times = Times(seconds=tuple(sorted(seconds[codec])))
+            calls, wire_bytes = sent[codec]
+            figures[codec] = {
+                "p50_ms": times.p50_ms,
+                "p20_ms": times.p20_ms,
+                "p80_ms": times.p80_ms,
+                "calls": calls or "vLLM's own",
+                "wire_bytes": wire_bytes,
+            }
+        return figures
+
+    def _on_workers(self, method: str, *args: str) -> list:
+        return self._ask("/collective_rpc", {"method": method, "args": list(args)})["results"]
+
+    def _ask(self, path: str, body: "dict | None" = None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            text = answer.read().decode()
+        return json.loads(text) if text else None
+
+
+class Switch:
+    """Methods of every worker, by vLLM's --worker-extension-cls."""
+
+    def flashcomm_use(self, codec: str) -> str:
+        """Send all sums in `codec` from the next request on; ``none`` leaves them to vLLM."""
+        from flashcomm.integrations import vllm
+
+        assert vllm.worker is not None
+        vllm.worker.use(replace(vllm.worker.policy, codec=codec))
+        flashcomm.reset_stats()
+        return codec
+
+    def flashcomm_sent(self) -> tuple[str, int]:
+        """What was sent since then, and how many bytes."""
+        stats = flashcomm.stats()
+        return ", ".join(sorted(stats["calls"])), stats["wire_bytes"]
+
+
+# vllm-cpu is installed under a name of its own, and vLLM's command asks for the other.
+_SERVE = """
+import importlib.metadata as metadata, sys
+version = metadata.version
+metadata.version = lambda name: version("vllm-cpu") + "+cpu" if name == "vllm" else version(name)
+from vllm.entrypoints.cli.main import main
+sys.argv[0] = "vllm"
+main()
+"""
+
+if __name__ == "__main__":
+    main()
