@@ -26,6 +26,17 @@ if not torch.cuda.is_available():
 import ranks  # noqa: E402
 
 
+_LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_levels.py", "test_planning.py"}
+"""Labs are of the whole machine, and these tests look for what is left of them."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Of several workers each gets whole files, and one gets all that have labs."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group("labs" if item.path.name in _LABS else str(item.path)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread_and_no_ranks_left():
     torch.set_num_threads(1)
