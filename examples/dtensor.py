@@ -31,10 +31,11 @@ torch.manual_seed(dist.get_rank())
 x = torch.randn(1, 256, 512)  # this rank's tokens
 with torch.no_grad():
     want, got = plain(x), compressed(x)
+    error = (got - want).norm() / want.norm()
 
 if dist.get_rank() == 0:
     stats = flashcomm.stats()
-    print(f"relative error {(got - want).norm() / want.norm():.4f}")
+    print(f"relative error {error:.4f}")
     print(f"sent {stats['wire_bytes']:,} bytes instead of {stats['plain_bytes']:,} in {stats['calls']}")
 
 dist.destroy_process_group()

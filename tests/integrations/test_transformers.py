@@ -304,3 +304,14 @@ def test_importing_the_module_needs_no_transformers():
 
     code = "import sys, flashcomm.integrations.transformers; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
+
+
+def test_the_harness_is_needed_for_its_command_alone():
+    import importlib.util
+
+    from flashcomm.integrations import lm_eval
+
+    if importlib.util.find_spec("lm_eval") is not None:
+        pytest.skip("lm-eval is installed")
+    with pytest.raises(RuntimeError, match=r"this needs lm-evaluation-harness: pip install 'lm-eval\[hf\]'"):
+        lm_eval.model_class()

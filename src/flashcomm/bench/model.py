@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import flashcomm
 from flashcomm.bench.timing import Times, interleaved
-from flashcomm.integrations.transformers import Compression
+from flashcomm.integrations.transformers import Compression, tensor_parallel_argument
 from flashcomm.overlap import Overlap
 from flashcomm.planner.overlap import Split
 
@@ -55,17 +55,8 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    plan = _tensor_parallel_argument() if dist.is_initialized() and dist.get_world_size() > 1 else {}
+    plan = tensor_parallel_argument() if dist.is_initialized() and dist.get_world_size() > 1 else {}
     return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
-
-
-def _tensor_parallel_argument() -> dict[str, Any]:
-    """How this transformers wants to hear of tensor parallelism: by ``tp_plan``, in later ones by a config."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
-        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
-    return {"tp_plan": "auto"}
 
 
 def switch(handle: Compression, spec: str, algorithm: str):

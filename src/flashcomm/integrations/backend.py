@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
 from flashcomm.collectives.state import is_plain
@@ -36,9 +37,9 @@ class CompressedGroup(dist.ProcessGroup):
     policy: Policy | None
     """What is compressed; None for nothing. `set_policy` changes it."""
 
-    def __init__(self, store: dist.Store, rank: int, size: int, policy: Policy | None):
+    def __init__(self, store: Any, rank: int, size: int, policy: Policy | None):
         # With the store as well torch makes an object that calls no method of a subclass.
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.policy = policy
         self._store = store
         self._plain = dist.ProcessGroup(store, rank, size)
@@ -145,8 +146,7 @@ class _Handle(dist.Work):
 
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
-            devices = [self._x.device] if self._x.device.type == "cuda" else []
-            done = torch.futures.Future(devices=devices)
+            done: Any = torch.futures.Future(devices=[self._x.device] if self._x.is_cuda else [])
             # To C++ a future has failed where a callback of the one before it raised.
             self._future = done.then(lambda _: self.result())
             self._work.add_done_callback(lambda: done.set_result(None))
@@ -228,7 +228,7 @@ def _check(policy: Any) -> Policy | None:
 def _add_backends(group: CompressedGroup, options: Any):
     """Gloo for CPU tensors, NCCL for those on GPUs, as torch makes them for ``cpu:gloo,cuda:nccl``."""
     ranks, name = options.global_ranks_in_group, options.group_id
-    store = dist.PrefixStore("cpu/", options.store)
+    store = distributed_c10d.PrefixStore("cpu/", options.store)
     gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, timeout=options.timeout)
     gloo.options.global_ranks_in_group, gloo.options.group_name = ranks, name
     types = dist.ProcessGroup.BackendType
@@ -237,7 +237,7 @@ def _add_backends(group: CompressedGroup, options: Any):
         nccl_options = dist.ProcessGroupNCCL.Options()
         nccl_options._timeout = options.timeout
         nccl_options.global_ranks_in_group, nccl_options.group_name = ranks, name
-        store = dist.PrefixStore("cuda/", options.store)
+        store = distributed_c10d.PrefixStore("cuda/", options.store)
         nccl = dist.ProcessGroupNCCL(store, options.group_rank, options.group_size, nccl_options)
         backends.append(("cuda", types.NCCL, nccl))
     for device, kind, backend in backends:

@@ -26,6 +26,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,19 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
             "that from_pretrained returned"
         )
     return mesh.get_group()
+
+
+def tensor_parallel_argument() -> dict[str, Any]:
+    """How this transformers wants to hear of tensor parallelism: by ``tp_plan``, in later ones by a config.
+
+    Returns:
+        What to give `from_pretrained`, to load over all ranks of the default group.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
+        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    return {"tp_plan": "auto"}
 
 
 def _reducing_modules(model: Any):
