@@ -110,8 +110,12 @@ class Server:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-            text = answer.read().decode()
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                text = answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                raise OSError(f"{path}: {error.code} {error.read().decode()}") from None
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def complete(self, prompt: "list[int] | str", **options) -> dict:

@@ -112,14 +112,14 @@ class Sums:
         message_bytes = x.numel() * x.element_size()
         if message_bytes < self.policy.min_bytes:
             return f"message under {self.policy.min_bytes / 1024:g} KiB"
-        if isinstance(codec, Plain):
-            return "codec none"
         if x.dtype not in FLOAT_DTYPES:
             return f"dtype {x.dtype}"
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return "captured in a CUDA graph"
         if self.policy.phase == "prefill" and self._in_decode():
             return "decode step"
+        if isinstance(codec, Plain):
+            return "codec none"
         key = message_bytes, codec
         if key not in self._declined:
             plan = self._plan(message_bytes, codec)
