@@ -40,10 +40,11 @@ def table(path: Path) -> str:
     document = json.loads(path.read_text())
     machine, rows = document["machine"], document["rows"]
     same = [name for name in SAME if "link" in rows[0] and len({row[name] for row in rows}) == 1]
-    names = [name for name in rows[0] if name not in HIDDEN and name not in same]
+    # Ends of intervals stay in the JSON; a table of a line each is for the eye.
+    names = [name for name in rows[0] if name not in (*HIDDEN, *same) and not name.endswith(("_low", "_high"))]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    facts = {k: v for k, v in document.items() if k not in ("machine", "rows", "prompt", "model", "op")}
-    facts = {k: v for k, v in facts.items() if not isinstance(v, list)}
+    apart = ("machine", "rows", "prompt", "model", "op")
+    facts = {k: v for k, v in document.items() if k not in apart and not isinstance(v, list)}
     facts |= {name: rows[0][name] for name in same}
     lines = [
         f"# {path.stem}",

@@ -1,23 +1,22 @@
-"""The two commands as a user runs them."""
+"""The two commands, from their options to the files that they write."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from flashcomm.accuracy.command import Setup
+from flashcomm.accuracy import command
+from flashcomm.bench.launch import Interrupted
+from flashcomm.cli import app
 from flashcomm.demo import MODEL
 from flashcomm.policy import Policy
 
-COMMAND = [sys.executable, "-m", "flashcomm.cli"]
 
-
-def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=120)
+def invoke(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
 
 
 def test_accuracy(tmp_path):
@@ -26,7 +25,9 @@ def test_accuracy(tmp_path):
     policy = tmp_path / "mine.toml"
     Policy(codec="int4g32").save(policy)
     options = ("--text", text, "--text", text, "--tokens", 384, "--window", 128, "--tp", 4, "--out", tmp_path / "out")
-    done = run("accuracy", "--codecs", "int8g128,int2g32", "--policy", policy, *options, "--json", tmp_path / "a.json")
+    options = ("--codecs", "int8g128,int2g32", "--policy", policy, *options, "--json", tmp_path / "a.json")
+    line = [sys.executable, "-m", "flashcomm.cli", "accuracy", *map(str, options)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     document = json.loads((tmp_path / "a.json").read_text())
@@ -34,14 +35,9 @@ def test_accuracy(tmp_path):
     assert (document["ranks"], document["tokens"], document["text"]) == (4, 384, "text.txt, text.txt")
     rows = {row["codec"]: row for row in document["rows"]}
     assert list(rows) == ["none", "fp32", "int8g128", "int2g32", "mine"]
-    assert (
-        0
-        == rows["none"]["kl"]
-        < rows["fp32"]["kl"]
-        < rows["int8g128"]["kl"]
-        < rows["mine"]["kl"]
-        < rows["int2g32"]["kl"]
-    )
+    kl = [rows[name]["kl"] for name in ("none", "fp32", "int8g128", "mine", "int2g32")]
+    assert kl == sorted(kl)
+    assert kl[0] == 0 < kl[1]
     assert rows["mine"]["bits_per_value"] == 5
     assert len(document["sums"]) == 17 * 4
     markdown = (tmp_path / "out" / "report.md").read_text()
@@ -51,40 +47,61 @@ def test_accuracy(tmp_path):
     assert "http" not in page
 
 
+def test_tune_policy(tmp_path):
+    policy, options = tmp_path / "p.toml", ("--tp", 2, "--explore", 64, "--tokens", 256, "--window", 64)
+    files = ("--policy", policy, "--out", tmp_path / "out", "--json", tmp_path / "t.json")
+    done = invoke("tune-policy", "--budget", "kl=0.01", "--codecs", "int4g128,int8g128", *options, *files)
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "t.json").read_text())
+    best, found = (
+        next(row for row in document["rows"] if row["codec"] == name) for name in (document["best_uniform"], "policy")
+    )
+    assert found["kl_high"] <= 0.01
+    assert found["bits_per_value"] == pytest.approx(best["bits_per_value"] * (1 - document["saved"]))
+    chosen = {sum["module"]: sum["chosen"] for sum in document["sums"]}
+    assert len(chosen) == 17
+    assert {name: str(Policy.load(policy).codec_for(name)) for name in chosen} == chosen
+    assert f"% fewer than {best['codec']} everywhere" in done.output
+    assert "# budget: KL 0.01, on 256 tokens of the standard library's held-out modules" in policy.read_text()
+    done = invoke("tune-policy", "--budget", "kl=1e-7", "--codecs", "int4g128,int8g128", *options, *files)
+    assert done.exit_code == 2
+    assert "no candidate meets a KL of 1e-07" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("accuracy", "--tp", "3"), "--tp 3 does not divide the 8 attention heads"),
         (("accuracy", "--hosts", "3"), "--hosts 3 with --tp 8: give hosts with as many ranks each"),
         (("accuracy", "--codecs", "int4static"), "needs --calibration FILE"),
+        (("accuracy", "--policy", "nothing.toml"), "cannot read the policy 'nothing.toml'"),
         (("tune-policy", "--budget", "perplexity=1"), "give kl= and a number of nats above 0, such as kl=0.01"),
+        (("tune-policy", "--budget", "kl=-1"), "give kl= and a number of nats above 0, such as kl=0.01"),
     ],
 )
-def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message):
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output
 
 
-def test_interrupted_it_says_how_to_go_on(tmp_path):
-    command = [*COMMAND, "accuracy", "--tokens", "20480", "--codecs", "int8g128", "--out", str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        end = time.monotonic() + 100
-        while not list(tmp_path.glob("windows/*.pt")) and time.monotonic() < end:
-            time.sleep(0.1)
-        os.kill(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "the same command goes on from what is in" in errors
-    assert "Traceback" not in errors
-    assert len(list(tmp_path.glob("windows/*.pt"))) >= 1
+def setup(out: Path, text: str) -> command.Setup:
+    return command.Setup(
+        directory=MODEL, model="demo", texts=[text], text="", ranks=2, hosts=0, algorithm="auto", tokens=4096,
+        window=64, dtype="float32", seed=0, calibration=None, out=out,
+    )  # fmt: skip
+
+
+def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "measure", interrupt)
+    with pytest.raises(Interrupted, match=f"interrupted; the same command goes on from what is in {tmp_path}"):
+        command.accuracy(setup(tmp_path, "a = 1\n" * 100), ["int8g128"], [])
 
 
 def test_too_little_text_is_refused(tmp_path):
-    setup = Setup(
-        directory=MODEL, model="demo", texts=["a = 1\n"], text="", ranks=2, hosts=0, algorithm="auto", tokens=4096,
-        window=1024, dtype="float32", seed=0, calibration=None, out=tmp_path,
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="at least two windows of 1,024 are needed"):
-        setup.load()
+    with pytest.raises(ValueError, match="at least two windows of 64 are needed"):
+        setup(tmp_path, "a = 1\n").load()

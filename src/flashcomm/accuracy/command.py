@@ -83,6 +83,7 @@ class Setup:
             "window": self.window,
             "seed": self.seed,
             "seconds": round(seconds, 1),
+            "cpu_seconds": round(time.process_time(), 1),
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             "machine": machine.describe(),
         }
