@@ -25,7 +25,6 @@ if not torch.cuda.is_available():
 
 import ranks  # noqa: E402
 
-
 _LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_levels.py", "test_planning.py"}
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
