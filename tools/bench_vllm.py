@@ -38,7 +38,7 @@ SIZES = tuple(8 << (10 + n) for n in range(14))
 HIDDEN = 4096
 VOCABULARY = 4096
 PORT = 8100
-START_S = 240.0
+START_S = 900.0
 WARMUP = 2
 
 
@@ -78,7 +78,9 @@ def all_reduce(repeats: int) -> list[dict]:
 def _sums_of_rank(repeats: int) -> list[dict]:
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import parallel_state
+    from vllm.platforms import current_platform
 
+    current_platform.import_kernels()
     rank, ranks = dist.get_rank(), dist.get_world_size()
     with set_current_vllm_config(VllmConfig()):
         parallel_state.init_distributed_environment(ranks, rank, "env://", rank, "gloo")
@@ -127,7 +129,7 @@ def ttft(options: argparse.Namespace) -> list[dict]:
         _write_model(folder / "model", options.model)
         task = {"codecs": options.codecs.split(","), "tokens": options.tokens, "repeats": options.repeats}
         (folder / "task.json").write_text(json.dumps(task))
-        codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=1200)
+        codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=2 * START_S)
         if any(codes):
             raise SystemExit(f"the nodes ended with {codes}:\n{(folder / '0.log').read_text()[-3000:]}")
         figures = json.loads((folder / "result.json").read_text())

@@ -16,7 +16,7 @@ from flashcomm.demo import MODEL
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-START_S = 180.0
+START_S = 300.0
 SHARED = Path("/dev/shm")
 
 

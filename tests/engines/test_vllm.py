@@ -15,8 +15,11 @@ from pathlib import Path
 import pytest
 from server import Server
 from transformers import AutoTokenizer
+from vllm.config.compilation import PassConfig
 
 from flashcomm.demo import MODEL, text
+from flashcomm.integrations.vllm import adapt_passes
+from flashcomm.policy import Policy, Rule
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 64
@@ -234,17 +237,35 @@ def test_a_wrong_policy_ends_the_command_before_weights_are_loaded(tmp_path):
 def test_without_a_wish_nothing_is_imported_or_replaced():
     code = """
 import sys
-import vllm.engine.arg_utils
+from vllm.distributed.parallel_state import GroupCoordinator
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.worker.worker_base import WorkerBase
+own = EngineArgs.create_engine_config, WorkerBase.__init__, GroupCoordinator.all_reduce
 before = set(sys.modules)
 from flashcomm.integrations import vllm
 vllm.register()
 vllm.register()
-heavy = {name.split(".")[0] for name in set(sys.modules) - before}
-print(*sorted(heavy & {"numba", "triton", "prometheus_client", "matplotlib", "typer"}))
-import vllm.v1.worker.worker_base as workers
-from vllm.distributed.parallel_state import GroupCoordinator
-print(GroupCoordinator.all_reduce.__module__)
-vllm.undo() if hasattr(vllm, "undo") else None
+added = {name.split(".")[0] for name in set(sys.modules) - before}
+assert not added & {"numba", "triton", "prometheus_client", "matplotlib", "typer"}, added
+assert GroupCoordinator.all_reduce is own[2]
+assert EngineArgs.create_engine_config.__wrapped__ is own[0]
+vllm.undo()
+assert own == (EngineArgs.create_engine_config, WorkerBase.__init__, GroupCoordinator.all_reduce)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["vllm.distributed.parallel_state"]
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "policy, largest_mb, limit_mb, fused",
+    [
+        (Policy(min_bytes=2**20), 64, 1, True),
+        (Policy(min_bytes=2**27), 64, 64, True),
+        (Policy(layers=(Rule(match="*", codec="int4g128"),)), 64, 64, False),
+        (Policy(), None, None, False),
+    ],
+)
+def test_the_compiler_leaves_us_the_sums_to_compress(policy, largest_mb, limit_mb, fused):
+    passes = PassConfig(fuse_allreduce_rms=True, fi_allreduce_fusion_max_size_mb=largest_mb)
+    adapt_passes(passes, policy, 2)
+    assert passes.fi_allreduce_fusion_max_size_mb == limit_mb
+    assert passes.fuse_allreduce_rms is fused

@@ -80,6 +80,9 @@ def _checking_policy(create_engine_config: Callable) -> Callable:
     def checked(self, *args: Any, **kwargs: Any):
         if policy := serving.asked_for(self.additional_config):
             prepare(self, policy)
+            # Of the hosts of a server only the first answers /metrics.
+            if not kwargs.get("headless"):
+                reporting.serve()
         return create_engine_config(self, *args, **kwargs)
 
     return checked
@@ -120,7 +123,6 @@ def prepare(arguments: Any, policy: Policy):
     _replace(worker_base.WorkerBase, "__init__", _compressing)
     if current_platform.is_cuda_alike():
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
-    reporting.serve()
 
 
 def adapt_passes(passes: Any, policy: Policy, ranks: int):
@@ -131,7 +133,8 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
         policy: what is compressed.
         ranks: tensor-parallel ranks.
     """
-    off = ["enable_sp", "fuse_gemm_comms"]
+    # Releases before 0.32 have these, too.
+    off = [name for name in ("enable_sp", "fuse_gemm_comms") if hasattr(passes, name)]
     largest_bytes = passes.flashinfer_max_size(ranks)
     if policy.layers or largest_bytes is None:
         off.append("fuse_allreduce_rms")
@@ -141,7 +144,8 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
         _log().info("flashcomm: sums are fused with norms up to %g KiB only", least_bytes / 1024)
     for name in off:
         setattr(passes, name, False)
-    _log().info("flashcomm turns these compiler passes off, which replace sums: %s", ", ".join(off))
+    if off:
+        _log().info("flashcomm turns these compiler passes off, which replace sums: %s", ", ".join(off))
 
 
 def install(policy: Policy, config: Any, rank: int):
