@@ -30,7 +30,7 @@ from flashcomm.codecs import Codec, parse
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 PHASES = ("prefill", "all")
 ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical")

@@ -195,6 +195,13 @@ def test_launch_returns_results_and_names_the_rank_that_failed():
             launch.run(sum_of_ranks, (5,), ranks=3, lab=lab)
 
 
+def test_an_error_that_a_rank_was_stopped_in_the_middle_of_is_none(tmp_path):
+    (tmp_path / "0.error").write_text("")
+    (tmp_path / "1.error").write_text('{"message": {"message": "wrong number"}}')
+    (tmp_path / "2.error").write_text('{"mess')
+    assert launch._errors(tmp_path) == {1: {"message": "wrong number"}}
+
+
 @real
 def test_a_failing_rank_ends_the_others_and_their_children():
     with Lab(ranks=3, rate=None) as lab:

@@ -12,7 +12,7 @@ import promises
 import ranks
 import values
 from flashcomm.bench import lab, launch
-from flashcomm.collectives import state_of, steps
+from flashcomm.collectives import GroupState, state_of, steps
 from flashcomm.collectives.levels import hierarchical
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
@@ -99,10 +99,14 @@ def test_the_interface_carries_what_the_formula_says():
             assert payload <= sent <= 1.1 * payload
 
 
-def pieces_on_ranks():
+def pieces_on_ranks(direct: bool = True):
     """The bits do not depend on the pieces in which a message travels."""
     size, rank = dist.get_world_size(), dist.get_rank()
     state = state_of(None)
+    if not direct:
+        # As over NCCL, each piece one operation of the backend.
+        state = GroupState(dist.group.WORLD, next(state.tags))
+        state.direct = lambda device: False
     for name in ("one_step", "two_step"):
         for spec in ("int4g128", "int2g32+spike"):
             for shape in ((37, 256), (1, 2048), (3, 100), (2, 128)):
@@ -115,12 +119,27 @@ def pieces_on_ranks():
                     results.append(out)
                 want = flashcomm.simulate.all_reduce([promises.tensor(r, shape) for r in range(size)], spec, name)
                 assert all(promises.same(result, want) for result in results), (name, spec, shape)
+    codec = flashcomm.codec("int4g32")
+    xs = [promises.tensor(r, (5 * size, 96)) for r in range(size)]
+    decoded = torch.stack([codec.decode(codec.encode(x), 96, x.dtype) for x in xs])
+    for pieces in (1, 3):
+        gathered, part = torch.empty(5 * size * size, 96, dtype=xs[0].dtype), torch.empty(5, 96, dtype=torch.float32)
+        steps.all_gather(xs[rank], codec, state, gathered, pieces=pieces)
+        assert promises.same(gathered, decoded.flatten(0, 1))
+        steps.reduce_scatter(xs[rank], codec, state, part, pieces=pieces)
+        want = flashcomm.codecs.decode_sum(torch.stack([codec.encode(x) for x in xs]), codec, 96, torch.float32)
+        assert promises.same(part, want.unflatten(0, (size, 5))[rank])
 
 
 @pytest.mark.parametrize("by", ["connections", "gloo"])
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_bits_do_not_depend_on_pieces(size, by):
     ranks.shared(size, by=by).run(pieces_on_ranks)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_bits_do_not_depend_on_pieces_that_the_backend_exchanges(size):
+    ranks.shared(size, by="gloo").run(pieces_on_ranks, False)
 
 
 @needs_lab

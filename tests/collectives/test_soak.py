@@ -176,6 +176,8 @@ def test_many_collectives(world_size, threads):
     for rank, (seconds, seen) in enumerate(results):
         resident = " ".join(f"{bytes / 2**20:.0f}" for bytes, _, _ in seen)
         print(f"rank {rank} of {world_size}: {COUNT} collectives in {seconds:.1f} s, resident MiB: {resident}")
-        assert len({(descriptors, threads) for _, descriptors, threads in seen}) == 1, seen
+        # Fewer is fine: what earlier tests left may be collected meanwhile.
+        for kind in (1, 2):
+            assert max(counts[kind] for counts in seen) == seen[0][kind], seen
         # The first tenth still finds free memory between what the warm-up left.
         assert max(seen[2:])[0] - seen[1][0] < 16 * 2**20, seen

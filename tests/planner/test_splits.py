@@ -8,10 +8,10 @@ import pytest
 from flashcomm.planner.overlap import MARGIN, Line, Profile, choose, pairs
 
 
-def profile(token_s=1e-6, sum_s=1e-6, layers=8, pair_s=0.0, fixed_s=0.0, busy=0.0, skips="first"):
+def profile(token_s=1e-6, sum_s=1e-6, layers=8, pair_s=0.0, fixed_s=0.0, skips="first", **more):
     attention = Line(fixed_s=fixed_s, token_s=token_s, pair_s=pair_s)
     mlp = Line(fixed_s=fixed_s, token_s=token_s)
-    return Profile(segments=(*((attention, mlp) * layers), Line()), sum=Line(token_s=sum_s), busy=busy, skips=skips)
+    return Profile(segments=(*((attention, mlp) * layers), Line()), sum=Line(token_s=sum_s), skips=skips, **more)
 
 
 def test_lines_go_through_what_they_were_made_of():
@@ -89,6 +89,27 @@ def test_what_a_part_costs_by_itself_keeps_prompts_whole():
 
 def test_cores_that_carry_the_sums_gain_nothing_by_overlap():
     assert len(choose(profile(busy=1.0), 1024).sizes) == 1
+
+
+def test_waiting_for_whoever_is_late_is_a_matter_of_one_piece():
+    even, uneven = profile(sum_s=5e-7), profile(sum_s=5e-7, uneven=0.2)
+    assert math.isclose(uneven.seconds((1000,)), even.seconds((1000,)) + 0.2 * even.compute_s(1000))
+    assert uneven.seconds((500, 500)) == even.seconds((500, 500))
+
+
+def test_an_idle_link_makes_up_for_a_burst_and_a_busy_one_does_not():
+    """Segments of 1 ms, sums of 2 ms, and a link that can catch up on 0.6 ms."""
+    steady, bursting = (profile(token_s=1e-6, sum_s=2e-6, burst_s=burst_s) for burst_s in (0.0, 6e-4))
+    sums = len(steady.segments) - 1
+    assert math.isclose(steady.seconds((1000,)) - bursting.seconds((1000,)), sums * 6e-4)
+    # In parts the link is busy from the first sum on, so only that one starts with a burst.
+    assert math.isclose(steady.seconds((500, 500)) - bursting.seconds((500, 500)), 6e-4)
+
+
+def test_where_splits_are_alike_the_even_one_is_taken():
+    alike = profile(sum_s=2e-7, pair_s=1e-12)
+    assert alike.seconds((640, 384)) < alike.seconds((512, 512))
+    assert choose(alike, 1024).sizes == (512, 512)
 
 
 def test_rows_count_like_tokens_and_a_cache_like_a_part():

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,7 @@ def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> 
         except KeyboardInterrupt as stopped:
             raise Interrupted(INTERRUPTED) from stopped
         code = 0 if lab.failed_rank is None else codes[lab.failed_rank]
-        errors = {int(path.stem): json.loads(path.read_text())["message"] for path in folder.glob("*.error")}
+        errors = _errors(folder)
         if errors and code >= 0:
             # One failure brings others down with it, so the earliest is the cause.
             rank = min(errors, key=lambda rank: float(errors[rank]["extraInfo"]["timestamp"]))
@@ -152,6 +153,15 @@ def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> 
         if lab.failed_rank is not None:
             raise RankError(_sentence(lab.failed_rank, code, f"exit status {code}"))
         return [pickle.loads((folder / f"{rank}.result").read_bytes()) for rank in range(lab.ranks)]
+
+
+def _errors(folder: Path) -> dict[int, dict]:
+    """What ranks wrote down before they ended, by rank; nothing of those that were stopped while they wrote."""
+    errors = {}
+    for path in folder.glob("*.error"):
+        with suppress(ValueError):
+            errors[int(path.stem)] = json.loads(path.read_text())["message"]
+    return errors
 
 
 def _lab_main(folder: Path):

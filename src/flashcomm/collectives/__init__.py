@@ -121,7 +121,7 @@ def all_reduce(
         codec = _fitting(codec, x)
         plan = planner.choose(
             x.numel() * x.element_size(),
-            state.facts,
+            state.facts_for(x.device),
             codec,
             algorithm=algorithm,
             batch_invariant=batch_invariant,
@@ -186,7 +186,7 @@ def reduce_scatter(
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec, shape = _step(_fitting(codec, x), 0, algorithm), _part(x.shape, state.ranks)
-        plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
+        plan = _single_step_plan(algorithm, codec, state, x)
         # A vector is cut into R rows, whose owners sum one each.
         rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else _row_shape(x.shape)
         call = _decided(
@@ -239,7 +239,7 @@ def all_gather(
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = _step(_fitting(codec, x), 1, algorithm)
-        plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
+        plan = _single_step_plan(algorithm, codec, state, x)
         call = _decided(
             x,
             state,
@@ -294,7 +294,7 @@ def all_to_all(
     codec = _exchangeable(x, _fitting(codec, x), algorithm)
     in_rows = _split("input_split_sizes", input_split_sizes, x.shape[0], state.ranks)
     out_rows = _split("output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks)
-    plan = _single_step_plan(algorithm, codec, state, x.numel() * x.element_size())
+    plan = _single_step_plan(algorithm, codec, state, x)
     shape = (sum(out_rows), *x.shape[1:])
     if in_rows[state.rank] != out_rows[state.rank]:
         raise ValueError(
@@ -411,11 +411,11 @@ def _contract(op: str, algorithm: str, codec: Codec, x: torch.Tensor, shape: Seq
     return f"op={op}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
 
 
-def _single_step_plan(algorithm: str, codec: Codec, state: GroupState, message_bytes: int) -> planner.Plan:
+def _single_step_plan(algorithm: str, codec: Codec, state: GroupState, x: torch.Tensor) -> planner.Plan:
     plan = planner.choose(0, state.ranks, codec, algorithm=algorithm, batch_invariant=True)
     if plan.algorithm == "plain":
         return plan
-    count = planner.pieces(message_bytes) if state.facts.hosts != 1 else 1
+    count = planner.pieces(x.numel() * x.element_size(), x.device.type) if state.facts.hosts != 1 else 1
     return planner.Plan(algorithm="one_step", codec=codec, reason=plan.reason, pieces=count)
 
 

@@ -33,7 +33,6 @@ def hierarchical(x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Te
     inside, between = state.levels()
     inside.meet(x.device)
     between.meet(x.device)
-    pieces = pieces if between.direct(x.device) else 1
     rows, cols = cut(x.shape[0], x.shape[1], codec, inside.ranks * between.ranks * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     missing = -rows % inside.ranks

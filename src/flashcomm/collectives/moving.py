@@ -27,7 +27,7 @@ def mover(
         codec: what the payloads are encoded with.
         x: rows; only their shape, dtype and device matter.
         state: of the group.
-        pieces: of messages that ranks send each other directly.
+        pieces: of messages.
         out_dtype: of the result, if not that of x.
     """
     key = (name, codec, x.shape, x.dtype, x.device.type, pieces, out_dtype)
@@ -44,4 +44,4 @@ def _mover(
     in_one_launch = symmetric.mover(name, codec, x, state) if out_dtype == x.dtype else None
     if in_one_launch:
         return in_one_launch
-    return partial(getattr(steps, name), pieces=pieces if state.direct(x.device) else 1)
+    return partial(getattr(steps, name), pieces=pieces)

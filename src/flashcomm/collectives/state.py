@@ -13,6 +13,7 @@ import os
 import socket
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,6 +95,10 @@ class GroupState:
         facts: list = [None] * self.ranks
         dist.all_gather_object(facts, fact, group=self.group)
         return facts
+
+    def facts_for(self, device: torch.device) -> Group:
+        """What a plan for tensors on `device` depends on."""
+        return self.facts if device.type == "cpu" else replace(self.facts, device=device.type)
 
     def meet(self, device: torch.device):
         """On the first call: learn who shares a host, and map memory together if all do."""
@@ -436,9 +441,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup):
-    """received[ranks, ...] = every rank's `sent`."""
-    _all_gather(received.view(-1), sent.reshape(-1), group=group)
+def gather(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup, *, async_op: bool = False) -> Any:
+    """received[ranks, ...] = every rank's `sent`; with `async_op`, once the returned work is done."""
+    return _all_gather(received.view(-1), sent.reshape(-1), group=group, async_op=async_op)
 
 
 def scatter_sum(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup):
@@ -446,6 +451,6 @@ def scatter_sum(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessG
     _reduce_scatter(received, sent, group=group)
 
 
-def exchange(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup):
-    """received[i] = rank i's sent[this rank]; both [ranks, ...]."""
-    dist.all_to_all_single(received.view(-1), sent.view(-1), group=group)
+def exchange(received: torch.Tensor, sent: torch.Tensor, group: dist.ProcessGroup) -> Any:
+    """received[i] = rank i's sent[this rank], once the returned work is done; both [ranks, ...]."""
+    return dist.all_to_all_single(received.view(-1), sent.view(-1), group=group, async_op=True)

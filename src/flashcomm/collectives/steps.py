@@ -7,8 +7,9 @@
 A two-step all-reduce is a reduce-scatter followed by an all-gather. The owner of a stripe decodes it from the payload
 that it sent, like everybody else, so all ranks end with the same bits.
 
-Where ranks send to each other directly, a message travels in `pieces`: while one is on its way the next is encoded, and
-those that have arrived are added up and decoded, so that the link has always something to carry. The bits do not
+A message travels in `pieces`: while one is on its way the next is encoded, and those that have arrived are added up and
+decoded, so that the link has always something to carry. On gloo ranks send each piece to each other directly; over
+other backends, such as NCCL, it is one operation, for which on CUDA streams wait and not the host. The bits do not
 depend on the pieces.
 
 Shape legend: R ranks, T rows, H columns, S rows of one rank's stripe, P payload bytes of a row.
@@ -152,6 +153,18 @@ def _cut_into(length: int, count: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(edges)]
 
 
+class _Payloads:
+    """Uninitialised payloads, [R, n, P] of each piece, so that a piece is one operation for a backend."""
+
+    def __init__(self, name: str, length: int, width: int, device: torch.device, state: GroupState):
+        self._width, self._ranks = width, state.ranks
+        self._bytes = state.buffer(name, device, length * state.ranks * width)
+
+    def __getitem__(self, piece: slice) -> torch.Tensor:
+        row = self._ranks * self._width
+        return self._bytes[piece.start * row : piece.stop * row].view(self._ranks, -1, self._width)
+
+
 class _Transfers:
     """What is under way to and from the other ranks."""
 
@@ -170,8 +183,13 @@ class _Transfers:
             self._going.append(self._state.send(part, peer))
             self._sent_bytes += part.numel()
 
+    def _started(self, work: dist.Work, piece: slice, received: torch.Tensor):
+        """Note an operation that brings that piece from all ranks, for whichever of them is waited for first."""
+        self._coming[piece.start, self._state.peers()[-1]] = work
+        self._sent_bytes += received[1:].numel()
+
     def wait(self, piece: slice, peer: int):
-        """Until that piece from that rank is here."""
+        """Until that piece from that rank is here; of peers, the last one first."""
         work = self._coming.pop((piece.start, peer), None)
         if work is not None:
             work.wait()
@@ -188,35 +206,37 @@ class Scatter(_Transfers):
 
     def __init__(self, stripes: Stripes, width: int, pieces: int, device: torch.device, state: GroupState):
         super().__init__(state, device)
-        self._stripes, self.pieces = stripes, _cut_into(stripes.length, pieces)
-        self._sent = state.buffer("sent", device, state.ranks, stripes.length, width)
-        self._received = state.buffer("received", device, state.ranks, stripes.length, width)
-        self._mine = stripes.sizes[state.rank]
+        self._mine, self.pieces = stripes.sizes[state.rank], _cut_into(stripes.length, pieces)
+        self._sent = _Payloads("sent", stripes.length, width, device, state)
+        self._received = _Payloads("received", stripes.length, width, device, state)
         if self._direct:
             for piece in self.pieces:
                 for peer in state.peers():
-                    self._expect(self._received[peer, : self._mine][piece], piece, peer)
+                    self._expect(self._arriving(piece)[peer], piece, peer)
 
     def send_all(self, rows_of: Callable[[int, slice], torch.Tensor], codec: Codec):
         """Encode and send the rows that `rows_of` gives for a rank and a piece of its stripe."""
         state = self._state
         for piece in self.pieces:
+            sent, received = self._sent[piece], self._received[piece]
             # Our own stripe last: the others are on their way meanwhile, and where it stays here it needs no copy.
             for peer in (*state.peers(), state.rank):
                 rows, own = rows_of(peer, piece), self._direct and peer == state.rank
-                part = (self._received if own else self._sent)[peer, piece][: len(rows)]
+                part = (received if own else sent)[peer, : len(rows)]
                 kernels.encode(rows, codec, out=part)
                 if self._direct and not own:
                     self._send(part, peer)
-        if not self._direct:
-            exchange(self._received, self._sent, state.group)
-            self._sent_bytes = self._sent[1:].numel()
+            if not self._direct:
+                self._started(exchange(received, sent, state.group), piece, received)
 
     def wait_all(self, piece: slice) -> torch.Tensor:
         """[R, n, P]: that piece of our stripe, as every rank sent it."""
-        for peer in self._state.peers():
+        for peer in reversed(self._state.peers()):
             self.wait(piece, peer)
-        return self._received[:, : self._mine][:, piece]
+        return self._arriving(piece)
+
+    def _arriving(self, piece: slice) -> torch.Tensor:
+        return self._received[piece][:, : max(0, self._mine - piece.start)]
 
 
 class Gather(_Transfers):
@@ -226,20 +246,24 @@ class Gather(_Transfers):
         super().__init__(state, device)
         self._sizes, self.pieces = sizes, _cut_into(max(sizes), pieces)
         self._leaving: list[tuple[int, dist.Work | Transfer]] = []
-        self.payloads = state.buffer("gathered", device, state.ranks, max(sizes), width)
+        self._payloads = _Payloads("gathered", max(sizes), width, device, state)
         if self._direct:
             for piece in self.pieces:
                 # The next rank sends to us last.
                 for peer in reversed(state.peers()):
                     self._expect(self.of(peer, piece), piece, peer)
+        else:
+            # The source of a backend's operation must not overlap its destination.
+            self._own = state.buffer("own", device, max(sizes), width)
 
     def of(self, rank: int, piece: slice) -> torch.Tensor:
         """That piece of a rank's payload, where it will be."""
-        return self.payloads[rank, : self._sizes[rank]][piece]
+        return self._payloads[piece][rank, : max(0, self._sizes[rank] - piece.start)]
 
     def mine(self, piece: slice) -> torch.Tensor:
         """Where to write that piece of this rank's payload."""
-        return self.of(self._state.rank, piece)
+        rank = self._state.rank
+        return self.of(rank, piece) if self._direct else self._own[: self._sizes[rank]][piece]
 
     def send(self, piece: slice, payload: torch.Tensor):
         """Send that piece, which lies in its place, to all others."""
@@ -250,9 +274,8 @@ class Gather(_Transfers):
                 self._send(payload, peer)
             self._leaving += [(piece.start, work) for work in self._going[under_way:]]
         else:
-            # The source must not overlap the destination.
-            gather(self.payloads, self.payloads[state.rank].clone(), state.group)
-            self._sent_bytes = self.payloads[1:].numel()
+            received = self._payloads[piece]
+            self._started(gather(received, self._own[piece], state.group, async_op=True), piece, received)
 
     def wait_gone(self, piece: slice):
         """Until that piece of this rank's rows has left for all others, and all that was sent before."""
@@ -263,9 +286,9 @@ class Gather(_Transfers):
 
     def wait_all(self, piece: slice) -> torch.Tensor:
         """[R, n, P]: that piece of every rank's rows."""
-        for peer in self._state.peers():
+        for peer in reversed(self._state.peers()):
             self.wait(piece, peer)
-        return self.payloads[:, piece]
+        return self._payloads[piece]
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """(rank, piece, payload) of all, our own first, then roughly as they arrive."""

@@ -239,7 +239,8 @@ class Compression:
         if self.calls[name] == running[-1][2]:
             record_plain("all_reduce", f"no sum seen in {self.modules[name]} module {re.sub(r'[0-9]+', '*', name)}")
 
-    def _reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    def reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Sum `x` over the ranks as the output of module `name`."""
         self.calls[name] += 1
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
         reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, **self._how(name, x))
@@ -340,7 +341,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
     before = _running.set((*_running.get(), None))  # What flashcomm itself sends passes through.
     try:
-        return handle._reduce(name, x, out)
+        return handle.reduce(name, x, out)
     finally:
         _running.reset(before)
 

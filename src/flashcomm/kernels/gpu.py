@@ -170,8 +170,9 @@ def constants_of(source: Format, target: Format, cols: int) -> dict[str, Any]:
 
 def options(size: int, *formats: Format) -> dict[str, Any]:
     """How a kernel that turns tiles of `size` values between these formats is compiled."""
-    # Spikes need so many numbers at once that more values to a thread would be spilled to memory.
-    per_warp = _PER_WARP // 2 if any(form.kind == "spike" for form in formats) else _PER_WARP
+    # Spikes and small groups need so many numbers at once that more values to a thread would be spilled to memory.
+    group = min((16 if form.kind == "spike" else form.group for form in formats if form.group > 1), default=32)
+    per_warp = _PER_WARP * min(group, 32) // 32
     return {"num_warps": min(32, max(4, size // per_warp)), "enable_fp_fusion": False}
 
 

@@ -9,9 +9,11 @@ Source: our own.
 
 import os
 import re
+import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -21,15 +23,25 @@ from flashcomm.planner.overlap import Line, Profile, pairs
 
 SHARES = (1, 2, 5)
 """Of the tokens, for the parts of a timed prompt."""
+REPEATS = 4
+"""Of sums whose rate is taken."""
 
 
 class Times(NamedTuple):
-    """Of one part: what lies between its sums, and the sums."""
+    """Seconds of one part: what lies between its sums, and the sums."""
 
     segments: list[float]
     sums: list[float]
+
+
+class Rate(NamedTuple):
+    """Sums one after the other, with nothing between them."""
+
+    tokens: int
+    seconds: float
+    """Of one."""
     busy_s: float
-    """Of the cores, during the sums."""
+    """Of the cores, for one."""
 
 
 class Stopwatch:
@@ -39,27 +51,38 @@ class Stopwatch:
         self._device = device
         self._segments: list[float] = []
         self._sums: list[float] = []
-        self._busy_s = 0.0
         self.names: list[str] = []
         """Of the modules whose sums were made."""
+        self.latest: torch.Tensor | None = None
+        """What the latest sum returned."""
         self._restart()
 
     def wait(self, start: Callable[[], Any], name: str) -> torch.Tensor:
         """In place of `flashcomm.overlap.turns.wait`."""
         self._segments.append(self._lap())
         self.names.append(name)
-        busy = time.process_time()
-        result = start().wait()
+        self.latest = result = start().wait()
         self._sums.append(self._lap())
-        self._busy_s += time.process_time() - busy
         return result
 
     def part(self) -> Times:
         """The times of the part that has just ended."""
-        times = Times([*self._segments, self._lap()], self._sums, self._busy_s)
-        self._segments, self._sums, self._busy_s = [], [], 0.0
+        times = Times([*self._segments, self._lap()], self._sums)
+        self._segments, self._sums = [], []
         self._restart()
         return times
+
+    def rate(self, reduce: Callable[[torch.Tensor], Any], tokens: int) -> Rate:
+        """Of sums over ranks of `tokens` tokens, shaped like the latest one otherwise."""
+        assert self.latest is not None
+        x = self.latest.new_zeros((tokens, self.latest.shape[-1]))
+        # The first one may be sent faster than the link's rate, if that was idle.
+        reduce(x)
+        self._lap()
+        busy = time.process_time()
+        for _ in range(REPEATS):
+            reduce(x)
+        return Rate(tokens, self._lap() / REPEATS, (time.process_time() - busy) / REPEATS)
 
     def _restart(self):
         self._lap_start = time.perf_counter()
@@ -74,12 +97,20 @@ class Stopwatch:
 
 
 def profile_of(
-    parts: Sequence[Times], names: Sequence[str], sizes: Sequence[int], rows: int, before: int, skips: str, group: Any
+    parts: Sequence[Times],
+    rates: Sequence[Rate],
+    names: Sequence[str],
+    sizes: Sequence[int],
+    rows: int,
+    before: int,
+    skips: str,
+    group: Any,
 ) -> Profile:
-    """The same profile on every rank, from the times of each part on this rank.
+    """The same profile on every rank, from what was measured on this one.
 
     Args:
-        parts: of each part, in order.
+        parts: times of each part, in order.
+        rates: of sums with as many tokens as some parts have, the longest among them.
         names: the module of each sum of a part.
         sizes: tokens of each part.
         rows: prompts in the batch.
@@ -87,35 +118,48 @@ def profile_of(
         skips: as `Profile.skips`.
         group: the ranks.
     """
-    spare_cores = _cores() > torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    everyone: list[list[Times]] = state_of(group).tell([*map(tuple, parts)])
-    everyone = [[Times(*one) for one in theirs] for theirs in everyone]
+    mine = [*map(tuple, parts)], [*map(tuple, rates)], _machine(), torch.get_num_threads(), _cores()
+    told: list[tuple] = state_of(group).tell(mine)
+    times = [[Times(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
     kinds = [re.sub(r"\d+", "*", name) for name in names] + ["end"]
     starts = [before + sum(sizes[:n]) for n in range(len(sizes))]
-    lines = {}
+    lines, usual_s, slowest_s = {}, 0.0, 0.0
     for kind in dict.fromkeys(kinds):
         places = [n for n, one in enumerate(kinds) if one == kind]
         points = []
-        for number, (size, start) in enumerate(zip(sizes, starts, strict=True)):
-            slowest = max(statistics.median(rank[number].segments[n] for n in places) for rank in everyone)
-            points.append((rows * size, rows * pairs(size, start, skips), slowest))
+        for part, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+            usual = max(statistics.median(rank[part].segments[n] for n in places) for rank in times)
+            points.append((rows * size, rows * pairs(size, start, skips), usual))
+            usual_s += max(sum(rank[part].segments[n] for n in places) for rank in times)
+            slowest_s += sum(max(rank[part].segments[n] for rank in times) for n in places)
         lines[kind] = Line.through(points)
-    transfers = []
-    for number, size in enumerate(sizes):
-        shortest = [min(times) for times in zip(*(rank[number].sums for rank in everyone), strict=True)]
-        transfers.append((rows * size, 0, statistics.median(shortest)))
-    whole = sum(sum(min(t) for t in zip(*(rank[n].sums for rank in everyone), strict=True)) for n in range(len(sizes)))
-    busy = max(sum(part.busy_s for part in rank) for rank in everyone) / whole if whole else 0.0
+    steady = [[Rate(*rate) for rate in rates] for rates in zip(*(theirs for _, theirs, *_ in told), strict=True)]
+    sums = Line.through([(rates[0].tokens, 0, max(rate.seconds for rate in rates)) for rates in steady])
+    longest = sizes.index(max(sizes))
+    alone_s = statistics.median(map(min, zip(*(rank[longest].sums for rank in times), strict=True)))
+    busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
+    neighbours = [(threads, cores) for *_, machine, threads, cores in told if machine == _machine()]
+    spare_cores = len(set().union(*(cores for _, cores in neighbours))) > sum(threads for threads, _ in neighbours)
     profile = Profile(
         segments=tuple(lines[kind] for kind in kinds),
-        sum=Line.through(transfers),
+        sum=sums,
+        burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
         busy=0.0 if spare_cores else min(1.0, busy),
+        uneven=slowest_s / usual_s - 1 if usual_s else 0.0,
         skips=skips,
     )
     # Ranks may differ in their cores.
     return state_of(group).tell(profile)[0]
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _machine() -> str:
+    """The same for ranks that share cores: containers and network namespaces do, too."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -23,9 +23,13 @@ MAX_ONE_STEP_BYTES = 256 << 10
 """Up to here more than two ranks are better served by one transfer of more bytes than by two of fewer."""
 MAX_EXACT_ONE_STEP_BYTES = 64 << 10
 """The same for values as they are, between hosts or in shared memory, where a step costs some microseconds."""
-# Seconds that a byte of the message costs the cores that encode and decode it, and that a piece costs of its own:
-# 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
-CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
+CODEC_S_PER_BYTE_AND_PIECE_S = {
+    # 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
+    "cpu": (0.6e-9, 0.3e-3),
+    # Not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
+    "cuda": (2e-12, 60e-6),
+}
+"""What encoding and decoding a byte of the message takes, and what a piece takes of its own."""
 MOST_PIECES = 12
 # What a measured way must win by before compression is worth its error, and before an algorithm of ours replaces the
 # backend's.
@@ -45,6 +49,8 @@ class Group:
     """Whether ranks have connections of our own, which are faster than the backend's messages."""
     machine: Machine | None = None
     """What `flashcomm tune` measured here, if it has."""
+    device: str = "cpu"
+    """Where the tensors are, which says how fast the codecs are."""
 
     @property
     def has_levels(self) -> bool:
@@ -114,16 +120,17 @@ def choose(
     return _by_cost(message_bytes, group, group.machine, codec, exact)
 
 
-def pieces(message_bytes: int) -> int:
+def pieces(message_bytes: int, device: str = "cpu") -> int:
     """In how many pieces a message travels over a link that nobody has measured, so that codecs work while it does.
 
     All but one piece's share of the codecs' time hides behind the transfers, and each piece costs something of its
     own: c / k + k * p is least at the square root of c / p.
 
-    >>> pieces(64 << 10), pieces(16 << 20)
-    (1, 6)
+    >>> pieces(64 << 10), pieces(16 << 20), pieces(256 << 20, "cuda")
+    (1, 6, 3)
     """
-    return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * CODEC_S_PER_BYTE / PIECE_S))))
+    byte_s, piece_s = CODEC_S_PER_BYTE_AND_PIECE_S.get(device, CODEC_S_PER_BYTE_AND_PIECE_S["cuda"])
+    return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * byte_s / piece_s))))
 
 
 def _check(algorithm: str, codec: Codec, group: Group):
@@ -174,7 +181,7 @@ def _pieces(message_bytes: int, group: Group, codec: Codec, algorithm: str) -> i
         }
         if seconds:
             return min(seconds, key=lambda way: seconds[way]).pieces
-    return pieces(message_bytes) if group.hosts != 1 else 1
+    return pieces(message_bytes, group.device) if group.hosts != 1 else 1
 
 
 def _by_rule(message_bytes: int, group: Group, codec: Codec, batch_invariant: bool, exact: str) -> Plan:

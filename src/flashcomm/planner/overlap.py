@@ -23,7 +23,9 @@ MARGIN = 0.97
 """What a split must win by."""
 MIN_TOKENS = 128
 """Of a prompt that is worth a plan: shorter ones take as long as their Python."""
-_RATIOS = tuple(1.15**n for n in range(-5, 6))
+_LESS_EVEN = 0.99
+"""What a less even split must win by: the model's own error is of that size, and even ones lose the least by it."""
+_RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
 # Kernels leave out whole blocks: 512 and 1,024 causal tokens take 0.9 and 0.65 of the time that a mask of as many pairs
 # takes. sdpa on a CPU, 2 cores of an AMD EPYC, 2026-11-21.
 _BLOCK = 192
@@ -80,9 +82,14 @@ class Profile:
     segments: tuple[Line, ...]
     """S of them, in order; each but the last is followed by a sum."""
     sum: Line
-    """A sum over ranks, from its start to its end."""
+    """A sum over ranks, from its start to its end, where the link was not idle before."""
+    burst_s: float = 0.0
+    """Of sending that an idle link makes up for, as those do whose rate is a limit on an average."""
     busy: float = 0.0
     """Share of a sum's time in which it takes the core from the segments; 0 where there is a core for it."""
+    uneven: float = 0.0
+    """Share of a segment's time that its sum waits, in one piece, for the rank that happens to be slowest this time.
+    Parts make up for it: ranks that compute another part do not wait for each other at every sum."""
     skips: str = "none"
     """Whose attention leaves out the keys that follow a token: ``all`` parts, the ``first``, or ``none``."""
 
@@ -98,14 +105,19 @@ class Profile:
         tokens = [rows * size for size in sizes]
         attended = [rows * pairs(size, start, self.skips) for size, start in zip(sizes, starts, strict=True)]
         core = link = 0.0
+        burst = self.burst_s
         ready = [0.0] * len(sizes)
         alone = len(sizes) == 1
         for number, segment in enumerate(self.segments):
             for part in range(len(sizes)):
-                core = max(core, ready[part]) + segment.seconds(tokens[part], attended[part])
+                late = 1 + self.uneven if alone else 1
+                core = max(core, ready[part]) + late * segment.seconds(tokens[part], attended[part])
                 if number < len(self.segments) - 1:
                     transfer = self.sum.seconds(tokens[part])
-                    link = max(link, core) + transfer
+                    # What the link makes up for in its idle time, of which this transfer uses what it can.
+                    burst = min(self.burst_s, burst + max(0.0, core - link))
+                    link = max(link, core) + max(0.0, transfer - burst)
+                    burst = max(0.0, burst - transfer)
                     ready[part] = link
                     # Alone, it is waited for anyway.
                     core += 0.0 if alone else self.busy * transfer
@@ -161,7 +173,7 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
     """
     whole = profile.seconds((tokens,), rows, before)
     best, least = (tokens,), MARGIN * whole
-    if max(profile.compute_s(tokens, rows, before), profile.communication_s(tokens, rows)) > least:
+    if max(profile.compute_s(tokens, rows, before), profile.communication_s(tokens, rows)) >= least:
         # Not even perfect overlap would win.
         return Split(sizes=best, seconds=whole, whole_s=whole)
     for count in range(2, MOST_PARTS + 1):
@@ -170,8 +182,8 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
             if sizes is None:
                 continue
             seconds = profile.seconds(sizes, rows, before)
-            # A further part must earn more than the model's own error.
-            if seconds < (MARGIN if count > len(best) > 1 else 1.0) * least:
+            more = MARGIN if count > len(best) else _LESS_EVEN
+            if seconds < (more if len(best) > 1 else 1.0) * least:
                 best, least = sizes, seconds
     return Split(sizes=best, seconds=least if len(best) > 1 else whole, whole_s=whole)
 
