@@ -50,22 +50,23 @@ def test_a_policy_meets_its_budget_with_fewer_bits_than_one_codec(tmp_path):
     # Two layers, so that the test is short; what the model then says does not matter.
     del model.model.layers[2:]
     model.config.num_hidden_layers = 2
-    texts = windows(torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"]), 2048, 128)
+    texts = windows(torch.tensor(tokenizer(held_out_text(), verbose=False)["input_ids"]), 768, 64)
     codecs = ("int3g32", "int5g128", "int8g128")
 
-    def tune(budget):
-        return tuning.tune(model, 2, budget, texts[:4], texts[4:], codecs, algorithm="two_step", folder=tmp_path)
+    def tune(budget, folder):
+        return tuning.tune(model, 2, budget, texts[:2], texts[2:], codecs, algorithm="two_step", folder=folder)
 
-    tuned = tune(0.01)
+    tuned = tune(0.01, None)
     assert tuned.row.kl.high <= 0.01 < max(row.kl.value for row in tuned.uniform)
     assert tuned.saved > 0
     assert tuned.row.bits_per_value < tuned.best_uniform.bits_per_value
-    found = measure(model, 2, {"policy": tuned.policy}, texts[4:])
+    found = measure(model, 2, {"policy": tuned.policy}, texts[2:])
     assert summarise(found.names, found.bits, found.figures)[1].kl == tuned.row.kl
     assert all(str(tuned.policy.codec_for(name)) == codec for name, codec in tuned.choice.items())
-    assert tune(0.01) == tuned
+    assert tune(0.01, tmp_path) == tuned
+    assert tune(0.01, tmp_path) == tuned
     tuned.policy.save(tmp_path / "policy.toml", tuning.evidence(tuned, ["a test"]))
     assert Policy.load(tmp_path / "policy.toml") == tuned.policy
     assert "model.layers.1.mlp.down_proj" in (tmp_path / "policy.toml").read_text()
     with pytest.raises(ValueError, match="no candidate meets a KL of 1e-09: int8g128 has up to .* larger budget"):
-        tune(1e-9)
+        tune(1e-9, None)
