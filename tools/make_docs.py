@@ -39,7 +39,7 @@ def table(path: Path) -> str:
     """The Markdown of one file of rows."""
     document = json.loads(path.read_text())
     machine, rows = document["machine"], document["rows"]
-    same = [name for name in SAME if "link" in rows[0] and len({row[name] for row in rows}) == 1]
+    same = [name for name in SAME if {"link", name} <= set(rows[0]) and len({row[name] for row in rows}) == 1]
     # Ends of intervals stay in the JSON; a table of a line each is for the eye.
     names = [name for name in rows[0] if name not in (*HIDDEN, *same) and not name.endswith(("_low", "_high"))]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
