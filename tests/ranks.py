@@ -5,7 +5,6 @@ Starting a process costs seconds of `import torch`; keeping one set per world si
 
 import multiprocessing
 import os
-import socket
 import sys
 import traceback
 from datetime import timedelta
@@ -30,9 +29,12 @@ class Ranks:
     def __init__(
         self, ranks: int, timeout_s: float = 60.0, backend: str = "gloo", path: str = "", env: dict | None = None
     ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # Ranks may import from elsewhere, so this module imports no torch.
+        import torch.distributed as dist
+
+        # Held here, so that nobody else can get the port before the ranks are there.
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        port = self.store.port
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = _context.Pipe()
@@ -91,7 +93,9 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
         # Ranks may have to share a GPU, which NCCL 2.30 and later allow on request.
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
         torch.cuda.set_device(rank % torch.cuda.device_count())
-    dist.init_process_group(backend, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    limit = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
     while True:
         try:
             function, args = pipe.recv()

@@ -153,8 +153,9 @@ def test_a_killed_rank_is_named_within_moments(fresh_ranks):
             assert f"all_reduce over 3 ranks failed on rank {survivor}" in message
             assert f"rank 1 has ended while rank {survivor} waited for it in shared memory" in message
         (_, first), *later = failures
-        assert 0.1 < first < 2
-        assert all(waited < 1 for _, waited in later)
+        # Of a timeout of 60 s; the cores may be busy with other tests.
+        assert 0.1 < first < 10
+        assert all(waited < 5 for _, waited in later)
 
 
 def stall(timeout_s, lasts_s):
