@@ -65,7 +65,7 @@ def main():
     for row in rows:
         print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), sep="  ")
     if options.json:
-        document = {"op": f"vllm {options.command}", "machine": machine.describe(), "rows": rows}
+        document = {"machine": machine.describe(), "rows": rows}
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
@@ -136,7 +136,10 @@ def ttft(options: argparse.Namespace) -> list[dict]:
     plain = figures[task["codecs"][0]]
     return [
         {
+            "op": "vllm_ttft",
             "model": options.model,
+            "backend": "gloo",
+            "dtype": "bfloat16",
             "link": options.rate,
             "ranks": 2,
             "tokens": options.tokens,
