@@ -88,7 +88,7 @@ def vanilla(tmp_path_factory):
     """What vLLM answers without us, in fp32: with 16 bits another order of the sums changes more than int8 does."""
     with Server(tmp_path_factory.mktemp("vanilla") / "log", "--enforce-eager", dtype="float32") as server:
         ids = tokens()
-        yield {
+        return {
             "texts": greedy(server, prompts()),
             "logprobs": [logprobs(server, ids[start : start + 512]) for start in (0, 1000, 2000)],
             "metrics": server.ask("/metrics"),
@@ -198,6 +198,24 @@ def test_metrics(eager):
                 time.sleep(0.2)
 
 
+def lose_a_worker(server: Server):
+    """Requests under way fail, and the server says why and ends."""
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(server.complete, prompt, max_tokens=400) for prompt in prompts()[3:7]]
+        time.sleep(1)
+        os.kill(server.workers()[1], signal.SIGKILL)
+        for answer in running:
+            with pytest.raises((urllib.error.URLError, OSError)):
+                answer.result(timeout=60)
+    # With status 0, as vLLM does.
+    server.process.wait(60)
+    assert "EngineDeadError" in server.printed()
+
+
+def test_a_lost_worker_ends_the_server(eager):
+    lose_a_worker(eager)
+
+
 def test_compiled_with_a_policy_for_some_layers(compiled):
     some = prompts()
     compiled.on_workers("flashcomm_from", 2**40)
@@ -217,19 +235,8 @@ def test_compiled_with_a_policy_for_some_layers(compiled):
     assert digests[0] == digests[1]
 
 
-@pytest.mark.parametrize("which", ["eager", "compiled"])
-def test_a_lost_worker_ends_the_server(which, request):
-    server = request.getfixturevalue(which)
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(server.complete, prompt, max_tokens=400) for prompt in prompts()[3:7]]
-        time.sleep(1)
-        os.kill(server.workers()[1], signal.SIGKILL)
-        for answer in running:
-            with pytest.raises((urllib.error.URLError, OSError)):
-                answer.result(timeout=60)
-    # vLLM says so and ends with status 0.
-    server.process.wait(60)
-    assert "EngineDeadError" in server.printed()
+def test_a_lost_worker_ends_the_compiled_server(compiled):
+    lose_a_worker(compiled)
 
 
 def test_a_wrong_policy_ends_the_command_before_weights_are_loaded(tmp_path):
