@@ -29,6 +29,8 @@ _LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_levels.py", 
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
 
+# Before xdist, which reads the marks in a hook of the same name.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     """Of several workers each gets whole files, and one gets all that have labs."""
     if config.pluginmanager.hasplugin("xdist"):

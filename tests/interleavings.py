@@ -102,6 +102,7 @@ class World:
             writers = [a for a, theirs in enumerate(published) if counter in theirs]
             assert len(writers) == 1, f"actors {writers} publish counter {counter:#x}"
             self._writers += writers
+        self._known = [self._knowledge(*pair) for pair in zip(counters, self._writers, strict=True)]
         self.start = (
             (0,) * len(self.actors),
             ((),) * len(self.actors),
@@ -110,6 +111,14 @@ class World:
             (((0, None),),) * len(counters),
             (_UNWRITTEN,) * len(words),
         )
+
+    def _knowledge(self, counter: int, writer: int) -> list[int]:
+        """Which value of a counter is known to who knows of 0, 1, 2 ... publishings of its writer, which has others."""
+        places = [0]
+        for operation in self.actors[writer]:
+            if isinstance(operation, Publish):
+                places.append(places[-1] + (operation.counter == counter))
+        return places
 
     def _numbered(self, operation: Operation) -> Operation:
         if isinstance(operation, Deliver) and operation.expected is not None:
@@ -210,7 +219,8 @@ class World:
                 if operation.acquire and known is not None:
                     clock = tuple(map(max, clock, known))
                 newest = _with(seen[actor], counter, i)
-                newest = tuple(max(n, clock[writer]) for n, writer in zip(newest, self._writers, strict=True))
+                facts = zip(newest, self._writers, self._known, strict=True)
+                newest = tuple(max(n, places[clock[writer]]) for n, writer, places in facts)
                 now = _with(clocks, actor, clock), _with(seen, actor, newest)
                 states.append((steps, held, *now, *self._forgotten(*now, published, memory)))
         return states

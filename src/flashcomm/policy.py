@@ -14,7 +14,6 @@
 Source: our own.
 """
 
-import difflib
 import fnmatch
 import json
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcomm.codecs import Codec, parse
+from flashcomm.words import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -191,9 +191,7 @@ class Policy:
 def _known(keys: Mapping[str, Any], allowed: Sequence[str], where: str):
     for key in keys:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, 1)
-            meant = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"unknown key {where}{key}.{meant} Allowed: {', '.join(allowed)}")
+            raise ValueError(f"unknown key {where}{key}.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}")
 
 
 def _check(holds: object, field: str, given: object, hint: str):

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def nothing_left():
     [
         ({"ranks": 0}, "a lab of 0 ranks: give 1 or more"),
         ({"ranks": 4, "ranks_per_host": 3}, "4 ranks do not fill hosts of 3: give a divisor of 4"),
-        ({"rate": "1gb"}, "rate '1gb': give a number and kbit, mbit or gbit, such as 1gbit or 200mbit"),
+        ({"rate": "1gb"}, "rate '1gb': give a number and kbit, mbit or gbit"),
         ({"rate": "0mbit"}, "rate '0mbit': give a number"),
         ({"rate": "1gbit burst 1"}, "give a number"),
     ],
@@ -195,6 +196,15 @@ def test_launch_returns_results_and_names_the_rank_that_failed():
             launch.run(sum_of_ranks, (5,), ranks=3, lab=lab)
 
 
+@real
+def test_a_function_that_ranks_cannot_import_is_named(monkeypatch):
+    elsewhere = types.ModuleType("elsewhere")
+    exec("def function(): pass", vars(elsewhere))
+    monkeypatch.setitem(sys.modules, "elsewhere", elsewhere)
+    with Lab(ranks=2, rate=None) as lab, pytest.raises(launch.RankError, match="No module named 'elsewhere'"):
+        launch.run(vars(elsewhere)["function"], (), ranks=2, lab=lab)
+
+
 def test_an_error_that_a_rank_was_stopped_in_the_middle_of_is_none(tmp_path):
     (tmp_path / "0.error").write_text("")
     (tmp_path / "1.error").write_text('{"message": {"message": "wrong number"}}')
@@ -262,6 +272,8 @@ def running_command():
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # Whoever runs the tests may ignore it, as nohup does, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with process:
         # The command itself, two shells, two sleeps.

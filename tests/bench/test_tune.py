@@ -10,7 +10,8 @@ import torch.distributed as dist
 import flashcomm
 import ranks
 from flashcomm.bench import tune
-from flashcomm.collectives import state_of, tuning
+from flashcomm.collectives import tuning
+from flashcomm.collectives.state import state_of
 from flashcomm.planner import Cost, Machine, Way
 
 

@@ -45,7 +45,7 @@ def test_a_format_is_found_by_name(install, tmp_path):
     done = cli("bench", "codec", "--codecs", "sing", env=env)
     assert done.returncode == 2
     assert "sign (installed)" in done.stderr
-    assert "Nearest: sign" in done.stderr
+    assert "Did you mean sign?" in done.stderr
 
 
 def test_every_rank_finds_it(install):

@@ -24,7 +24,7 @@ def test_group_defaults_to_128():
 @pytest.mark.parametrize(
     ("spelling", "nearest"),
     [
-        ("int9", "int8g128"),
+        ("int9", "int8g64"),
         ("int0g128", "int8g128"),
         ("int4g0", "int4g64"),
         ("in4g128", "int4g128"),
@@ -33,11 +33,10 @@ def test_group_defaults_to_128():
     ],
 )
 def test_unknown_codec_lists_what_is_allowed_and_the_nearest(spelling, nearest):
-    with pytest.raises(
-        ValueError, match=f"unknown codec '{spelling}'. Allowed: none, bf16, fp32, int1 to int8.*Nearest: "
-    ) as error:
+    meant = f" Did you mean {nearest}?" if nearest else ""
+    with pytest.raises(ValueError) as error:
         parse(spelling)
-    assert str(error.value).split("Nearest: ")[1].startswith(nearest[:4])
+    assert str(error.value).startswith(f"unknown codec '{spelling}'.{meant} Allowed: none, bf16, fp32, int1 to int8")
 
 
 @pytest.mark.parametrize("spelling", ["a:b:c", "none:int8", "int8:none", ":", "int8:"])

@@ -12,8 +12,9 @@ import promises
 import ranks
 import values
 from flashcomm.bench import lab, launch
-from flashcomm.collectives import GroupState, state_of, steps
+from flashcomm.collectives import steps
 from flashcomm.collectives.levels import hierarchical
+from flashcomm.collectives.state import GroupState, state_of
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
 

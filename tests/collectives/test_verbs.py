@@ -124,7 +124,7 @@ def out_on_ranks():
 def buffers_on_ranks():
     x = promises.tensor(dist.get_rank(), (64, 512))
     out = torch.empty_like(x)
-    state = flashcomm.collectives.state_of(None)
+    state = flashcomm.collectives.state.state_of(None)
     flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out)
     held = {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
     for rows in (64, 3, 17, 64):

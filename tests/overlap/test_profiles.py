@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from flashcomm.cores import Seat
 from flashcomm.overlap import measuring
 from flashcomm.overlap.measuring import Rate, Times, profile_of
 
@@ -36,11 +37,11 @@ def measured(monkeypatch, mine, *others, machines=None, cores=2):
     ranks = [mine, *others]
     machines = machines or ["here"] * len(ranks)
     told = [
-        lambda fact, n=n: ([*map(tuple, ranks[n])], fact[1], machines[n], 1, set(range(cores)))
+        lambda fact, n=n: ([*map(tuple, ranks[n])], fact[1], Seat(machines[n], 1, frozenset(range(cores))))
         for n in range(len(ranks))
     ]
     monkeypatch.setattr(measuring, "state_of", lambda group: Ranks(*told))
-    monkeypatch.setattr(measuring, "_machine", lambda: "here")
+    monkeypatch.setattr("flashcomm.cores._machine", lambda: "here")
     rates = [Rate(size, size * 3e-5, size * 1e-5) for size in SIZES[1:]]
     return profile_of(mine, rates, NAMES, SIZES, 1, 0, "none", None)
 

@@ -24,7 +24,8 @@ from flashcomm.bench import lab as labs
 from flashcomm.bench import launch
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
-from flashcomm.collectives import state_of
+from flashcomm.collectives.state import state_of
+from flashcomm.planner.hardware import bits_per_second
 
 _BATCHED_BYTES, _BATCH = 64 << 10, 20
 _SINGLE_BYTES, _MORE_ROUNDS = 1 << 20, 5
@@ -215,7 +216,7 @@ def _measure_size(
     for name, own in facts.items():
         took = times[name]
         if rate and own["interface_bytes"]:
-            ceiling, ceiling_ms = "link", 8e3 * own["interface_bytes"] / labs.bits_per_second(rate)
+            ceiling, ceiling_ms = "link", 8e3 * own["interface_bytes"] / bits_per_second(rate)
         else:
             ceiling, ceiling_ms = "copy", times["copy"].p50_ms
         rows.append(

@@ -9,7 +9,6 @@ Source: our own.
 """
 
 import itertools
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -21,7 +20,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import planner
 from flashcomm.bench import tune
-from flashcomm.bench.lab import RATE_VARIABLE
+from flashcomm.cores import Seat
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import Line, pairs
 from flashcomm.planner.shapes import Shape, Work
@@ -59,7 +58,9 @@ def computed(group: planner.Group) -> Cluster:
     attention, mlp = _lines(share)
     flops, bytes_s = _rates((share.attention(1), attention.token_s), (share.mlp(1), mlp.token_s))
     # A second of a core that ranks share keeps them from computing for longer; where cores are left over, not at all.
-    load = _ranks_per_core()
+    seats: list = [None] * ranks
+    dist.all_gather_object(seats, Seat.mine())
+    load = Seat.mine().load(seats)
     plain_core, codec_core = (load * _core_s(spec) if load >= 1 else 0.0 for spec in ("none", "int8g128"))
     cluster = Cluster(
         name=group.machine.name,
@@ -148,10 +149,3 @@ def _core_s(spec: str) -> float:
     busy = torch.tensor((time.process_time() - start) / _SUMS / _SUM_BYTES, dtype=torch.float64)
     dist.all_reduce(busy, dist.ReduceOp.MAX)
     return busy.item()
-
-
-def _ranks_per_core() -> float:
-    # The hosts of a lab are one machine.
-    local = "LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return torch.get_num_threads() * int(os.environ.get(local, "1")) / cores

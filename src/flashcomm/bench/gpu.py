@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import codecs, collectives, kernels, simulate
+from flashcomm import codecs, kernels, simulate
 from flashcomm.bench.codec import check
 from flashcomm.bench.collectives import slowest
 from flashcomm.bench.timing import interleaved
 from flashcomm.collectives import symmetric
-from flashcomm.collectives.state import gather
+from flashcomm.collectives.state import gather, state_of
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 CODECS = ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g32+spike")
@@ -182,7 +182,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
     xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
     x = xs[rank].to(device)
     out, copy = torch.empty_like(x), torch.empty_like(x)
-    state, calls = collectives.state_of(None), {}
+    state, calls = state_of(None), {}
     calls["none", "plain", "group"] = partial(flashcomm.all_reduce, x, "none", out=out)
     calls["cast to e4m3", "two_step", "group"] = partial(sum_in_fp8, x, out)
     if device == "cuda" and state.symmetric(x.device):
@@ -232,14 +232,14 @@ def sum_in_fp8(x: torch.Tensor, out: torch.Tensor):
     received = torch.empty_like(sent)
     dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8))
     mine = received.view(ranks, rows, -1).float().sum(0).to(torch.float8_e4m3fn)
-    gather(sent.view(torch.uint8), mine.view(torch.uint8), collectives.state_of(None).group)
+    gather(sent.view(torch.uint8), mine.view(torch.uint8), state_of(None).group)
     out.copy_(sent[: x.shape[0]])
 
 
 def _two_shot(x: torch.Tensor) -> Callable[[], object]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    group = collectives.state_of(None).group.group_name
+    group = state_of(None).group.group_name
     shared = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
     symmetric_memory.rendezvous(shared, group=group)
 

@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashcomm.planner.hardware import bits_per_second
+
 RATE_VARIABLE = "FLASHCOMM_LAB_RATE"
 """Set in every rank of a lab: the rate of its host's link, empty if unlimited."""
 MASTER_PORT = 29500
@@ -29,7 +31,6 @@ BURST, LIMIT = "256kb", "4mb"
 _GRACE_S, _POLL_S = 5.0, 0.02
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "setpriv": "util-linux"}
 _NET_ADMIN, _SYS_ADMIN = 1 << 12, 1 << 21
-_UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _numbers = itertools.count()
 
 
@@ -62,6 +63,7 @@ class Lab:
             raise ValueError(f"{ranks} ranks do not fill hosts of {ranks_per_host}: give a divisor of {ranks}")
         if rate is not None:
             bits_per_second(rate)
+            rate = rate.strip().lower()
         self.ranks, self.rate, self.ranks_per_host = ranks, rate, ranks_per_host
         self.failed_rank: int | None = None
         """The rank whose failure ended the latest `run`, if any."""
@@ -208,21 +210,6 @@ class Lab:
     def bytes_sent(self, host: int) -> int:
         """Bytes that host number `host` has sent to others."""
         return self.counters()[host].sent_bytes
-
-
-def bits_per_second(rate: str) -> float:
-    """What a rate as `tc` spells it means.
-
-    Raises:
-        ValueError: another spelling.
-
-    >>> bits_per_second("2.5gbit")
-    2500000000.0
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
-    if not match or float(match[1]) == 0:
-        raise ValueError(f"rate {rate!r}: give a number and kbit, mbit or gbit, such as 1gbit or 200mbit")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def unavailable() -> str | None:

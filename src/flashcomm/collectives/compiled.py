@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashcomm import codecs, collectives, planner
 from flashcomm.codecs import Codec
+from flashcomm.collectives import arguments
 from flashcomm.collectives.state import state_of
 from flashcomm.kernels.compiled import into, name_of
 
@@ -150,7 +151,7 @@ def _known(x: torch.Tensor, codec: Codec, group: str, algorithm: str) -> int:
     """The number of ranks, once what shapes and names tell has been checked."""
     mesh_or_group = _group(group)
     ranks = mesh_or_group.size() if mesh_or_group else dist.get_world_size()
-    collectives._fitting(codec, x)
+    arguments.fitting(codec, x)
     if algorithm != "hierarchical":
         planner.choose(0, ranks, codec, algorithm=algorithm)
     cols = x.shape[-1] if x.dim() else 1
@@ -180,8 +181,8 @@ def _reduce_scatter(x: torch.Tensor, codec: str, group: str, algorithm: str) -> 
 
 @_reduce_scatter.register_fake
 def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    ranks = _known(x, collectives._step(codecs.named(codec), 0, algorithm), group, algorithm)
-    return x.new_empty(collectives._part(x.shape, ranks))
+    ranks = _known(x, arguments.single_step(codecs.named(codec), 0, algorithm), group, algorithm)
+    return x.new_empty(arguments.part_shape(x.shape, ranks))
 
 
 @torch.library.custom_op("flashcomm::all_gather", mutates_args=())
@@ -191,7 +192,7 @@ def _all_gather(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torc
 
 @_all_gather.register_fake
 def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    ranks = _known(x, collectives._step(codecs.named(codec), 1, algorithm), group, algorithm)
+    ranks = _known(x, arguments.single_step(codecs.named(codec), 1, algorithm), group, algorithm)
     return x.new_empty((ranks * x.shape[0], *x.shape[1:]) if x.dim() else (ranks,))
 
 
@@ -217,9 +218,9 @@ def _(
     input_split_sizes: Sequence[int] | None,
     algorithm: str,
 ) -> torch.Tensor:
-    ranks = _known(x, collectives._exchangeable(x, codecs.named(codec), algorithm), group, algorithm)
+    ranks = _known(x, arguments.exchangeable(x, codecs.named(codec), algorithm), group, algorithm)
     if output_split_sizes is None:
-        output_split_sizes = collectives._split("output_split_sizes", None, x.shape[0], ranks)
+        output_split_sizes = arguments.split_sizes("output_split_sizes", None, x.shape[0], ranks)
     return x.new_empty(sum(output_split_sizes), *x.shape[1:])
 
 

@@ -7,18 +7,16 @@ early only waits.
 Source: our own.
 """
 
-import os
 import re
-import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from flashcomm.collectives.state import state_of
+from flashcomm.cores import Seat
 from flashcomm.planner.overlap import Line, Profile, pairs
 
 SHARES = (1, 2, 5)
@@ -118,7 +116,7 @@ def profile_of(
         skips: as `Profile.skips`.
         group: the ranks.
     """
-    mine = [*map(tuple, parts)], [*map(tuple, rates)], _machine(), torch.get_num_threads(), _cores()
+    mine = [*map(tuple, parts)], [*map(tuple, rates)], Seat.mine()
     told: list[tuple] = state_of(group).tell(mine)
     times = [[Times(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
@@ -139,27 +137,14 @@ def profile_of(
     longest = sizes.index(max(sizes))
     alone_s = statistics.median(map(min, zip(*(rank[longest].sums for rank in times), strict=True)))
     busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
-    neighbours = [(threads, cores) for *_, machine, threads, cores in told if machine == _machine()]
-    spare_cores = len(set().union(*(cores for _, cores in neighbours))) > sum(threads for threads, _ in neighbours)
+    has_spare_cores = Seat.mine().load(seat for *_, seat in told) < 1
     profile = Profile(
         segments=tuple(lines[kind] for kind in kinds),
         sum=sums,
         burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
-        busy=0.0 if spare_cores else min(1.0, busy),
+        busy=0.0 if has_spare_cores else min(1.0, busy),
         uneven=slowest_s / usual_s - 1 if usual_s else 0.0,
         skips=skips,
     )
     # Ranks may differ in their cores.
     return state_of(group).tell(profile)[0]
-
-
-def _machine() -> str:
-    """The same for ranks that share cores: containers and network namespaces do, too."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return socket.gethostname()
-
-
-def _cores() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

@@ -12,7 +12,6 @@ Shape legend: R ranks, H hosts of L ranks, M bytes of a message in 16 bits, C by
 Source: the alpha-beta model (Hockney 1994), bytes per step from docs/algorithms.md; each figure has its own.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 
 from flashcomm.planner import MOST_PIECES, PIECE_S, Group
 from flashcomm.planner.model import SIZES, Cost, Machine, Way
+from flashcomm.words import did_you_mean
 
 MATMUL_SHARE = 0.81
 """Of the peak, in the best matrix products: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of the table
@@ -196,11 +196,9 @@ def accelerator(name: str) -> Accelerator:
     """
     key = re.sub(r"x\d+$", "", name.lower()) if name.lower() not in ACCELERATORS else name.lower()
     if key not in ACCELERATORS:
-        near = difflib.get_close_matches(key, ACCELERATORS, 1)
-        meant = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"unknown machine {name!r}.{meant} Allowed: {', '.join(ACCELERATORS)}, or a file of "
-            "`flashcomm tune --save FILE`"
+            f"unknown machine {name!r}.{did_you_mean(key, ACCELERATORS)} Allowed: {', '.join(ACCELERATORS)}, or a file "
+            "of `flashcomm tune --save FILE`"
         )
     return ACCELERATORS[key]
 

@@ -9,12 +9,13 @@ Shape legend: R ranks, H hidden.
 Source: the counts are our own; the built-in shapes are those of the published config.json of each model.
 """
 
-import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from flashcomm.words import did_you_mean
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LATENT = ("kv_lora_rank", "q_lora_rank")
@@ -164,11 +165,9 @@ def load(model: str) -> Shape:
         return SHAPES[model.lower()]
     path = Path(model)
     if not path.exists():
-        near = difflib.get_close_matches(model.lower(), SHAPES, 1)
-        meant = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(
-            f"unknown model {model!r}.{meant} Allowed: a folder with a config.json, a config.json, or "
-            f"{', '.join(SHAPES)}"
+            f"unknown model {model!r}.{did_you_mean(model.lower(), SHAPES)} Allowed: a folder with a config.json, "
+            f"a config.json, or {', '.join(SHAPES)}"
         )
     path = path / "config.json" if path.is_dir() else path
     try:
