@@ -21,7 +21,7 @@ check: $(STAMP)  ## style, types, layering, spelling
 	$(BIN)/codespell README.md CONTRIBUTING.md CHANGELOG.md docs src tests tools examples
 
 test: $(STAMP)  ## everything that this machine can test; the rest is skipped with its reason
-	$(BIN)/pytest -rs -n 2 --dist loadgroup
+	$(BIN)/pytest -rs -n 2
 
 test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
 	$(ENGINES)/bin/pytest -rs tests/engines

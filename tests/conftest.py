@@ -29,13 +29,17 @@ _LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_levels.py", 
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
 
-# Before xdist, which reads the marks in a hook of the same name.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
-    """Of several workers each gets whole files, and one gets all that have labs."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group("labs" if item.path.name in _LABS else str(item.path)))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Of several workers each gets whole files, which share ranks, and one gets all that have labs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "labs" if path.rpartition("/")[2] in _LABS else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
