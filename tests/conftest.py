@@ -1,6 +1,7 @@
 import hashlib
 import importlib.util
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -24,6 +25,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ranks  # noqa: E402
+
+# Whoever runs the tests may ignore these, as nohup and a shell in the background do; unlike a handler, children would
+# inherit that, and could not be interrupted.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 _LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_levels.py", "test_planning.py"}
 """Labs are of the whole machine, and these tests look for what is left of them."""

@@ -57,7 +57,7 @@ def test_version_and_help():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("demo", "--codecs", "int9"), "unknown codec 'int9'. Allowed: none, bf16, fp32, int1 to int8"),
+        (("demo", "--codecs", "int9"), "unknown codec 'int9'. Did you mean int8g64? Allowed: none, bf16"),
         (("generate", "demo", "--codec", "int9"), "unknown codec 'int9'"),
         (("bench", "codec", "--codecs", "int9"), "unknown codec 'int9'"),
         (

@@ -272,8 +272,6 @@ def running_command():
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # Whoever runs the tests may ignore it, as nohup does, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with process:
         # The command itself, two shells, two sleeps.
