@@ -71,5 +71,6 @@ def test_ranks_that_are_slow_in_turns_are_uneven_and_one_that_always_is_is_not(m
 
 def test_sums_take_cores_where_no_core_is_left_on_the_machine(monkeypatch):
     assert measured(monkeypatch, times(), times(), cores=2).busy == pytest.approx(1 / 3)
+    assert measured(monkeypatch, *[times()] * 4, cores=2).busy == pytest.approx(2 / 3)
     assert measured(monkeypatch, times(), times(), cores=3).busy == 0
     assert measured(monkeypatch, times(), times(), machines=["here", "there"], cores=2).busy == 0

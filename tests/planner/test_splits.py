@@ -91,6 +91,13 @@ def test_cores_that_carry_the_sums_gain_nothing_by_overlap():
     assert len(choose(profile(busy=1.0), 1024).sizes) == 1
 
 
+def test_what_runs_at_once_in_a_crowd_takes_longer():
+    alone, crowded = profile(), profile(crowded=0.2)
+    assert crowded.seconds((1000,)) == alone.seconds((1000,))
+    assert math.isclose(crowded.seconds((500, 500)), 1.2 * alone.seconds((500, 500)))
+    assert len(choose(profile(crowded=1.0), 1024).sizes) == 1
+
+
 def test_waiting_for_whoever_is_late_is_a_matter_of_one_piece():
     even, uneven = profile(sum_s=5e-7), profile(sum_s=5e-7, uneven=0.2)
     assert math.isclose(uneven.seconds((1000,)), even.seconds((1000,)) + 0.2 * even.compute_s(1000))

@@ -22,7 +22,7 @@ from flashcomm import planner
 from flashcomm.bench import tune
 from flashcomm.cores import Seat
 from flashcomm.planner.hardware import Cluster
-from flashcomm.planner.overlap import Line, pairs
+from flashcomm.planner.overlap import CROWDED, Line, pairs
 from flashcomm.planner.shapes import Shape, Work
 
 PROBE = Shape(
@@ -71,6 +71,7 @@ def computed(group: planner.Group) -> Cluster:
         segment_s=(attention.fixed_s + mlp.fixed_s) / 2,
         plain_core=plain_core,
         codec_core=codec_core,
+        crowded=CROWDED * load if load >= 1 else 0.0,
         skips="first",
     )
     everyone: list = [None] * ranks

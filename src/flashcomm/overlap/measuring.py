@@ -17,7 +17,7 @@ import torch
 
 from flashcomm.collectives.state import state_of
 from flashcomm.cores import Seat
-from flashcomm.planner.overlap import Line, Profile, pairs
+from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
 
 SHARES = (1, 2, 5)
 """Of the tokens, for the parts of a timed prompt."""
@@ -137,12 +137,14 @@ def profile_of(
     longest = sizes.index(max(sizes))
     alone_s = statistics.median(map(min, zip(*(rank[longest].sums for rank in times), strict=True)))
     busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
-    has_spare_cores = Seat.mine().load(seat for *_, seat in told) < 1
+    load = Seat.mine().load(seat for *_, seat in told)
     profile = Profile(
         segments=tuple(lines[kind] for kind in kinds),
         sum=sums,
         burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
-        busy=0.0 if has_spare_cores else min(1.0, busy),
+        # A second of a core that ranks share keeps all of them from computing; where cores are left over, none.
+        busy=min(1.0, load * busy) if load >= 1 else 0.0,
+        crowded=CROWDED * load if load >= 1 else 0.0,
         uneven=slowest_s / usual_s - 1 if usual_s else 0.0,
         skips=skips,
     )

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from flashcomm.planner import MOST_PIECES, PIECE_S, Group
 from flashcomm.planner.model import SIZES, Cost, Machine, Way
+from flashcomm.planner.overlap import CROWDED
 from flashcomm.words import did_you_mean
 
 MATMUL_SHARE = 0.81
@@ -148,6 +149,8 @@ class Cluster:
     """Seconds of the core that a sum takes from what computes meanwhile, per byte of the message."""
     codec_core: float = 0.0
     """The same of a compressed sum."""
+    crowded: float = 0.0
+    """As of `flashcomm.planner.overlap.Profile`."""
     skips: str = "all"
     """As of `flashcomm.planner.overlap.Profile`."""
     facts: tuple[str, ...] = field(default=(), compare=False)
@@ -185,7 +188,7 @@ class Cluster:
         )  # fmt: skip
 
 
-_RATES = ("flops", "attention_flops", "bytes_s", "segment_s", "plain_core", "codec_core")
+_RATES = ("flops", "attention_flops", "bytes_s", "segment_s", "plain_core", "codec_core", "crowded")
 
 
 def accelerator(name: str) -> Accelerator:
@@ -276,6 +279,7 @@ def cluster(
         codec_core=CPU_CODEC_CORE_S
         if one.is_cpu
         else wire.sm_share * sends / 2 + paths.codec_s("two_step", 1.0, 0.5) - 3 * paths.stage_s,
+        crowded=CROWDED if one.is_cpu else 0.0,
         facts=tuple(facts),
     )
 

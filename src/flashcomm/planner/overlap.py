@@ -30,6 +30,10 @@ _RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
 # Kernels leave out whole blocks: 512 and 1,024 causal tokens take 0.9 and 0.65 of the time that a mask of as many pairs
 # takes. sdpa on a CPU, 2 cores of an AMD EPYC, 2026-11-21.
 _BLOCK = 192
+CROWDED = 0.1
+"""Of their time that computing and sending at once take longer than one after the other, for each thread on a core:
+prompts in two parts took 1.07 to 1.17 times the CPU time of one piece. llama-160m, 2 and 4 ranks on 2 cores of an AMD
+EPYC, links of 200 Mbit/s to 10 Gbit/s, 2026-11-22."""
 _TILE = 64
 """Parts are multiples of it where that leaves a choice, as matrix products like them."""
 
@@ -105,6 +109,9 @@ class Profile:
     uneven: float = 0.0
     """Share of a segment's time that its sum waits, in one piece, for the rank that happens to be slowest this time.
     Parts make up for it: ranks that compute another part do not wait for each other at every sum."""
+    crowded: float = 0.0
+    """Share of their time that segments and sums take longer while they run at once; 0 where there is a core for each.
+    """
     skips: str = "none"
     """Whose attention leaves out the keys that follow a token: ``all`` parts, the ``first``, or ``none``."""
 
@@ -124,10 +131,12 @@ class Profile:
         starts = [before, *itertools.accumulate(sizes[:-1], initial=before)][1:] if len(sizes) > 1 else [before]
         tokens = [rows * size for size in sizes]
         attended = [rows * pairs(size, start, self.skips) for size, start in zip(sizes, starts, strict=True)]
-        computes = {line: list(map(line.seconds, tokens, attended)) for line in self.segments}
-        transfers = list(map(self.sum.seconds, tokens))
         # Alone, a sum is waited for anyway, and by all ranks.
-        busy, late = (self.busy, 1.0) if len(sizes) > 1 else (0.0, 1 + self.uneven)
+        busy, late, slow = (self.busy, 1.0, 1 + self.crowded) if len(sizes) > 1 else (0.0, 1 + self.uneven, 1.0)
+        computes = {
+            line: [slow * late * seconds for seconds in map(line.seconds, tokens, attended)] for line in self.segments
+        }
+        transfers = [slow * seconds for seconds in map(self.sum.seconds, tokens)]
         core = link = 0.0
         burst = self.burst_s
         ready = [0.0] * len(sizes)
@@ -136,7 +145,7 @@ class Profile:
             nonlocal core, link, burst
             for segment in segments:
                 for part, (compute, transfer) in enumerate(zip(computes[segment], transfers, strict=True)):
-                    core = max(core, ready[part]) + late * compute
+                    core = max(core, ready[part]) + compute
                     # What the link makes up for in its idle time, of which this transfer uses what it can.
                     burst = min(self.burst_s, burst + max(0.0, core - link))
                     ready[part] = link = max(link, core) + max(0.0, transfer - burst)
@@ -156,7 +165,7 @@ class Profile:
                 ready = [core + one for one in lead[1:-1]]
                 break
         for part, compute in enumerate(computes[last]):
-            core = max(core, ready[part]) + late * compute
+            core = max(core, ready[part]) + compute
         return core
 
     def compute_s(self, tokens: int, rows: int = 1, before: int = 0) -> float:

@@ -141,7 +141,14 @@ def profile(shape: Shape, cluster: Cluster, codec: Codec, tokens: int) -> Profil
     look_up = Line(fixed_s=cluster.segment_s, token_s=4 * shape.hidden / cluster.bytes_s)
     layer = (_line(shape.attention(ranks), cluster), _line(shape.mlp(ranks), cluster))
     segments = (look_up, *layer, look_up)
-    return Profile(segments=segments, sum=sums, layers=shape.layers, busy=sums.busy(tokens), skips=cluster.skips)
+    return Profile(
+        segments=segments,
+        sum=sums,
+        layers=shape.layers,
+        busy=sums.busy(tokens),
+        crowded=cluster.crowded,
+        skips=cluster.skips,
+    )
 
 
 def predict(shape: Shape, cluster: Cluster, codec: str, *, tokens: int, rows: int = 1) -> Prediction:
