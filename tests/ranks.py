@@ -1,6 +1,7 @@
 """Real ranks for tests: N processes with a gloo group between them, kept alive and fed with functions.
 
-Starting a process costs seconds of `import torch`; keeping one set per world size makes a test cost milliseconds.
+Starting a process costs seconds of `import torch`, so ranks are forked from a process that has done it, and one set per
+world size is kept, which makes a test cost milliseconds.
 """
 
 import multiprocessing
@@ -16,7 +17,8 @@ WAYS = {
 }
 """How messages may go between ranks of one host, and what to set for that."""
 
-_context = multiprocessing.get_context("spawn")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu"])
 
 
 class RankFailed(AssertionError):
@@ -35,11 +37,13 @@ class Ranks:
         # Held here, so that nobody else can get the port before the ranks are there.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self.store.port
+        # Of now: what they are forked from has that of its own start.
+        environment = {**os.environ, **(env or {})}
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = _context.Pipe()
             process = _context.Process(
-                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path, env or {}), daemon=True
+                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path, environment), daemon=True
             )
             process.start()
             theirs.close()
@@ -81,8 +85,10 @@ class Ranks:
 def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, path: str, env: dict):
     if path:
         sys.path.insert(0, path)
+    os.environ.clear()
+    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **env}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import torch
     import torch.distributed as dist
 
