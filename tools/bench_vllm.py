@@ -102,6 +102,8 @@ def _sums_of_rank(repeats: int) -> list[dict]:
         times = interleaved(variants, repeats=repeats, before=dist.barrier, combine=_slowest)
         rows += [
             {
+                "op": "vllm_all_reduce",
+                "dtype": "bfloat16",
                 "message_bytes": size,
                 "way": way,
                 "ranks": ranks,
