@@ -3,8 +3,8 @@
 #
 # examples/serve_vllm.sh [MODEL] [RANKS]
 #
-# FLASHCOMM_CODEC or FLASHCOMM_POLICY choose what is compressed: of ranks that share memory nothing, unless a policy names an
-# algorithm, as it does not pay there. docs/vllm.md says more.
+# FLASHCOMM_CODEC or FLASHCOMM_POLICY choose what is compressed: nothing where ranks share memory, as it does not pay there,
+# unless a policy names an algorithm. docs/vllm.md says more.
 set -euo pipefail
 model=${1:-$(python -c 'import flashcomm.demo; print(flashcomm.demo.MODEL)')}
 ranks=${2:-2}

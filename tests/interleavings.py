@@ -113,7 +113,7 @@ class World:
         )
 
     def _knowledge(self, counter: int, writer: int) -> list[int]:
-        """Which value of a counter is known to who knows of 0, 1, 2 ... publishings of its writer, which has others."""
+        """By how many publishings of its writer, which may have other counters, somebody knows of: the latest value."""
         places = [0]
         for operation in self.actors[writer]:
             if isinstance(operation, Publish):

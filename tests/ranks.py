@@ -18,6 +18,7 @@ WAYS = {
 """How messages may go between ranks of one host, and what to set for that."""
 
 _context = multiprocessing.get_context("forkserver")
+# Without threads, which a fork would lose: torch and numba start theirs when they first compute.
 _context.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu"])
 
 
@@ -37,12 +38,13 @@ class Ranks:
         # Held here, so that nobody else can get the port before the ranks are there.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self.store.port
-        # Of now: what they are forked from has that of its own start.
+        # What they are forked from has imported packages already, and has the environment of its own start.
+        context = multiprocessing.get_context("spawn") if path else _context
         environment = {**os.environ, **(env or {})}
         self.pipes, self.processes = [], []
         for rank in range(ranks):
-            ours, theirs = _context.Pipe()
-            process = _context.Process(
+            ours, theirs = context.Pipe()
+            process = context.Process(
                 target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path, environment), daemon=True
             )
             process.start()

@@ -163,11 +163,12 @@ def lab_table() -> str:
         f"{where}: {len(rows)} prompts, median error {statistics.median(errors):.1%}, worst {max(errors):.1%} "
         "([rows](../results/plan_lab_cpu.md)).",
         "",
-        "| ranks | link | tokens | codec | parts | predicted | measured | error |",
-        "| ---: | --- | ---: | --- | --- | ---: | ---: | ---: |",
+        "| ranks | link | tokens | codec | parts | as predicted | predicted | measured | error |",
+        "| ---: | --- | ---: | --- | --- | --- | ---: | ---: | ---: |",
         *(
             f"| {row['ranks']} | {row['link']} | {row['tokens']:,} | `{row['codec']}` | {row['parts']} | "
-            f"{row['predicted_ms']:.0f} ms | {row['measured_ms']:.0f} ms | {row['error']:+.1%} |"
+            f"{row['predicted_parts']} | {row['predicted_ms']:.0f} ms | {row['measured_ms']:.0f} ms | "
+            f"{row['error']:+.1%} |"
             for row in rows
         ),
     ]

@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,15 +26,20 @@ class Seat(NamedTuple):
     def mine(cls) -> "Seat":
         return cls(_machine(), torch.get_num_threads(), frozenset(available()))
 
-    def load(self, seats: Iterable["Seat"]) -> float:
-        """Threads for each core on this machine, of all ranks with a seat; above 1 they take turns.
 
-        >>> one, other = (Seat("here", 1, frozenset({0, 1})) for _ in range(2))
-        >>> one.load([one, other, Seat("there", 8, frozenset({0}))])
-        1.0
-        """
-        here = [seat for seat in seats if seat.machine == self.machine]
-        return sum(seat.threads for seat in here) / len(frozenset().union(*(seat.cores for seat in here)))
+def crowd(seats: Sequence[Seat]) -> float:
+    """Threads for each core, on the machine that has the most; 0 where every machine has a core left over.
+
+    >>> one, other, alone = (Seat(machine, 1, frozenset({0, 1})) for machine in ("a", "a", "b"))
+    >>> crowd([one, other, alone]), crowd([one, alone])
+    (1.0, 0.0)
+    """
+    most = 0.0
+    for machine in {seat.machine for seat in seats}:
+        here = [seat for seat in seats if seat.machine == machine]
+        cores = frozenset().union(*(seat.cores for seat in here))
+        most = max(most, sum(seat.threads for seat in here) / len(cores))
+    return most if most >= 1 else 0.0
 
 
 def _machine() -> str:

@@ -2,8 +2,8 @@
 
 The kernels run as Python with stand-ins for what touches memory: flags become counters, payloads words, and
 `interleavings` explores in which orders they may be seen. The stream is part of the world: the programs of a launch
-begin when those of the rank's launch before have ended. Each planted fault changes one line of the source, and must be
-found.
+begin when those of the rank's launch before have ended. Each planted fault replaces a line wherever it stands,
+and must be found.
 
 Not modelled: the threads of a program, which barriers hold together, and a flag that never comes.
 """
@@ -15,6 +15,8 @@ import itertools
 import types
 
 import pytest
+
+pytest.importorskip("triton")
 
 import interleavings
 from flashcomm.kernels.tiles import exchange

@@ -3,10 +3,12 @@
 import math
 
 import pytest
+import torch
 
 from flashcomm.cores import Seat
 from flashcomm.overlap import measuring
 from flashcomm.overlap.measuring import Rate, Times, profile_of
+from flashcomm.planner.overlap import CROWDED
 
 SIZES = (128, 256, 640)
 NAMES = [f"layers.{n}.{module}" for n in range(4) for module in ("attention", "mlp")]
@@ -32,7 +34,7 @@ def times(slow_places=(), token_s=1e-5, sum_s=3e-5, burst_s=0.0):
     return parts
 
 
-def measured(monkeypatch, mine, *others, machines=None, cores=2):
+def measured(monkeypatch, mine, *others, machines=None, cores=2, device="cpu"):
     """The profile of ranks with these times; each runs one thread on a machine with so many cores."""
     ranks = [mine, *others]
     machines = machines or ["here"] * len(ranks)
@@ -41,9 +43,8 @@ def measured(monkeypatch, mine, *others, machines=None, cores=2):
         for n in range(len(ranks))
     ]
     monkeypatch.setattr(measuring, "state_of", lambda group: Ranks(*told))
-    monkeypatch.setattr("flashcomm.cores._machine", lambda: "here")
     rates = [Rate(size, size * 3e-5, size * 1e-5) for size in SIZES[1:]]
-    return profile_of(mine, rates, NAMES, SIZES, 1, 0, "none", None)
+    return profile_of(mine, rates, NAMES, SIZES, 1, 0, "none", None, torch.device(device))
 
 
 def test_lines_of_segments_and_sums(monkeypatch):
@@ -73,4 +74,7 @@ def test_sums_take_cores_where_no_core_is_left_on_the_machine(monkeypatch):
     assert measured(monkeypatch, times(), times(), cores=2).busy == pytest.approx(1 / 3)
     assert measured(monkeypatch, *[times()] * 4, cores=2).busy == pytest.approx(2 / 3)
     assert measured(monkeypatch, times(), times(), cores=3).busy == 0
+    assert measured(monkeypatch, times(), times(), cores=2).crowded == pytest.approx(CROWDED)
+    on_gpus = measured(monkeypatch, *[times()] * 4, cores=2, device="cuda")
+    assert (on_gpus.busy, on_gpus.crowded) == (0, 0)
     assert measured(monkeypatch, times(), times(), machines=["here", "there"], cores=2).busy == 0

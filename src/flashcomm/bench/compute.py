@@ -20,7 +20,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import planner
 from flashcomm.bench import tune
-from flashcomm.cores import Seat
+from flashcomm.cores import Seat, crowd
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import CROWDED, Line, pairs
 from flashcomm.planner.shapes import Shape, Work
@@ -60,8 +60,8 @@ def computed(group: planner.Group) -> Cluster:
     # A second of a core that ranks share keeps them from computing for longer; where cores are left over, not at all.
     seats: list = [None] * ranks
     dist.all_gather_object(seats, Seat.mine())
-    load = Seat.mine().load(seats)
-    plain_core, codec_core = (load * _core_s(spec) if load >= 1 else 0.0 for spec in ("none", "int8g128"))
+    crowded = crowd(seats)
+    plain_core, codec_core = (crowded * _core_s(spec) if crowded else 0.0 for spec in ("none", "int8g128"))
     cluster = Cluster(
         name=group.machine.name,
         group=group,
@@ -71,7 +71,7 @@ def computed(group: planner.Group) -> Cluster:
         segment_s=(attention.fixed_s + mlp.fixed_s) / 2,
         plain_core=plain_core,
         codec_core=codec_core,
-        crowded=CROWDED * load if load >= 1 else 0.0,
+        crowded=CROWDED * crowded,
         skips="first",
     )
     everyone: list = [None] * ranks

@@ -93,6 +93,7 @@ def all_reduce(
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = fitting(codec, x)
+        state.meet(x.device)
         plan = planner.choose(
             x.numel() * x.element_size(),
             state.facts_for(x.device),
@@ -160,6 +161,7 @@ def reduce_scatter(
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec, shape = single_step(fitting(codec, x), 0, algorithm), part_shape(x.shape, state.ranks)
+        state.meet(x.device)
         plan = _single_step_plan(algorithm, codec, state, x)
         # A vector is cut into R rows, whose owners sum one each.
         rows = (state.ranks, x.numel() // state.ranks) if x.dim() == 1 else row_shape(x.shape)
@@ -213,6 +215,7 @@ def all_gather(
     call = state.calls.get(key) if isinstance(codec, _KEYS) else None
     if call is None:
         codec = single_step(fitting(codec, x), 1, algorithm)
+        state.meet(x.device)
         plan = _single_step_plan(algorithm, codec, state, x)
         call = decided(
             x,
@@ -270,6 +273,7 @@ def all_to_all(
     out_rows = split_sizes(
         "output_split_sizes", output_split_sizes, None if output_split_sizes else x.shape[0], state.ranks
     )
+    state.meet(x.device)
     plan = _single_step_plan(algorithm, codec, state, x)
     shape = (sum(out_rows), *x.shape[1:])
     if in_rows[state.rank] != out_rows[state.rank]:

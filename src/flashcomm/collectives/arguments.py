@@ -25,9 +25,7 @@ def entered(x: torch.Tensor, group: "dist.ProcessGroup | DeviceMesh | None") -> 
         raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
     if not x.data_ptr():
         kernels.check_storage(x)
-    state = state_of(group)
-    state.meet(x.device)
-    return state
+    return state_of(group)
 
 
 def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:

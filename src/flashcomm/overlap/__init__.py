@@ -196,7 +196,15 @@ class Overlap:
         reduce = functools.partial(self.compression.reduce, names[-1])
         rates = [watch.rate(reduce, prompt.rows * size) for size in sizes[1:]]
         self.profiles[self._key] = profile_of(
-            times, rates, names, sizes, prompt.rows, prompt.before, prompt.skips, self.compression.group
+            times,
+            rates,
+            names,
+            sizes,
+            prompt.rows,
+            prompt.before,
+            prompt.skips,
+            self.compression.group,
+            prompt.device,
         )
         record_prefill(f"{len(SHARES)} parts one after the other, to measure them")
         return splitting.joined(prompt, outputs)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashcomm.collectives.state import state_of
-from flashcomm.cores import Seat
+from flashcomm.cores import Seat, crowd
 from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
 
 SHARES = (1, 2, 5)
@@ -103,6 +103,7 @@ def profile_of(
     before: int,
     skips: str,
     group: Any,
+    device: torch.device,
 ) -> Profile:
     """The same profile on every rank, from what was measured on this one.
 
@@ -115,6 +116,7 @@ def profile_of(
         before: tokens that the cache held before.
         skips: as `Profile.skips`.
         group: the ranks.
+        device: that computes.
     """
     mine = [*map(tuple, parts)], [*map(tuple, rates)], Seat.mine()
     told: list[tuple] = state_of(group).tell(mine)
@@ -137,14 +139,15 @@ def profile_of(
     longest = sizes.index(max(sizes))
     alone_s = statistics.median(map(min, zip(*(rank[longest].sums for rank in times), strict=True)))
     busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
-    load = Seat.mine().load(seat for *_, seat in told)
+    # A GPU computes and sends without the cores.
+    crowded = crowd([seat for *_, seat in told]) if device.type == "cpu" else 0.0
     profile = Profile(
         segments=tuple(lines[kind] for kind in kinds),
         sum=sums,
         burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
         # A second of a core that ranks share keeps all of them from computing; where cores are left over, none.
-        busy=min(1.0, load * busy) if load >= 1 else 0.0,
-        crowded=CROWDED * load if load >= 1 else 0.0,
+        busy=min(1.0, crowded * busy),
+        crowded=CROWDED * crowded,
         uneven=slowest_s / usual_s - 1 if usual_s else 0.0,
         skips=skips,
     )

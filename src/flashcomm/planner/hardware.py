@@ -175,7 +175,10 @@ class Cluster:
         for key in (*_RATES, "ranks", "hosts"):
             value = fields.get(key)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{source}: {key} = {value!r}, and a number of 0 or more is needed")
+                raise ValueError(
+                    f"{source}: {key} = {value!r}, and a number of 0 or more is needed. Make it again with "
+                    "`flashcomm tune --save FILE`"
+                )
         try:
             machine = Machine.from_dict(dict(fields["machine"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

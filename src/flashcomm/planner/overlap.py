@@ -31,7 +31,7 @@ _RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
 # takes. sdpa on a CPU, 2 cores of an AMD EPYC, 2026-11-21.
 _BLOCK = 192
 CROWDED = 0.1
-"""Of their time that computing and sending at once take longer than one after the other, for each thread on a core:
+"""By what share computing and sending take longer at once than one after the other, times the threads for each core:
 prompts in two parts took 1.07 to 1.17 times the CPU time of one piece. llama-160m, 2 and 4 ranks on 2 cores of an AMD
 EPYC, links of 200 Mbit/s to 10 Gbit/s, 2026-11-22."""
 _TILE = 64
@@ -110,7 +110,8 @@ class Profile:
     """Share of a segment's time that its sum waits, in one piece, for the rank that happens to be slowest this time.
     Parts make up for it: ranks that compute another part do not wait for each other at every sum."""
     crowded: float = 0.0
-    """Share of their time that segments and sums take longer while they run at once; 0 where there is a core for each.
+    """Share of their time that segments and sums take longer while they run at once; 0 where the ranks'
+    threads leave a core over.
     """
     skips: str = "none"
     """Whose attention leaves out the keys that follow a token: ``all`` parts, the ``first``, or ``none``."""
