@@ -160,8 +160,8 @@ def test_the_rate_limits_what_leaves_a_host_and_its_interface_counts_it(tmp_path
         assert 2 * MIB < sent < 2.2 * MIB
         assert 2 * MIB < received < 2.2 * MIB
         assert lab.bytes_sent(1) < 0.2 * MIB
-    # A bucket of 256 KiB at each end of the link passes at once.
-    least = (2 * MIB - 2 * 256 * 1024) * 8 / 20e6
+    # A bucket at each end of the link passes at once.
+    least = (2 * MIB - 2 * module.FRAME_BYTES) * 8 / 20e6
     assert least < seconds[1] < 2 * least
     assert seconds[0] < least / 4
 
@@ -249,8 +249,8 @@ def test_two_labs_at_a_time_do_not_meet():
 
 @real
 def test_a_failed_construction_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(module, "BURST", "nonsense")
-    with pytest.raises(RuntimeError, match="`tc .* burst nonsense .*` failed: "), Lab(ranks=1, rate="1mbit"):
+    monkeypatch.setattr(module, "LIMIT", "nonsense")
+    with pytest.raises(RuntimeError, match="`tc .* limit nonsense` failed: "), Lab(ranks=1, rate="1mbit"):
         pass
 
 
