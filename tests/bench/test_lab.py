@@ -166,6 +166,29 @@ def test_the_rate_limits_what_leaves_a_host_and_its_interface_counts_it(tmp_path
     assert seconds[0] < least / 4
 
 
+@pytest.mark.parametrize(
+    ("cores", "hosts", "expected"),
+    [
+        ({4, 5}, 2, [[4], [5]]),
+        ({0, 1}, 4, [[0], [0], [1], [1]]),
+        (range(8), 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ({0, 3}, 1, [[0, 3]]),
+        # Some hosts would be faster than others.
+        ({0, 1}, 3, [[0, 1]] * 3),
+        ({0, 1, 2}, 2, [[0, 1, 2]] * 2),
+    ],
+)
+def test_hosts_get_as_many_cores_each(cores, hosts, expected):
+    assert [module._share(cores, host, hosts) for host in range(hosts)] == expected
+
+
+@real
+def test_a_rank_runs_on_the_cores_of_its_host():
+    with Lab(ranks=2, rate=None) as lab:
+        cores = launch.run(os.sched_getaffinity, (0,), ranks=2, lab=lab)
+    assert cores == [set(module._share(os.sched_getaffinity(0), host, 2)) for host in range(2)]
+
+
 def sum_of_ranks(count: int) -> tuple[int, float, str]:
     x = torch.full((count,), float(dist.get_rank()))
     dist.all_reduce(x)

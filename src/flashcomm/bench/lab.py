@@ -3,7 +3,7 @@
 A host is a network namespace whose only way out is a veth pair to a bridge, shaped by `tc` in both directions. The
 bridge has a namespace of its own, so nothing appears among the machine's interfaces and its firewall sees nothing.
 
-Hazards: the rate is limited, not the delay; the first 72 KiB after a pause pass at full speed; ranks share the CPU.
+Hazards: the rate is limited, not the delay; the first 72 KiB after a pause pass at full speed; hosts share the CPU.
 """
 
 import itertools
@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flashcomm.cores import available
 from flashcomm.planner.hardware import bits_per_second
 
 RATE_VARIABLE = "FLASHCOMM_LAB_RATE"
@@ -33,7 +34,7 @@ half of that carries 86 % of 1 Gbit/s instead of 95."""
 LATE_S = 200e-6
 """And what passes while a timer is late: 72 KiB carry 83 % of 5 Gbit/s, and what passes in this time 94."""
 _GRACE_S, _POLL_S = 5.0, 0.02
-_TOOLS = {"ip": "iproute2", "tc": "iproute2", "setpriv": "util-linux"}
+_TOOLS = {"ip": "iproute2", "tc": "iproute2", "setpriv": "util-linux", "taskset": "util-linux"}
 _NET_ADMIN, _SYS_ADMIN = 1 << 12, 1 << 21
 _numbers = itertools.count()
 
@@ -179,8 +180,9 @@ class Lab:
         }
         # Should this process be killed, the kernel kills the ranks. A session of their own keeps Ctrl-C here.
         enter = ("ip", "netns", "exec", self._hosts[host], "setpriv", "--pdeathsig", "KILL")
+        cores = ",".join(map(str, _share(available(), host, len(self._hosts))))
         return subprocess.Popen(
-            [*enter, *argv],
+            [*enter, "taskset", "--cpu-list", cores, *argv],
             # torch warns of every peer without a name, and here is nobody to ask for names.
             env={
                 "OMP_NUM_THREADS": "1",
@@ -215,6 +217,15 @@ class Lab:
     def bytes_sent(self, host: int) -> int:
         """Bytes that host number `host` has sent to others."""
         return self.counters()[host].sent_bytes
+
+
+def _share(cores: Iterable[int], host: int, hosts: int) -> list[int]:
+    """The cores that a host may use: its own, or one of theirs, where all hosts get as many; else all."""
+    cores = sorted(cores)
+    if len(cores) % hosts and hosts % len(cores):
+        return cores
+    first = host * len(cores) // hosts
+    return cores[first : first + max(1, len(cores) // hosts)]
 
 
 def unavailable() -> str | None:
