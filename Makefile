@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo setup check test test-engines bench docs clean
+.PHONY: demo setup setup-engines check test test-engines bench docs clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -22,6 +22,8 @@ check: $(STAMP)  ## style, types, layering, spelling
 
 test: $(STAMP)  ## everything that this machine can test; the rest is skipped with its reason
 	$(BIN)/pytest -rs -n 2
+
+setup-engines: $(ENGINES)/.current  ## another one, with vLLM
 
 test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
 	$(ENGINES)/bin/pytest -rs tests/engines
