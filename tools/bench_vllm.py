@@ -1,11 +1,13 @@
-"""What flashcomm does for vLLM, measured in vLLM: its sums on one host, and times to first token over a slow link.
+"""What flashcomm does for vLLM, measured in vLLM: its sums on one host, its texts, its times to first token.
 
 .venv-engines/bin/python tools/bench_vllm.py all_reduce --json results/vllm_all_reduce_cpu.json
+.venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
 
-`all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `ttft` starts one
-server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are random and never
-repeat, the weights are random too, because times do not depend on them. It needs root, as the lab does.
+`all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `texts` counts which
+greedy texts of the bundled model are those of vLLM's own sums, in int8 and in the order in which one rank adds up.
+`ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are
+random and never repeat, the weights are random too, as times do not depend on them. It needs root, as the lab does.
 """
 
 import argparse
@@ -52,8 +54,10 @@ def main():
     first.add_argument("--model", default="demo", choices=["demo", *CONFIGS], help="whose shape; weights are random")
     first.add_argument("--tokens", type=int, default=1024)
     first.add_argument("--codecs", default="none,int8g128,int4g128")
+    same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
     for command, repeats in ((sums, 21), (first, 11)):
         command.add_argument("--repeats", type=int, default=repeats)
+    for command in (sums, first, same):
         command.add_argument("--json", type=Path)
     node = commands.add_parser("node")
     node.add_argument("folder", type=Path)
@@ -61,7 +65,10 @@ def main():
     if options.command == "node":
         Node(options.folder).run()
         return
-    rows = all_reduce(options.repeats) if options.command == "all_reduce" else ttft(options)
+    if options.command == "texts":
+        rows = texts()
+    else:
+        rows = all_reduce(options.repeats) if options.command == "all_reduce" else ttft(options)
     for row in rows:
         print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), sep="  ")
     if options.json:
@@ -161,6 +168,40 @@ def _write_model(folder: Path, name: str):
         config = json.loads((folder / "config.json").read_text())
         changed = {**config, "head_dim": None, **CONFIGS[name], "vocab_size": config["vocab_size"]}
         (folder / "config.json").write_text(json.dumps(changed))
+
+
+def texts() -> list[dict]:
+    """Rows of one type and way each: of the texts of the tests' prompts, how many are those of vLLM's own sums."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "engines"))
+    from server import Server  # pyright: ignore[reportMissingImports]
+    from test_vllm import EAGER_POLICY, greedy, prompts  # pyright: ignore[reportMissingImports]
+
+    asked, rows = prompts(), []
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name:
+        policy, log = Path(name, "policy.toml"), Path(name, "log")
+        policy.write_text(EAGER_POLICY)
+        ways: dict[str, tuple[list[str], dict[str, str]]] = {
+            "vLLM's own": ([], {}),
+            "vLLM's own, one rank": (["--tensor-parallel-size", "1"], {}),
+            "int8g128": ([], {"FLASHCOMM_POLICY": str(policy)}),
+        }
+        for dtype in ("float32", "bfloat16"):
+            answers = {}
+            for way, (arguments, env) in ways.items():
+                with Server(log, "--enforce-eager", *arguments, dtype=dtype, env=env) as server:
+                    answers[way] = greedy(server, asked)
+            own = answers["vLLM's own"]
+            rows += [
+                {
+                    "op": "vllm_texts",
+                    "dtype": dtype,
+                    "way": way,
+                    "texts": len(own),
+                    "same": sum(one == other for one, other in zip(theirs, own, strict=True)),
+                }
+                for way, theirs in answers.items()
+            ]
+    return rows
 
 
 class Node:
