@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
@@ -34,8 +35,14 @@ RanksPerHost = Annotated[int, typer.Option(help="Ranks that share a host, with -
 Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
 
 
+_LAST_WORDS_S = 3.0
+
+
 def fail(message: str):
     stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    if stderr.quiet:
+        # Whoever started the ranks ends them all with the first that fails, and only one says why.
+        time.sleep(_LAST_WORDS_S)
     raise typer.Exit(2)
 
 

@@ -24,8 +24,8 @@ MARGIN = 0.97
 """What a split must win by."""
 MIN_TOKENS = 128
 """Of a prompt that is worth a plan: shorter ones take as long as their Python."""
-_NEXT = 0.99
-"""What more parts, or less even ones, must win by: the model's own error is of that size, and few even ones lose the
+_MORE, _LESS_EVEN = 0.98, 0.99
+"""What more parts, and less even ones, must win by: the model's own error is of that size, and few even ones lose the
 least by it."""
 _RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
 # Kernels leave out whole blocks: 512 and 1,024 causal tokens take 0.9 and 0.65 of the time that a mask of as many pairs
@@ -230,7 +230,8 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
             if sizes is None:
                 continue
             seconds = profile.seconds(sizes, rows, before)
-            if seconds < (_NEXT if len(best) > 1 else 1.0) * least:
+            more = _MORE if count > len(best) else _LESS_EVEN
+            if seconds < (more if len(best) > 1 else 1.0) * least:
                 best, least = sizes, seconds
     return Split(sizes=best, seconds=least if len(best) > 1 else whole, whole_s=whole)
 
