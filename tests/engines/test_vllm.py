@@ -111,7 +111,7 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     (folder / "policy.toml").write_text(LAYERS_POLICY)
     option = json.dumps({"flashcomm": str(folder / "policy.toml")})
-    with Server(folder / "log", "--additional-config", option) as server:
+    with Server(folder / "log", "--additional-config", option, dtype="float32") as server:
         server.on_workers("flashcomm_watch")
         yield server
 
