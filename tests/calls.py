@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
+from flashcomm.collectives.group import group_of
+from flashcomm.transports import lanes
 
 
 def new_group(timeout_s: float = 60.0) -> dist.ProcessGroup:
@@ -24,9 +26,14 @@ def check(result):
     assert result.unique().tolist() == [dist.get_world_size()]
 
 
-def failure(call) -> tuple[str, float]:
+def failure(call, kind: type[Exception] = RuntimeError) -> tuple[str, float]:
     """The message of the error that `call` raises, and after how many seconds."""
     start = time.monotonic()
-    with pytest.raises(RuntimeError) as raised:
+    with pytest.raises(kind) as raised:
         call()
     return str(raised.value), time.monotonic() - start
+
+
+def meeting(group=None) -> lanes.Meeting:
+    """How the ranks of a group met, of CPU tensors."""
+    return group_of(group).meet(torch.device("cpu"))

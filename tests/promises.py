@@ -202,7 +202,7 @@ def nothing_silent(all_reduce) -> list[str]:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     flashcomm.reset_stats()
     all_reduce(tensor(rank, (2, 64)), "int8g128", algorithm="auto")
-    shared = flashcomm.collectives.state.state_of(None).facts.shared
+    shared = flashcomm.collectives.group.group_of(None).facts.shared
     reason = "compression does not pay in shared memory" if shared else "message under 64 KiB"
     reason = "one rank" if ranks == 1 else reason
     if flashcomm.stats()["plain"] != {reason: 1}:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from flashcomm.codecs import Codec, parse
-from flashcomm.words import did_you_mean
+from flashcomm.errors import did_you_mean
 
 if sys.version_info >= (3, 11):
     import tomllib

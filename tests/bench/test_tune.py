@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
+from flashcomm import measured
 from flashcomm.bench import tune
-from flashcomm.collectives import tuning
-from flashcomm.collectives.state import state_of
+from flashcomm.collectives.group import group_of
 from flashcomm.planner import Cost, Machine, Way
 
 
@@ -21,28 +21,28 @@ def tuned_on_ranks(file: str):
 
     group = tune.measure(repeats=1, sizes=(4096, 1 << 20))
     assert group.machine is not None
-    state = state_of(None)
-    assert group.machine.name == state.name
-    again = state.tell(group.machine.as_dict())
+    home = group_of(None)
+    assert group.machine.name == home.name
+    again = home.ranks.tell(group.machine.as_dict())
     assert all(costs == again[0] for costs in again), "ranks hold different costs"
     os.environ["FLASHCOMM_TUNING"] = file
-    if state.rank == 0:
-        tuning.save(group.machine)
+    if home.ranks.rank == 0:
+        measured.save(group.machine)
     dist.barrier()
     fresh = dist.new_group(list(range(dist.get_world_size())))
     x = torch.ones(64, 1024).bfloat16()
     flashcomm.reset_stats()
     flashcomm.all_reduce(x, "int4g128", fresh)
-    facts = state_of(fresh).facts
+    facts = group_of(fresh).facts
     assert facts.machine is not None
     assert vars(facts.machine) == vars(group.machine)
     # A machine on which only two steps with 4 bits are fast: what is decided follows from what was kept.
     slow = Cost.measured([(4096, 16.0, 1.0), (1 << 20, 16.0, 2.0)])
     fast = Cost.measured([(4096, 4.25, 0.1), (1 << 20, 4.25, 0.2)])
-    state_of(fresh).facts = replace(
+    group_of(fresh).facts = replace(
         facts, machine=Machine(name="here", plain=slow, compressed={Way(algorithm="two_step", pieces=1): fast})
     )
-    state_of(fresh).calls.clear()
+    group_of(fresh).calls.clear()
     flashcomm.reset_stats()
     flashcomm.all_reduce(x, "int4g128", fresh)
     os.environ["FLASHCOMM_TUNING"] = file + ".none"
@@ -60,12 +60,12 @@ def test_auto_goes_by_what_was_measured(by, tmp_path):
 def test_a_file_that_cannot_be_read_is_ignored_and_said_so(tmp_path, monkeypatch, caplog):
     file = tmp_path / "tuning.json"
     monkeypatch.setenv("FLASHCOMM_TUNING", str(file))
-    assert tuning.load("gloo: 2 on here") is None
+    assert measured.load("gloo: 2 on here") is None
     assert not caplog.records
     for text in ("{", "[]", '{"gloo: 2 on here": {"name": 1}}'):
         file.write_text(text)
-        assert tuning.load("gloo: 2 on here") is None
-        assert "no file of 'flashcomm tune'" in caplog.text
+        assert measured.load("gloo: 2 on here") is None
+        assert "it was not written by 'flashcomm tune'" in caplog.text
         caplog.clear()
 
 
@@ -73,9 +73,9 @@ def test_machines_are_kept_beside_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHCOMM_TUNING", str(tmp_path / "deep" / "tuning.json"))
     cost = Cost.measured([(4096, 16.0, 1.0)])
     for name in ("a", "b", "a"):
-        tuning.save(Machine(name=name, plain=cost))
-    assert [vars(tuning.load(name))["name"] for name in ("a", "b")] == ["a", "b"]
-    assert tuning.load("c") is None
+        measured.save(Machine(name=name, plain=cost))
+    assert [vars(measured.load(name))["name"] for name in ("a", "b")] == ["a", "b"]
+    assert measured.load("c") is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tuning.json"]
 
 

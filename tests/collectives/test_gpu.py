@@ -65,14 +65,14 @@ def in_one_launch():
     import random
     import time
 
-    from flashcomm.collectives.state import state_of
+    from flashcomm.collectives.group import group_of
 
     size, rank = dist.get_world_size(), dist.get_rank()
     device = torch.device("cuda", rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    peers = state_of(None).symmetric(device)
-    if peers is None:
-        return state_of(None).why_not_symmetric
+    met = group_of(None).meet(device)
+    if met.carrier != "symmetric memory":
+        return met.why_not["symmetric memory"]
     for spec in ("int8g128", "int4g128", "int4g32", "mxfp4", "int2g32+spike", "nvfp4", "int4g128:int8g128"):
         for algorithm in promises.algorithms(spec):
             for shape in ((1, 4096), (33, 4096), (7, 384)):

@@ -9,7 +9,8 @@ import flashcomm
 import promises
 import ranks
 import values
-from flashcomm.collectives.state import _num_hosts, state_of
+from flashcomm.collectives.group import group_of
+from flashcomm.collectives.topology import num_hosts
 
 INTERLEAVED = [[0, 2], [1, 3]]
 
@@ -41,7 +42,8 @@ def levels_of_a_mesh(rows):
     assert flashcomm.stats()["wire_bytes"] == 2 * (hosts - 1) * 96 * row // hosts // len(rows[0])
     assert flashcomm.stats()["calls"] == {"all_reduce/hierarchical/fp32/int4g128": 1}
     assert list(flashcomm.stats()["reasons"].values()) == [{"fewest bytes between hosts": 1}]
-    return state_of(mesh).rank, state_of(mesh).hosts
+    home = group_of(mesh)
+    return home.ranks.rank, list(home.meet(torch.device("cpu")).hosts)
 
 
 def verbs_over_a_mesh(rows):
@@ -63,11 +65,11 @@ def verbs_over_a_mesh(rows):
 def one_dimension():
     size, rank = dist.get_world_size(), dist.get_rank()
     line = init_device_mesh("cpu", (size,))
-    assert state_of(line) is state_of(line.get_group())
+    assert group_of(line) is group_of(line.get_group())
     # A row or a column has no levels; its ranks find out by themselves what they share.
     row, column = init_device_mesh("cpu", (1, size)), init_device_mesh("cpu", (size, 1))
-    assert state_of(row) is state_of(row.get_group(1))
-    assert state_of(column) is state_of(column.get_group(0))
+    assert group_of(row) is group_of(row.get_group(1))
+    assert group_of(column) is group_of(column.get_group(0))
     x = promises.tensor(rank, (5, 256))
     want = flashcomm.all_reduce(x, "int8g128", algorithm="two_step")
     for mesh in (line, row, column):
@@ -106,7 +108,7 @@ def refusals():
     with pytest.raises(ValueError, match="the group of dimension 1 must have the ranks"):
         flashcomm.all_reduce(x, "int8g128", swapped)
     # A part of two dimensions is a mesh with levels; it is a new object for every call, with the same state.
-    states = {id(state_of(cube["a", "b"])) for _ in range(3)}
+    states = {id(group_of(cube["a", "b"])) for _ in range(3)}
     assert len(states) == 1
     groups = dist.distributed_c10d._world.group_count
     for _ in range(3):
@@ -162,8 +164,8 @@ def test_meshes_and_the_default_group_do_not_take_each_others_messages(by):
 
 
 def test_hosts_are_a_level_only_where_their_ranks_follow_each_other_alike():
-    assert _num_hosts([0, 0, 1, 1]) == 2
-    assert _num_hosts([0, 1, 0, 1]) == 2
-    assert _num_hosts([0, 0, 1]) == 0
+    assert num_hosts([0, 0, 1, 1]) == 2
+    assert num_hosts([0, 1, 0, 1]) == 2
+    assert num_hosts([0, 0, 1]) == 0
     # The second rank of host 1 is before that of host 0, so torch would number the two of them the other way round.
-    assert _num_hosts([0, 1, 1, 0]) == 0
+    assert num_hosts([0, 1, 1, 0]) == 0

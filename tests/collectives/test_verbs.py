@@ -8,8 +8,10 @@ import flashcomm
 import promises
 import ranks
 import values
+from calls import meeting
 from flashcomm import kernels
 from flashcomm.codecs import Codec
+from flashcomm.errors import RanksDisagree
 
 
 def decoded(x, spec):
@@ -124,12 +126,12 @@ def out_on_ranks():
 def buffers_on_ranks():
     x = promises.tensor(dist.get_rank(), (64, 512))
     out = torch.empty_like(x)
-    state = flashcomm.collectives.state.state_of(None)
+    buffers = meeting().lanes[0].messages.buffers
     flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out)
-    held = {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
+    held = {name: buffer.data_ptr() for name, buffer in buffers._held.items()}
     for rows in (64, 3, 17, 64):
         flashcomm.all_reduce(x[:rows], "int8g128", algorithm="two_step", out=out[:rows])
-    return held == {name: buffer.data_ptr() for name, buffer in state._buffers.items()}
+    return held == {name: buffer.data_ptr() for name, buffer in buffers._held.items()}
 
 
 def modes_on_ranks():
@@ -276,7 +278,7 @@ def disagree(case):
     }
     try:
         calls[case]()
-    except RuntimeError as error:
+    except RanksDisagree as error:
         message = str(error)
     else:
         message = "nothing was raised"

@@ -16,7 +16,7 @@ SIZE_BYTES = 1 << 18
 
 def meet(folder, name, blocks=2, patience=1 << 30, size_bytes=SIZE_BYTES):
     """The memory of all ranks, files of `folder`, as this rank sees it."""
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     rank, size = dist.get_rank(), dist.get_world_size()
     memory = [
@@ -37,7 +37,7 @@ def meet(folder, name, blocks=2, patience=1 << 30, size_bytes=SIZE_BYTES):
 def sums_are_those_of_the_simulation(folder):
     import warnings
 
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     warnings.simplefilter("ignore", RuntimeWarning)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -71,7 +71,7 @@ def calls_without_end(folder, count):
     import time
     import warnings
 
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     warnings.simplefilter("ignore", RuntimeWarning)
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -99,7 +99,7 @@ def test_calls_follow_each_other_at_any_pace(tmp_path):
 def epochs_overflow(folder):
     import warnings
 
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     warnings.simplefilter("ignore", RuntimeWarning)
     peers, memory = meet(folder, "over", blocks=1)
@@ -123,7 +123,7 @@ def test_epochs_may_overflow(tmp_path):
 def one_rank_stays_away(folder):
     import warnings
 
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     warnings.simplefilter("ignore", RuntimeWarning)
     peers, memory = meet(folder, "away", blocks=1, patience=50)
@@ -155,12 +155,12 @@ def test_a_rank_that_stays_away_is_an_error_of_the_next_call(tmp_path):
     ],
 )
 def test_rows_are_cut_into_tiles(cols, spec, length):
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     assert fused.row_length(cols, codecs.parse(spec)) == length
 
 
 def test_rows_that_do_not_fit_into_a_tile_have_no_length():
-    from flashcomm.kernels import fused
+    from flashcomm.transports.symmetric import launch as fused
 
     assert fused.row_length(20480, codecs.parse("nvfp4")) is None

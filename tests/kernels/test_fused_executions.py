@@ -1,4 +1,4 @@
-"""The protocol of `tiles/exchange.py`, checked on its own functions in every execution of a small world.
+"""The protocol of `symmetric/exchange.py`, checked on its own functions in every execution of a small world.
 
 The kernels run as Python with stand-ins for what touches memory: flags become counters, payloads words, and
 `interleavings` explores in which orders they may be seen. The stream is part of the world: the programs of a launch
@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton")
 
 import interleavings
-from flashcomm.kernels.tiles import exchange
+from flashcomm.transports.symmetric import exchange
 from interleavings import Deliver, Made, Publish, Read, Wait, Write, parts
 
 BUFFERS, EPOCHS, X, OUT = 1 << 8, 1 << 12, 1 << 20, 1 << 30

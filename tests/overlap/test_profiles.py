@@ -20,6 +20,10 @@ class Ranks:
     def __init__(self, *facts):
         self.facts = facts
 
+    @property
+    def ranks(self):
+        return self
+
     def tell(self, fact):
         if not isinstance(fact, tuple):
             return [fact]
@@ -42,7 +46,7 @@ def measured(monkeypatch, mine, *others, machines=None, cores=2, device="cpu"):
         lambda fact, n=n: ([*map(tuple, ranks[n])], fact[1], Seat(machines[n], 1, frozenset(range(cores))))
         for n in range(len(ranks))
     ]
-    monkeypatch.setattr(measuring, "state_of", lambda group: Ranks(*told))
+    monkeypatch.setattr(measuring, "group_of", lambda group: Ranks(*told))
     rates = [Rate(size, size * 3e-5, size * 1e-5) for size in SIZES[1:]]
     return profile_of(mine, rates, NAMES, SIZES, 1, 0, "none", None, torch.device(device))
 

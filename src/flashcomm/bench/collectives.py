@@ -24,7 +24,7 @@ from flashcomm.bench import lab as labs
 from flashcomm.bench import launch
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
-from flashcomm.collectives.state import state_of
+from flashcomm.collectives.group import group_of
 from flashcomm.planner.hardware import bits_per_second
 
 _BATCHED_BYTES, _BATCH = 64 << 10, 20
@@ -355,7 +355,7 @@ class Case:
     def _expected(self, codec: Codec, chosen: str) -> torch.Tensor:
         """What one process gets from the ranks' payloads: the very bits."""
         if self.op == "all_reduce":
-            return simulate.all_reduce(self.xs, codec, chosen, hosts=state_of(None).facts.hosts)
+            return simulate.all_reduce(self.xs, codec, chosen, hosts=group_of(None).facts.hosts)
         first, second = codec.steps
         if self.op == "reduce_scatter":
             return simulate.all_reduce(self._terms(), first, "one_step")

@@ -24,8 +24,8 @@ from flashcomm import codecs, kernels, simulate
 from flashcomm.bench.codec import check
 from flashcomm.bench.collectives import slowest
 from flashcomm.bench.timing import interleaved
-from flashcomm.collectives import symmetric
-from flashcomm.collectives.state import gather, state_of
+from flashcomm.collectives.group import group_of
+from flashcomm.transports.base import Task
 
 TARGETS = ("sm_80", "sm_89", "sm_90", "gfx942")
 CODECS = ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g32+spike")
@@ -182,10 +182,10 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
     xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
     x = xs[rank].to(device)
     out, copy = torch.empty_like(x), torch.empty_like(x)
-    state, calls = state_of(None), {}
+    calls, memories = {}, group_of(None).meet(x.device).lanes[0].memories if device == "cuda" else ()
     calls["none", "plain", "group"] = partial(flashcomm.all_reduce, x, "none", out=out)
     calls["cast to e4m3", "two_step", "group"] = partial(sum_in_fp8, x, out)
-    if device == "cuda" and state.symmetric(x.device):
+    if memories:
         calls["none", "two_shot", "torch"] = _two_shot(x)
     for codec in map(codecs.parse, specs):
         for algorithm in ("one_step", "two_step"):
@@ -195,7 +195,16 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
             call()
             if not torch.equal(out[:64].cpu(), simulate.all_reduce([one[:64] for one in xs], codec, algorithm)):
                 raise RuntimeError(f"{codec} {algorithm}: rank {rank} got other values than one process computes")
-            route = "one launch" if symmetric.mover(algorithm, codec, x, state) else "group"
+            task = Task(
+                name=algorithm,
+                codec=codec,
+                rows=x.shape[0],
+                cols=x.shape[1],
+                dtype=x.dtype,
+                out_dtype=x.dtype,
+                device=x.device,
+            )
+            route = "one launch" if any(memory.prepare(task) for memory in memories) else "group"
             calls[str(codec), algorithm, route] = call
     names = {" ".join(facts): facts for facts in calls}
     times = interleaved(
@@ -232,14 +241,14 @@ def sum_in_fp8(x: torch.Tensor, out: torch.Tensor):
     received = torch.empty_like(sent)
     dist.all_to_all_single(received.view(torch.uint8), sent.view(torch.uint8))
     mine = received.view(ranks, rows, -1).float().sum(0).to(torch.float8_e4m3fn)
-    gather(sent.view(torch.uint8), mine.view(torch.uint8), state_of(None).group)
+    group_of(None).backend.all_gather(mine.view(torch.uint8), sent.view(torch.uint8))
     out.copy_(sent[: x.shape[0]])
 
 
 def _two_shot(x: torch.Tensor) -> Callable[[], object]:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    group = state_of(None).group.group_name
+    group = group_of(None).backend.group.group_name
     shared = symmetric_memory.empty(x.shape, dtype=x.dtype, device=x.device)
     symmetric_memory.rendezvous(shared, group=group)
 
@@ -283,14 +292,15 @@ def compiled(
 
 
 def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
-    from flashcomm.kernels import fused, gpu
-    from flashcomm.kernels.tiles import exchange, move, norm
+    from flashcomm.kernels import gpu
+    from flashcomm.kernels.tiles import move, norm
+    from flashcomm.transports.symmetric import exchange, launch
 
     form, values = gpu.describe(codec, _COLS), gpu.VALUES[torch.bfloat16]
-    length = fused.row_length(_COLS, codec)
+    length = launch.row_length(_COLS, codec)
     assert length is not None
     short = gpu.describe(codec, length)
-    width = fused.padded(codec.payload_bytes(length))
+    width = launch.padded(codec.payload_bytes(length))
     of_row = {
         "SOURCE": form,
         "VALUES": values,

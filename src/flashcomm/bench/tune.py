@@ -8,6 +8,7 @@ messages.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,10 +17,10 @@ import flashcomm
 from flashcomm import planner
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Cast, Codec, Levels, parse
-from flashcomm.collectives.levels import hierarchical
-from flashcomm.collectives.moving import mover
-from flashcomm.collectives.state import GroupState, state_of
+from flashcomm.collectives.group import group_of
+from flashcomm.collectives.routes import runs
 from flashcomm.planner import Cost, Machine, Way
+from flashcomm.transports.base import Run, Task
 
 _ROW = 4096
 SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
@@ -42,17 +43,16 @@ def measure(
         progress: called with what is about to be measured.
 
     Returns:
-        The group with its `machine`, the same on every rank; `flashcomm.collectives.tuning.save` keeps it for later.
+        The group with its `machine`, the same on every rank; `flashcomm.measured.save` keeps it for later.
 
     Raises:
         ValueError: one rank, which has nobody to send to.
     """
     if dist.get_world_size() == 1:
         raise ValueError("one rank has no link to measure: give 2 or more")
-    # Any call makes the ranks meet.
-    flashcomm.all_reduce(torch.zeros(1), "none")
-    state = state_of(None)
-    variants = [(way, codec) for way in _ways(state.facts) for codec in map(parse, (*CODECS, "bf16"))]
+    group = group_of(None)
+    group.meet(torch.device("cpu"))
+    variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, (*CODECS, "bf16"))]
     # Pieces are for what the cores have to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
     samples: dict[tuple[Way | None, bool], list[tuple[int, float, float]]] = {}
@@ -76,24 +76,31 @@ def measure(
             variants = [v for v in variants if (v[0].algorithm, isinstance(v[1], Cast)) not in behind]
     costs = {key: Cost.measured(points) for key, points in samples.items()}
     machine = Machine(
-        name=state.name,
+        name=group.name,
         plain=costs[None, True],
         compressed={way: cost for (way, exact), cost in costs.items() if way and not exact},
         uncompressed={way: cost for (way, exact), cost in costs.items() if way and exact},
     )
-    return replace(state.facts, machine=Machine.from_dict(state.tell(machine.as_dict())[0]))
+    return replace(group.facts, machine=Machine.from_dict(group.ranks.tell(machine.as_dict())[0]))
 
 
-def _ways(group: planner.Group) -> list[Way]:
-    algorithms = ["one_step", "two_step", *(["hierarchical"] if group.has_levels else [])]
-    return [Way(algorithm=name, pieces=n) for name in algorithms for n in ((1,) if group.shared else _PIECES)]
+def _ways(facts: planner.Group) -> list[Way]:
+    algorithms = ["one_step", "two_step", *(["hierarchical"] if facts.has_levels else [])]
+    return [Way(algorithm=name, pieces=n) for name in algorithms for n in ((1,) if facts.shared else _PIECES)]
 
 
-def _run(way: Way, x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor):
-    if way.algorithm == "hierarchical":
-        hierarchical(x, Levels(parse("bf16"), codec), state, out, way.pieces)
-    else:
-        mover(way.algorithm, codec, x, state, way.pieces)(x, codec, state, out)
+def _run(way: Way, x: torch.Tensor, codec: Codec) -> Run:
+    task = Task(
+        name=way.algorithm,
+        codec=Levels(parse("bf16"), codec) if way.algorithm == "hierarchical" else codec,
+        rows=x.shape[0],
+        cols=x.shape[1],
+        dtype=x.dtype,
+        out_dtype=x.dtype,
+        device=x.device,
+        pieces=way.pieces,
+    )
+    return runs(task, group_of(None))[0]
 
 
 def _times(
@@ -102,13 +109,13 @@ def _times(
     """Seconds that the slowest rank needs for each variant, and for the backend's own all-reduce."""
     values = size // 2
     x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
-    out, state = torch.empty_like(x), state_of(None)
+    out = torch.empty_like(x)
     calls = 20 if size <= 64 << 10 else 1
     timed: dict[tuple[Way | None, Codec | None], Callable[[], object]] = {
         (None, None): lambda: flashcomm.all_reduce(x, "none", out=out)
     }
     for way, codec in variants:
-        timed[way, codec] = lambda way=way, codec=codec: _run(way, x, codec, state, out)
+        timed[way, codec] = partial(_run(way, x, codec), x, out)
     repeated = {str(n): lambda call=call: [call() for _ in range(calls)] for n, call in enumerate(timed.values())}
     times = interleaved(repeated, repeats=repeats, warmup=1, before=dist.barrier)
     medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64)

@@ -92,9 +92,9 @@ def tune(
 
     Where ranks have been started by torchrun or `flashcomm lab`, they are measured; else ranks are started here.
     """
+    from flashcomm import measured
     from flashcomm.bench import compute, launch
     from flashcomm.bench import tune as tuning_bench
-    from flashcomm.collectives import tuning
 
     if save:
         need("transformers", "transformers")
@@ -118,7 +118,7 @@ def tune(
         write_json(save, group.as_dict())
         group = group.group
     assert group.machine is not None
-    target = tuning.save(group.machine)
+    target = measured.save(group.machine)
     _print_tuning(group)
     stdout.print(f"Kept in {target}; rank 0 reads it when ranks meet.", highlight=False, soft_wrap=True)
     write_json(json_file, {"machine": group.machine.as_dict(), "ranks": group.ranks, "hosts": group.hosts})
@@ -185,18 +185,18 @@ def env(json_file: Json = None):
     import torch
     import torch.distributed as dist
 
-    from flashcomm import kernels
+    from flashcomm import kernels, measured
     from flashcomm.bench import lab, machine
-    from flashcomm.collectives import state, tuning
+    from flashcomm.transports import lanes
 
-    facts, groups = machine.describe(), tuning.names()
+    facts, groups = machine.describe(), measured.names()
     codec = flashcomm.codec("int8g128")
     cpu, cpu_why = kernels.route(codec, "cpu")
     gpu, gpu_why = kernels.route(codec, "cuda") if torch.cuda.is_available() else ("off", "no CUDA device")
     paths = {
         "CPU codecs": (cpu, cpu_why),
         "GPU codecs": (gpu, gpu_why),
-        "shared memory": _unless(state.why_not_shared()),
+        "shared memory": _unless(lanes.why_not_shared()),
         "gloo": ("on", "") if dist.is_gloo_available() else ("off", "this torch is built without it"),
         "NCCL": ("on", "") if dist.is_nccl_available() else ("off", "this torch is built without it"),
         "transformers": _presence("transformers", "pip install 'flashcomm[transformers]'"),
@@ -211,14 +211,14 @@ def env(json_file: Json = None):
         table.add_row(name, version)
     for name, (found, why) in paths.items():
         table.add_row(name, f"{found}{': ' + why if why else ''}")
-    measured = groups or ["nothing measured yet: see 'flashcomm tune'"]
-    table.add_row("tuning", "\n".join([str(tuning.path()), *measured]))
+    kept = groups or ["nothing measured yet: see 'flashcomm tune'"]
+    table.add_row("tuning", "\n".join([str(measured.path()), *kept]))
     stdout.print(table, highlight=False)
     document = {
         "flashcomm": flashcomm.__version__,
         **facts,
         "paths": {n: {"state": s, "why": w} for n, (s, w) in paths.items()},
-        "tuning": {"file": str(tuning.path()), "groups": groups},
+        "tuning": {"file": str(measured.path()), "groups": groups},
     }
     write_json(json_file, document)
 

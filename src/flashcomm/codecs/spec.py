@@ -35,7 +35,7 @@ from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.spike import Spike
-from flashcomm.words import did_you_mean
+from flashcomm.errors import did_you_mean
 
 DEFAULT_GROUP = 128
 DEFAULT_BLOCK = 32

@@ -1,35 +1,39 @@
-"""What the collectives may be given: the errors of a wrong argument, before any communication."""
+"""Check the arguments of the collectives, before any communication."""
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from flashcomm import codecs, kernels
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
-from flashcomm.collectives.state import GroupState, state_of
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 
-def entered(x: torch.Tensor, group: "dist.ProcessGroup | DeviceMesh | None") -> GroupState:
-    """The state of `group`, once `x` is a tensor that a collective can take."""
+def check_tensor(x: torch.Tensor):
+    """Refuse what no collective can take.
+
+    Raises:
+        ValueError: not a dense tensor, or one that requires a gradient.
+    """
     if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
         raise ValueError(
             f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
         )
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+    # Not a call: this is in every collective.
+    if x.requires_grad:
+        check_grad(x)
     if not x.data_ptr():
         kernels.check_storage(x)
-    return state_of(group)
+
+
+def check_grad(x: torch.Tensor):
+    """Refuse a tensor that requires a gradient where gradients are recorded."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
 
 
 def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
-    """The parsed codec, if it can encode `x`."""
+    """Parse the codec, and check that it can encode `x`."""
     codec = codecs.parse(codec)
     if x.dtype not in FLOAT_DTYPES and not isinstance(codec, Plain):
         raise ValueError(
@@ -39,7 +43,7 @@ def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
 
 
 def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
-    """Of a codec for the steps of an all-reduce, the one for a collective that is a single step."""
+    """The format of a collective that sends once: the first or the second of a pair, by its `place`."""
     if isinstance(codec, Levels):
         raise ValueError(f"only all_reduce has levels: of {codec}, give one of {codec.inside} and {codec.between}")
     if algorithm in ("two_step", "hierarchical"):
@@ -48,7 +52,7 @@ def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
 
 
 def exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:
-    """The codec, if rows of `x` can be exchanged in it."""
+    """Check that rows of `x` can be exchanged in the codec, and return it."""
     if isinstance(codec, Pair):
         raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
     if x.dim() < 2:
@@ -57,10 +61,15 @@ def exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:
 
 
 def part_shape(shape: torch.Size, ranks: int) -> tuple[int, ...]:
-    """The shape of one rank's part of dimension 0."""
+    """Shape of one rank's part of dimension 0."""
     if not shape or shape[0] % ranks:
         raise ValueError(f"reduce_scatter splits dimension 0 over {ranks} ranks, which {list(shape)} does not allow")
     return shape[0] // ranks, *shape[1:]
+
+
+def gathered_shape(shape: torch.Size, ranks: int) -> tuple[int, ...]:
+    """Shape of all ranks' parts, concatenated along dimension 0."""
+    return (ranks * shape[0], *shape[1:]) if shape else (ranks,)
 
 
 def row_shape(shape: torch.Size) -> tuple[int, int]:
@@ -68,8 +77,26 @@ def row_shape(shape: torch.Size) -> tuple[int, int]:
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)
 
 
+def all_to_all_rows(
+    x: torch.Tensor, in_sizes: Sequence[int] | None, out_sizes: Sequence[int] | None, rank: int, ranks: int
+) -> tuple[list[int], list[int]]:
+    """Entries of dimension 0 to each rank and from each rank.
+
+    Raises:
+        ValueError: sizes that do not fit `x`, the number of ranks, or each other.
+    """
+    to = split_sizes("input_split_sizes", in_sizes, x.shape[0], ranks)
+    come = split_sizes("output_split_sizes", out_sizes, None if out_sizes else x.shape[0], ranks)
+    if to[rank] != come[rank]:
+        raise ValueError(
+            f"rank {rank} keeps {to[rank]} rows by input_split_sizes and {come[rank]} by output_split_sizes: give the "
+            "same number"
+        )
+    return to, come
+
+
 def split_sizes(name: str, sizes: Sequence[int] | None, rows: int | None, ranks: int) -> list[int]:
-    """The rows for each rank: `sizes`, or equal parts of `rows`."""
+    """Rows for each rank: `sizes`, or equal parts of `rows`."""
     if sizes is None:
         assert rows is not None
         if rows % ranks:

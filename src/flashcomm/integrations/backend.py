@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
-from flashcomm.collectives.state import is_plain
 from flashcomm.collectives.stats import record_plain
 from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Policy
+from flashcomm.transports.backend import is_plain
 
 _log = logging.getLogger("flashcomm")
 

@@ -8,7 +8,7 @@ host or behind several API servers, put a line into the log instead.
     flashcomm_plain_total{rank="0",reason="decode step"} 5440
     flashcomm_sent_bytes_total{rank="0"} 36765696
     flashcomm_saved_bytes_total{rank="0"} 34537472
-    flashcomm_errors_total{error="RuntimeError",rank="0"} 1
+    flashcomm_errors_total{error="PeerLost",rank="0"} 1
 
 Source: our own.
 """
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from flashcomm import collectives
+from flashcomm import collectives, settings
 
 FOLDER_VARIABLE = "FLASHCOMM_STATS"
 """Where workers write their counts; made and removed by the process that serves them."""
@@ -85,7 +85,7 @@ class Reporter:
 
     def __init__(self, rank: int, log: logging.Logger):
         self._rank, self._log = rank, log
-        self._folder = os.environ.get(FOLDER_VARIABLE)
+        self._folder = settings.text(FOLDER_VARIABLE) or None
         self._last: dict = {}
         self._stop = threading.Event()
         threading.Thread(target=self._run, name="flashcomm-reporter", daemon=True).start()
@@ -121,7 +121,7 @@ class Reporter:
 
 
 def count_error(error: BaseException):
-    """Count a collective that failed."""
+    """Count a collective that failed, by the class of `flashcomm.errors`."""
     _errors[type(error).__name__] += 1
 
 

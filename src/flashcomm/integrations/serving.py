@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from flashcomm import collectives, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
-from flashcomm.collectives.state import state_of
+from flashcomm.collectives.group import group_of
 from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations import reporting
 from flashcomm.policy import Policy
@@ -85,7 +85,7 @@ class Sums:
 
     def __init__(self, policy: Policy, group: dist.ProcessGroup, in_decode: Callable[[], bool], log: logging.Logger):
         self.policy, self.group, self._in_decode, self._log = policy, group, in_decode, log
-        self._state = state_of(group)
+        self._group = group_of(group)
         self._declined: dict[tuple[int, Codec], str | None] = {}
 
     def reduce(self, x: torch.Tensor, codec: Codec, plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -128,17 +128,16 @@ class Sums:
 
     def meet(self, device: torch.device):
         """Learn how the ranks reach each other, and say what will be done; before the first sum, on all ranks."""
-        state = self._state
-        state.meet(device)
+        meeting = self._group.meet(device)
         # On all ranks, because it refuses an algorithm that this group cannot serve.
         plan = self._plan(_LARGE_BYTES, self.policy.codecs[0])
-        if state.rank:
+        ranks = self._group.ranks
+        if ranks.rank:
             return
-        route = (
-            "shared memory" if state.shared else "connections" if state.connections else dist.get_backend(self.group)
-        )
         but = f"; but auto sends values as they are: {plan.reason}" if plan.declined else ""
-        self._log.info("flashcomm compresses %s; %d ranks over %s%s", self.policy, state.ranks, route, but)
+        self._log.info(
+            "flashcomm compresses %s; %d ranks over %s%s", self.policy, ranks.world_size, meeting.carrier, but
+        )
 
     def _plan(self, message_bytes: int, codec: Codec) -> planner.Plan:
-        return planner.choose(message_bytes, self._state.facts, codec, algorithm=self.policy.algorithm)
+        return planner.choose(message_bytes, self._group.facts, codec, algorithm=self.policy.algorithm)

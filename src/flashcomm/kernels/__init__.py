@@ -10,14 +10,13 @@ itself, which `route` tells and the log says once.
 
 import importlib.util
 import logging
-import os
 import threading
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from flashcomm import codecs
+from flashcomm import codecs, settings
 from flashcomm.codecs import FLOAT_DTYPES, Cast, Codec, Plain
 
 _log = logging.getLogger("flashcomm.kernels")
@@ -29,7 +28,7 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
     if isinstance(codec, Plain):
         return "torch", "nothing to encode"
     if device_type == "cuda":
-        if os.environ.get("FLASHCOMM_TRITON", "1") == "0":
+        if not settings.switched_on("FLASHCOMM_TRITON"):
             return "torch", "FLASHCOMM_TRITON=0"
         if importlib.util.find_spec("triton") is None:
             return "torch", "triton is not installed (pip install triton)"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashcomm.collectives.state import state_of
+from flashcomm.collectives.group import group_of
 from flashcomm.cores import Seat, crowd
 from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
 
@@ -119,7 +119,7 @@ def profile_of(
         device: that computes.
     """
     mine = [*map(tuple, parts)], [*map(tuple, rates)], Seat.mine()
-    told: list[tuple] = state_of(group).tell(mine)
+    told: list[tuple] = group_of(group).ranks.tell(mine)
     times = [[Times(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
     kinds = [re.sub(r"\d+", "*", name) for name in names] + ["end"]
@@ -152,4 +152,4 @@ def profile_of(
         skips=skips,
     )
     # Ranks may differ in their cores.
-    return state_of(group).tell(profile)[0]
+    return group_of(group).ranks.tell(profile)[0]

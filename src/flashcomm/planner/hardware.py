@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from flashcomm.errors import did_you_mean
 from flashcomm.planner import MOST_PIECES, PIECE_S, Group
 from flashcomm.planner.model import SIZES, Cost, Machine, Way
 from flashcomm.planner.overlap import CROWDED
-from flashcomm.words import did_you_mean
 
 MATMUL_SHARE = 0.81
 """Of the peak, in the best matrix products: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of the table

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flashcomm.words import did_you_mean
+from flashcomm.errors import did_you_mean
 
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LATENT = ("kv_lora_rank", "q_lora_rank")

@@ -14,7 +14,7 @@ that do not depend on each other; they keep the same order on all ranks, as long
 Not supported: gradients. An asynchronous call breaks the graph.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,10 +23,12 @@ from torch._higher_order_ops import effects
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashcomm import codecs, collectives, planner
+from flashcomm import codecs, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives import arguments
-from flashcomm.collectives.state import state_of
+from flashcomm.collectives.call import start
+from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, Verb
+from flashcomm.collectives.topology import process_group
 from flashcomm.kernels.compiled import into, name_of
 
 Group = dist.ProcessGroup | DeviceMesh | None
@@ -48,8 +50,8 @@ def all_reduce(
     """`flashcomm.all_reduce` in a graph."""
     if async_op:
         options = {"strict": strict, "batch_invariant": batch_invariant}
-        return _between_graphs(collectives.all_reduce, x, codec, group, algorithm=algorithm, out=out, **options)
-    _check_grad(x)
+        return _between_graphs(ALL_REDUCE, x, codec, group, algorithm=algorithm, out=out, **options)
+    arguments.check_grad(x)
     name, of = name_of(codec), _name_of(group)
     return into(out, torch.ops.flashcomm.all_reduce(x, name, of, algorithm, strict, batch_invariant))
 
@@ -59,8 +61,8 @@ def reduce_scatter(
 ) -> torch.Tensor:
     """`flashcomm.reduce_scatter` in a graph."""
     if async_op:
-        return _between_graphs(collectives.reduce_scatter, x, codec, group, algorithm=algorithm, out=out)
-    _check_grad(x)
+        return _between_graphs(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out)
+    arguments.check_grad(x)
     return into(out, torch.ops.flashcomm.reduce_scatter(x, name_of(codec), _name_of(group), algorithm))
 
 
@@ -69,8 +71,8 @@ def all_gather(
 ) -> torch.Tensor:
     """`flashcomm.all_gather` in a graph."""
     if async_op:
-        return _between_graphs(collectives.all_gather, x, codec, group, algorithm=algorithm, out=out)
-    _check_grad(x)
+        return _between_graphs(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out)
+    arguments.check_grad(x)
     return into(out, torch.ops.flashcomm.all_gather(x, name_of(codec), _name_of(group), algorithm))
 
 
@@ -86,29 +88,24 @@ def all_to_all(
 ) -> torch.Tensor:
     """`flashcomm.all_to_all` in a graph."""
     if async_op:
-        splits = {"output_split_sizes": output_split_sizes, "input_split_sizes": input_split_sizes}
-        return _between_graphs(collectives.all_to_all, x, codec, group, algorithm=algorithm, out=out, **splits)
-    _check_grad(x)
+        splits = input_split_sizes, output_split_sizes
+        return _between_graphs(ALL_TO_ALL, x, codec, group, algorithm=algorithm, out=out, splits=splits)
+    arguments.check_grad(x)
     name, of = name_of(codec), _name_of(group)
     return into(out, torch.ops.flashcomm.all_to_all(x, name, of, output_split_sizes, input_split_sizes, algorithm))
 
 
-def async_op_needs_a_graph_break(verb: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Make an asynchronous call between two graphs, because its `Work` is no tensor."""
-    return verb(*args, async_op=True, **options)
+def async_op_needs_a_graph_break(verb: Verb, *args: Any, **options: Any) -> Any:
+    """Make an asynchronous call between two graphs, because its `Work` is not a tensor."""
+    return start(verb, *args, async_op=True, **options)
 
 
 # With ``fullgraph=True`` torch refuses it by its name.
 _between_graphs: Any = torch.compiler.disable(async_op_needs_a_graph_break)
 
 
-def _check_grad(x: torch.Tensor):
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
-
-
 def _name_of(group: Group) -> str:
-    """The string by which an operator finds `group` again; "" for the default group, whichever that is then."""
+    """The string by which an operator finds `group` again; "" for the default group at that time."""
     if group is None:
         return ""
     if isinstance(group, dist.ProcessGroup):
@@ -133,8 +130,8 @@ def _name_of_levels(name: str, mesh: DeviceMesh) -> str:
 
 @torch.compiler.assume_constant_result
 def _refusal(group: Any) -> Any:
-    # The mesh or group is none of this process, and state_of says what to do.
-    state_of(getattr(group, "real_obj", group))
+    # The mesh or group does not belong to this process, and the error says what to do.
+    process_group(getattr(group, "real_obj", group))
 
 
 def _group(name: str) -> Group:
@@ -143,12 +140,14 @@ def _group(name: str) -> Group:
     return _meshes[name] if name in _meshes else distributed_c10d._resolve_process_group(name)  # pyright: ignore
 
 
-def _run(verb: Callable[..., Any], x: torch.Tensor, codec: str, group: str, **options: Any) -> torch.Tensor:
-    return verb(x, codecs.named(codec), _group(group), **options)
+def _run(verb: Verb, x: torch.Tensor, codec: str, group: str, **options: Any) -> torch.Tensor:
+    result = start(verb, x, codecs.named(codec), _group(group), **options)
+    assert isinstance(result, torch.Tensor)
+    return result
 
 
 def _known(x: torch.Tensor, codec: Codec, group: str, algorithm: str) -> int:
-    """The number of ranks, once what shapes and names tell has been checked."""
+    """Check what shapes and names tell, and return the number of ranks."""
     mesh_or_group = _group(group)
     ranks = mesh_or_group.size() if mesh_or_group else dist.get_world_size()
     arguments.fitting(codec, x)
@@ -165,7 +164,7 @@ def _all_reduce(
     x: torch.Tensor, codec: str, group: str, algorithm: str, strict: bool, batch_invariant: bool
 ) -> torch.Tensor:
     options = {"strict": strict, "batch_invariant": batch_invariant}
-    return _run(collectives.all_reduce, x, codec, group, algorithm=algorithm, **options)
+    return _run(ALL_REDUCE, x, codec, group, algorithm=algorithm, **options)
 
 
 @_all_reduce.register_fake
@@ -176,7 +175,7 @@ def _(x: torch.Tensor, codec: str, group: str, algorithm: str, strict: bool, bat
 
 @torch.library.custom_op("flashcomm::reduce_scatter", mutates_args=())
 def _reduce_scatter(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    return _run(collectives.reduce_scatter, x, codec, group, algorithm=algorithm)
+    return _run(REDUCE_SCATTER, x, codec, group, algorithm=algorithm)
 
 
 @_reduce_scatter.register_fake
@@ -187,13 +186,13 @@ def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
 
 @torch.library.custom_op("flashcomm::all_gather", mutates_args=())
 def _all_gather(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    return _run(collectives.all_gather, x, codec, group, algorithm=algorithm)
+    return _run(ALL_GATHER, x, codec, group, algorithm=algorithm)
 
 
 @_all_gather.register_fake
 def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
     ranks = _known(x, arguments.single_step(codecs.named(codec), 1, algorithm), group, algorithm)
-    return x.new_empty((ranks * x.shape[0], *x.shape[1:]) if x.dim() else (ranks,))
+    return x.new_empty(arguments.gathered_shape(x.shape, ranks))
 
 
 @torch.library.custom_op("flashcomm::all_to_all", mutates_args=())
@@ -205,8 +204,8 @@ def _all_to_all(
     input_split_sizes: Sequence[int] | None,
     algorithm: str,
 ) -> torch.Tensor:
-    splits = {"output_split_sizes": output_split_sizes, "input_split_sizes": input_split_sizes}
-    return _run(collectives.all_to_all, x, codec, group, algorithm=algorithm, **splits)
+    splits = input_split_sizes, output_split_sizes
+    return _run(ALL_TO_ALL, x, codec, group, algorithm=algorithm, splits=splits)
 
 
 @_all_to_all.register_fake

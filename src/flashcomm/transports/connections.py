@@ -1,18 +1,20 @@
 """Messages between the ranks of a CPU group, over TCP connections of our own.
 
 gloo moves a message only once the receiver has said that it is ready, by threads that must wake each other up. Here a
-rank writes into its connection at once and the kernel carries the bytes while codecs run. Nothing runs in the
-background: `Connections.send` and `Transfer.wait` move whatever can be moved, in both directions. Whoever waits for
-something else in between must see to it that nobody waits for what is not moved meanwhile, as `levels` does.
+rank writes into its connection at once, and the kernel carries the bytes while codecs run.
 
-Messages leave in the order in which they are sent, one after the other, so that the pieces of a large one arrive in
-order at all peers alike. Each says how long it is, so ranks that differ find out.
+Messages leave one after the other, in the order in which they are sent, so that the pieces of a large one arrive in
+order at all peers. Each message begins with its length, so that ranks with different lengths find out.
 
-Ranks find each other through the group, which also carries the secret that opens a connection. Where one cannot be
-made, which may be a firewall's doing, all ranks use the group's own messages.
+Ranks find each other through the group, which also carries the secret that opens a connection. Where a connection
+cannot be made, for example because of a firewall, all ranks use the group's own messages.
 
-Hazard: after an error nobody knows what is still under way; this rank closes all its connections, which its peers
-notice at once, and every later call raises.
+Hazard: there is no background thread. Bytes move only inside of `Connections.send` and `Transfer.wait`, in both
+directions. Before a caller blocks on anything else, its own pending bytes must have left; the hierarchical all-reduce
+does this with ``wait_gone``.
+
+Hazard: after an error this rank cannot know which bytes are still under way. It closes all its connections, which its
+peers notice at once, and every later call raises.
 
 Source: our own.
 """
@@ -27,12 +29,13 @@ import struct
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 
-if TYPE_CHECKING:
-    from flashcomm.collectives.state import GroupState
+from flashcomm import settings
+from flashcomm.errors import CollectiveError, PeerLost, RanksDisagree, TimedOut
+from flashcomm.transports.base import Ranks
 
 _LENGTH = struct.Struct("!Q")
 _SECRET_BYTES = 32
@@ -53,30 +56,35 @@ class Transfer:
         self._connections, self.peer, self.header = connections, peer, bytearray(header)
         self.length = part.numel()
         self.views = [memoryview(self.header), part.view(-1).numpy().data]
-        """What is still to be moved."""
+        """The bytes that are still to be moved."""
 
     def moved(self, count: int):
-        """So many bytes have been."""
+        """Advance past `count` bytes that have been moved."""
         while self.views and count >= len(self.views[0]):
             count -= len(self.views.pop(0))
         if count:
             self.views[0] = self.views[0][count:]
 
     def wait(self):
-        """Until the message is here, or has been given to the kernel.
+        """Block until the message has arrived, or until the kernel has taken all of it.
 
         Raises:
-            RuntimeError: a peer has closed its connection, sends another length, or did not come in time.
+            PeerLost: a peer has closed its connection.
+            TimedOut: a peer did not come within the group's timeout.
+            RanksDisagree: a peer sends another length.
         """
         if self.views:
             self._connections.wait(self)
 
 
 class Connections:
-    """One connection from this rank to each other; made by all ranks together, or by none."""
+    """A `base.Link`: one connection from this rank to each other, made by all ranks together or by none."""
 
-    def __init__(self, state: "GroupState"):
-        self.rank, self.ranks, self._timeout_s = state.rank, state.ranks, state.timeout_s
+    name = "connections"
+
+    def __init__(self, ranks: Ranks):
+        self.rank, self.ranks, self._timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
+        self._failure: type[CollectiveError] = CollectiveError
         self.broken: str | None = None
         self._sockets: dict[int, socket.socket] = {}
         self._peers: dict[int, int] = {}
@@ -86,27 +94,27 @@ class Connections:
         self._finalizer = weakref.finalize(self, _close, self._sockets)
 
     @classmethod
-    def open(cls, state: "GroupState") -> "tuple[Connections | None, str]":
-        """(connections, "") if every rank reached every other; (None, why) on all ranks if one did not."""
-        self = cls(state)
+    def open(cls, ranks: Ranks) -> "tuple[Connections | None, str]":
+        """Connect all ranks: (connections, "") on every rank, or (None, why) on every rank if one cannot be reached."""
+        self = cls(ranks)
         secret = secrets.token_bytes(_SECRET_BYTES)
         with contextlib.ExitStack() as stack:
             listener, offer, why = None, None, ""
-            if os.environ.get("FLASHCOMM_CONNECTIONS", "1") == "0":
+            if not settings.switched_on("FLASHCOMM_CONNECTIONS"):
                 why = "FLASHCOMM_CONNECTIONS=0"
             else:
                 try:
-                    listener = stack.enter_context(_listen(state.ranks))
+                    listener = stack.enter_context(_listen(ranks.world_size))
                     offer = (_addresses(), listener.getsockname()[1], secret)
                 except (OSError, UnicodeError) as error:
                     why = f"cannot listen: {error}"
-            offers = state.tell(offer)
+            offers = ranks.tell(offer)
             if listener and all(offers):
                 try:
                     why = self._connect(listener, offers)
                 except OSError as error:
                     why = f"cannot accept connections: {error}"
-            whys = state.tell(why)
+            whys = ranks.tell(why)
         # Higher ranks connect to lower ones, so they know more of what went wrong.
         for rank, why in reversed(list(enumerate(whys))):
             if why:
@@ -117,12 +125,12 @@ class Connections:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._peers[connection.fileno()] = peer
             self._coming[peer] = deque()
-            if state.ranks > 2 and hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            if ranks.world_size > 2 and hasattr(socket, "TCP_NOTSENT_LOWAT"):
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         return self, ""
 
     def _connect(self, listener: socket.socket, offers: list[tuple[list[str], int, bytes]]) -> str:
-        """Reach the lower ranks, then let the higher ones reach us; "" or why that failed."""
+        """Connect to the lower ranks, then accept the higher ones; return "" or the reason why that failed."""
         end = time.monotonic() + _CONNECT_S
         for peer in range(self.rank):
             addresses, port, secret = offers[peer]
@@ -144,7 +152,7 @@ class Connections:
         return f"rank {missing[0]} did not connect within {_CONNECT_S:g} s" if missing else ""
 
     def close(self, why: str = "closed"):
-        """Let the peers know that nothing will come any more; the first reason is the one that later calls give."""
+        """See `base.Link`. Of several reasons, later calls give the first."""
         self.broken = self.broken or why
         for connection in self._sockets.values():
             # A child of this process may hold it too.
@@ -153,7 +161,7 @@ class Connections:
         self._finalizer()
 
     def send(self, part: torch.Tensor, peer: int) -> Transfer:
-        """Start sending a contiguous uint8 `part`, which must stay as it is until ``wait()``."""
+        """See `base.Link`."""
         self._check()
         transfer = Transfer(self, peer, part, _LENGTH.pack(part.numel()))
         self._going.append(transfer)
@@ -164,7 +172,7 @@ class Connections:
         return transfer
 
     def receive(self, part: torch.Tensor, peer: int) -> Transfer:
-        """Receive into a contiguous uint8 `part`, after all that this rank receives from that peer already."""
+        """See `base.Link`."""
         self._check()
         transfer = Transfer(self, peer, part, bytes(_LENGTH.size))
         self._coming[peer].append(transfer)
@@ -174,19 +182,20 @@ class Connections:
 
     def _check(self):
         if self.broken:
-            raise RuntimeError(self.broken)
+            raise self._failure(self.broken)
 
     def wait(self, transfer: Transfer):
-        """Move messages until that one has been moved."""
+        """Move messages until `transfer` has been moved."""
         self._check()
         end = time.monotonic() + self._timeout_s
         while transfer.views:
             left_ms = 1000 * (end - time.monotonic())
             if not self._move(max(0, min(_POLL_MS, math.ceil(left_ms)))) and left_ms <= 0:
-                self._fail(transfer.peer, f"did not come within the group's timeout of {self._timeout_s:g} s")
+                why = f"did not come within the group's timeout of {self._timeout_s:g} s"
+                self._fail(TimedOut, transfer.peer, why)
 
     def _move(self, patience_ms: int) -> bool:
-        """Move what can be moved without waiting, once something can; whether anything could."""
+        """Wait up to `patience_ms` until some connection is ready, then move its bytes; return whether one was."""
         events = self._poll.poll(patience_ms)
         for descriptor, event in events:
             peer = self._peers[descriptor]
@@ -197,7 +206,7 @@ class Connections:
         return bool(events)
 
     def _watch(self, peer: int):
-        """Look at a connection only while something is expected of it: who is done may be gone."""
+        """Poll a connection only while bytes are expected or pending: a peer that is done may have ended."""
         events = (select.POLLIN if self._coming[peer] else 0) | (select.POLLOUT if self._sends_to(peer) else 0)
         if events:
             self._poll.register(self._sockets[peer], events)
@@ -205,7 +214,7 @@ class Connections:
             self._poll.unregister(self._sockets[peer])
 
     def _sends_to(self, peer: int) -> bool:
-        """Whether that connection carries the message that is next; the others wait, so each has the link."""
+        """Whether the next message goes to `peer`; the others wait, so that each message has the whole link."""
         return bool(self._going) and self._going[0].peer == peer
 
     def _write(self):
@@ -217,7 +226,7 @@ class Connections:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._fail(transfer.peer, f"has closed its connection ({error.strerror})")
+                self._fail(PeerLost, transfer.peer, f"has closed its connection ({error.strerror})")
             if transfer.views:
                 return
             self._going.popleft()
@@ -231,21 +240,23 @@ class Connections:
             except BlockingIOError:
                 return
             except OSError as error:
-                self._fail(peer, f"has closed its connection ({error.strerror})")
+                self._fail(PeerLost, peer, f"has closed its connection ({error.strerror})")
             if count == 0:
-                self._fail(peer, "has closed its connection")
+                self._fail(PeerLost, peer, "has closed its connection")
             line[0].moved(count)
             length = _LENGTH.unpack(line[0].header)[0]
             if len(line[0].views) < 2 and length != line[0].length:
-                self._fail(peer, f"sends {length} bytes where {line[0].length} were expected")
+                self._fail(RanksDisagree, peer, f"sends {length} bytes where {line[0].length} were expected")
             if line[0].views:
                 return
             line.popleft()
         self._watch(peer)
 
-    def _fail(self, peer: int, what: str) -> NoReturn:
+    def _fail(self, kind: type[CollectiveError], peer: int, what: str) -> NoReturn:
+        if not self.broken:
+            self._failure = kind
         self.close(f"rank {peer} {what}, as rank {self.rank} sees it")
-        raise RuntimeError(self.broken)
+        raise kind(self.broken)
 
 
 def _close(sockets: dict[int, socket.socket]):
@@ -261,7 +272,7 @@ def _listen(ranks: int) -> socket.socket:
 
 
 def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, seconds: float) -> socket.socket:
-    """A connection to a rank that has shown that it knows our secret, as we know its."""
+    """Connect to a rank, and check that each side knows the other's secret."""
     connection = socket.create_connection((address, port), timeout=seconds)
     try:
         connection.sendall(_HELLO.pack(theirs, rank))
@@ -275,7 +286,7 @@ def _greet(address: str, port: int, theirs: bytes, ours: bytes, rank: int, secon
 
 
 def _welcome(connection: socket.socket, secrets_of: list[bytes], rank: int) -> int | None:
-    """The rank that has connected, once it has been answered; None for whoever does not know our secret."""
+    """Answer a new connection and return its rank; None if the other side does not know our secret."""
     with contextlib.suppress(OSError, struct.error, IndexError):
         connection.settimeout(_HELLO_S)
         secret, peer = _HELLO.unpack(connection.recv(_HELLO.size, socket.MSG_WAITALL))
@@ -287,8 +298,8 @@ def _welcome(connection: socket.socket, secrets_of: list[bytes], rank: int) -> i
 
 
 def _addresses() -> list[str]:
-    """Where the other ranks may find this one: on the interface that gloo is told to use, else on that which leads to
-    rank 0, or by name.
+    """Addresses by which other ranks may reach this one: of the interface that gloo is told to use, else of the one
+    that leads to rank 0, then those of the host's name.
     """
     found = []
     if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
@@ -297,7 +308,7 @@ def _addresses() -> list[str]:
         master = os.environ.get("MASTER_ADDR", "localhost")
         family, kind, _, _, there = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            # Sends nothing; only asks the kernel for the way.
+            # Sends nothing; only asks the kernel for the route.
             probe.connect(there)
             found.append(probe.getsockname()[0])
     with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The rule of `kernels/epochs.py`, checked on its own functions in every execution of a small world.
+"""The rule of `shared/loops.py`, checked on its own functions in every execution of a small world.
 
 What a rank does is not written down here a second time: the functions run uncompiled, under the addresses and arguments
-that `collectives/shared.py` gives them, with stand-ins for what touches memory (`run_rows`, and inside the intrinsics
+that `shared/prepare.py` gives them, with stand-ins for what touches memory (`run_rows`, and inside the intrinsics
 the builder of atomic loads and stores, which is told their order). What they touch, in which order, is what
 `interleavings` explores. Each planted fault changes one line of the source, and must be found.
 
@@ -27,8 +27,9 @@ import flashcomm
 import interleavings
 import promises
 from flashcomm.codecs import parse
-from flashcomm.collectives import shared
-from flashcomm.kernels import cpu, epochs
+from flashcomm.kernels import cpu
+from flashcomm.transports.base import Ranks, Task
+from flashcomm.transports.shared import loops, memory, prepare, sizes
 from interleavings import Deliver, Made, Publish, Read, Wait, Write, parts
 
 START = 1 << 40
@@ -106,7 +107,7 @@ class Log:
         self._thread = threading.local()
 
     def begin(self, place):
-        self._thread.log = self.threads.setdefault(int(place[epochs.BASE]), [])
+        self._thread.log = self.threads.setdefault(int(place[loops.BASE]), [])
 
     def add(self, operation):
         self._thread.log.append(operation)
@@ -123,17 +124,17 @@ class Log:
 
 @functools.cache
 def _compile(source):
-    return compile(source, epochs.__file__, "exec")
+    return compile(source, loops.__file__, "exec")
 
 
 def uncompiled(log, *faults) -> types.ModuleType:
-    """A copy of `epochs` that runs in Python and tells `log`; `faults` are (line, what to put there)."""
-    source = inspect.getsource(epochs)
+    """A copy of `loops` that runs in Python and tells `log`; `faults` are (line, what to put there)."""
+    source = inspect.getsource(loops)
     for right, wrong in faults:
         assert right in source, f"the fault no longer fits: {right}"
         source = source.replace(right, wrong)
     module = types.ModuleType("uncompiled")
-    module.__file__ = epochs.__file__
+    module.__file__ = loops.__file__
     exec(_compile(source), module.__dict__)
     publish, observe, builder = module.publish._defn, module.observe._defn, Builder(log)
     context = types.SimpleNamespace(get_dummy_value=lambda: None)
@@ -157,9 +158,19 @@ class Call:
     piece: int | None = None
     """Rows to a piece, if not as many as fit."""
 
-    def prepared(self, state) -> shared.Prepared:
-        """As `collectives` would run it."""
-        ready = getattr(shared, self.name)(parse(self.codec), self.rows, self.cols, self.dtype, self.dtype, state)
+    def prepared(self, rank: int, ranks: int) -> prepare.Prepared:
+        """As shared memory would run it."""
+        task = Task(
+            name=self.name,
+            codec=parse(self.codec),
+            rows=self.rows,
+            cols=self.cols,
+            dtype=self.dtype,
+            out_dtype=self.dtype,
+            device=torch.device("cpu"),
+        )
+        ready = prepare.prepare(task, rank, ranks)
+        assert ready
         return dataclasses.replace(ready, piece=self.piece) if self.piece else ready
 
 
@@ -167,19 +178,21 @@ class Machine:
     """Ranks on one host, as addresses. A payload is words of some bytes, or for None a single one."""
 
     def __init__(
-        self, ranks: int, half_bytes: int = shared.HALF_BYTES, threads: int = 1, word_bytes: int | None = 2, faults=()
+        self, ranks: int, half_bytes: int = sizes.HALF_BYTES, threads: int = 1, word_bytes: int | None = 2, faults=()
     ):
         self.ranks, self.half_bytes, self.threads = ranks, half_bytes, threads
         self._word_bytes = word_bytes
         self.logs = [Log() for _ in range(ranks)]
         self.modules = [uncompiled(log, *faults) for log in self.logs]
-        self.memories = []
+        self.regions = []
         for rank in range(ranks):
-            memory = shared.SharedMemory(types.SimpleNamespace(rank=rank, ranks=ranks), half_bytes, threads)
-            memory._polls = np.zeros(8 * ranks, np.uint8)
-            memory._places = [memory._place(START, thread, 1.0) for thread in range(threads)]
-            self.memories.append(memory)
-        self.first, self.end = START + self.memories[0]._header_bytes, START + self.memories[0].size
+            us = Ranks(rank=rank, world_size=ranks, timeout_s=30.0, tell=lambda fact: [fact])
+            region = memory._Region(us, half_bytes, threads)
+            region._polls = np.zeros(8 * ranks, np.uint8)
+            region.places = [region._place(START, thread) for thread in range(threads)]
+            self.regions.append(region)
+        self.memories = [memory.SharedMemory(region._ranks, region, int) for region in self.regions]
+        self.first, self.end = START + self.regions[0]._header_bytes, START + self.regions[0]._size
         self.expected: list[dict] = [{} for _ in range(ranks)]
         self._kept: list[torch.Tensor] = []
 
@@ -197,10 +210,9 @@ class Machine:
     def run(self, call: Call):
         """Have every rank note what it does for `call`, and what its result must be."""
         xs, outs, ready = [], [], None
-        for rank, memory in enumerate(self.memories):
-            state = types.SimpleNamespace(rank=rank, ranks=self.ranks, shared=memory)
-            ready = call.prepared(state)
-            assert ready.half_bytes <= self.half_bytes, "GroupState.reserve would have made room"
+        for rank, shared in enumerate(self.memories):
+            ready = call.prepared(rank, self.ranks)
+            assert ready.half_bytes <= self.half_bytes, "SharedMemory.prepare would have made room"
             x = torch.empty(ready.x_rows, ready.cols, dtype=call.dtype)
             out = torch.empty(ready.out_rows, ready.cols, dtype=call.dtype)
             function = getattr(self.modules[rank], ready.function.py_func.__name__)
@@ -210,7 +222,7 @@ class Machine:
                 begin(place)
                 return function(place, *args)
 
-            dataclasses.replace(ready, function=noted)(x, parse(call.codec), state, out)
+            memory.InMemory(dataclasses.replace(ready, function=noted), shared)(x, out)
             xs.append(x)
             outs.append(out)
         self._kept += xs + outs
@@ -427,16 +439,16 @@ def test_the_explorer_knows_what_release_and_acquire_mean(actors, kinds):
 
 def check_addresses(ranks: int, threads: int, call: Call, faults=()):
     """Whose memory, which half, no byte twice in an epoch, and the right rows in the result."""
-    # As GroupState.reserve does.
-    needed = call.prepared(types.SimpleNamespace(rank=0, ranks=ranks)).half_bytes
-    half_bytes = max(shared.HALF_BYTES, 1 << (needed - 1).bit_length())
+    # As SharedMemory.prepare does.
+    needed = call.prepared(0, ranks).half_bytes
+    half_bytes = max(sizes.HALF_BYTES, 1 << (needed - 1).bit_length())
     machine = Machine(ranks, half_bytes=half_bytes, threads=threads, word_bytes=None, faults=faults)
     machine.run(call)
     machine.run(dataclasses.replace(call, rows=call.rows + ranks))
     counters = []
     for rank, log in enumerate(machine.logs):
         for base, operations in log.threads.items():
-            (thread,) = (t for t, place in enumerate(machine.memories[rank]._places) if place[epochs.BASE] == base)
+            (thread,) = (t for t, place in enumerate(machine.regions[rank].places) if place[loops.BASE] == base)
             counters += {o.counter for o in operations if isinstance(o, Publish)}
             check_spans(machine, rank, thread, operations)
     actors = machine.actors()
@@ -444,7 +456,7 @@ def check_addresses(ranks: int, threads: int, call: Call, faults=()):
     assert interleavings.replay(actors).wrong == {}
     counters.sort()
     assert len(counters) == len(actors)
-    assert counters[0] >= START + shared._NONCE_BYTES
+    assert counters[0] >= START + memory._NONCE_BYTES
     assert counters[-1] + 8 <= machine.first
     assert all(later - sooner >= 128 for sooner, later in itertools.pairwise(counters))
 
@@ -522,22 +534,21 @@ def test_the_compiled_loops_write_where_the_uncompiled_do(name, codec):
     ranks, half_bytes, mark = 3, 1 << 14, 0xA5
     call = Call(name=name, rows=6, cols=130, codec=codec, piece=3)
     machine = Machine(ranks, half_bytes=half_bytes, word_bytes=None)
-    memory = np.full(machine.memories[0].size, mark, np.uint8)
-    untouched = np.ones(len(memory), bool)
+    held = np.full(machine.end - START, mark, np.uint8)
+    untouched = np.ones(len(held), bool)
     header_bytes = machine.first - START
-    memory[:header_bytes], untouched[:header_bytes] = 0, False
-    for rank in range(ranks):
+    held[:header_bytes], untouched[:header_bytes] = 0, False
+    for region in machine.regions:
         # Nobody's process is watched: poll ignores descriptors below 0.
-        machine.memories[rank]._polls = np.frombuffer(bytearray(struct.pack("ihh", -1, 0, 0) * ranks), np.uint8)
-        machine.memories[rank]._places = [machine.memories[rank]._place(memory.ctypes.data, 0, 30.0)]
+        region._polls = np.frombuffer(bytearray(struct.pack("ihh", -1, 0, 0) * ranks), np.uint8)
+        region.places = [region._place(held.ctypes.data, 0)]
 
     def run(rank):
-        state = types.SimpleNamespace(rank=rank, ranks=ranks, shared=machine.memories[rank])
-        ready = call.prepared(state)
+        ready = call.prepared(rank, ranks)
         out = torch.empty(ready.out_rows, ready.cols, dtype=call.dtype)
         x = torch.randn(ready.x_rows, ready.cols, generator=torch.Generator().manual_seed(rank)).to(call.dtype)
         for _ in range(3):
-            ready(x, parse(codec), state, out)
+            memory.InMemory(ready, machine.memories[rank])(x, out)
         return x, out
 
     with ThreadPoolExecutor(ranks) as pool:
@@ -555,5 +566,5 @@ def test_the_compiled_loops_write_where_the_uncompiled_do(name, codec):
                     if traced.has(start):
                         untouched[start - START : end - START] = False
     assert untouched.any()
-    assert not (untouched & (memory != mark)).any()
-    assert (memory[header_bytes:][~untouched[header_bytes:]] != mark).any()
+    assert not (untouched & (held != mark)).any()
+    assert (held[header_bytes:][~untouched[header_bytes:]] != mark).any()

@@ -9,12 +9,11 @@ import torch.distributed as dist
 
 import flashcomm
 import promises
-import ranks
 import values
 from flashcomm.bench import lab, launch
-from flashcomm.collectives import steps
-from flashcomm.collectives.levels import hierarchical
-from flashcomm.collectives.state import GroupState, state_of
+from flashcomm.collectives.group import group_of
+from flashcomm.collectives.routes import runs
+from flashcomm.transports.base import Task
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
 
@@ -57,9 +56,8 @@ def test_levels_give_the_bits_that_one_process_predicts(size, per_host):
 
 def more_than_the_kernel_keeps() -> bool:
     torch.set_num_threads(1)
-    state = state_of(None)
-    state.meet(torch.device("cpu"))
-    for line in state.levels()[1].connections._sockets.values():
+    between = group_of(None).levels()[1]
+    for line in between.meet(torch.device("cpu")).lanes[0].messages.link._sockets.values():
         line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     # Sums of small numbers, which are exact in any order.
@@ -67,7 +65,17 @@ def more_than_the_kernel_keeps() -> bool:
     right = True
     for codec in ("fp32/fp32", "fp32/fp32:fp32") * 3:
         out = torch.empty_like(x)
-        hierarchical(x, flashcomm.codec(codec), state, out, pieces=12)
+        task = Task(
+            name="hierarchical",
+            codec=flashcomm.codec(codec),
+            rows=x.shape[0],
+            cols=x.shape[1],
+            dtype=x.dtype,
+            out_dtype=x.dtype,
+            device=x.device,
+            pieces=12,
+        )
+        runs(task, group_of(None))[0](x, out)
         right = right and out.unique().tolist() == [10.0]
     return right
 
@@ -98,49 +106,6 @@ def test_the_interface_carries_what_the_formula_says():
         for sent in launch.run(bytes_between_hosts, (), ranks=4, lab=hosts):
             # Headers and acknowledgements take some percent; without levels the host would send twice as much.
             assert payload <= sent <= 1.1 * payload
-
-
-def pieces_on_ranks(direct: bool = True):
-    """The bits do not depend on the pieces in which a message travels."""
-    size, rank = dist.get_world_size(), dist.get_rank()
-    state = state_of(None)
-    if not direct:
-        # As over NCCL, each piece one operation of the backend.
-        state = GroupState(dist.group.WORLD, next(state.tags))
-        state.direct = lambda device: False
-    for name in ("one_step", "two_step"):
-        for spec in ("int4g128", "int2g32+spike"):
-            for shape in ((37, 256), (1, 2048), (3, 100), (2, 128)):
-                x, codec = promises.tensor(rank, shape), flashcomm.codec(spec)
-                results = []
-                for pieces in (1, 2, 3, 8):
-                    out = torch.empty_like(x)
-                    sent = getattr(steps, name)(x, codec, state, out, pieces=pieces)
-                    assert sent >= (size - 1) * shape[0] * codec.payload_bytes(shape[1]) // size
-                    results.append(out)
-                want = flashcomm.simulate.all_reduce([promises.tensor(r, shape) for r in range(size)], spec, name)
-                assert all(promises.same(result, want) for result in results), (name, spec, shape)
-    codec = flashcomm.codec("int4g32")
-    xs = [promises.tensor(r, (5 * size, 96)) for r in range(size)]
-    decoded = torch.stack([codec.decode(codec.encode(x), 96, x.dtype) for x in xs])
-    for pieces in (1, 3):
-        gathered, part = torch.empty(5 * size * size, 96, dtype=xs[0].dtype), torch.empty(5, 96, dtype=torch.float32)
-        steps.all_gather(xs[rank], codec, state, gathered, pieces=pieces)
-        assert promises.same(gathered, decoded.flatten(0, 1))
-        steps.reduce_scatter(xs[rank], codec, state, part, pieces=pieces)
-        want = flashcomm.codecs.decode_sum(torch.stack([codec.encode(x) for x in xs]), codec, 96, torch.float32)
-        assert promises.same(part, want.unflatten(0, (size, 5))[rank])
-
-
-@pytest.mark.parametrize("by", ["connections", "gloo"])
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_bits_do_not_depend_on_pieces(size, by):
-    ranks.shared(size, by=by).run(pieces_on_ranks)
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_bits_do_not_depend_on_pieces_that_the_backend_exchanges(size):
-    ranks.shared(size, by="gloo").run(pieces_on_ranks, False)
 
 
 @needs_lab

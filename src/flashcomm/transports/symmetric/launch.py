@@ -1,7 +1,7 @@
-"""All-reduces in one launch: `tiles.exchange` on memory of which every rank knows everybody's addresses.
+"""All-reduces in one launch: `exchange` on memory where every rank knows the addresses of all ranks.
 
-Whose memory that is does not matter here: torch's symmetric memory across GPUs, or on one GPU that several ranks share
-(`flashcomm.collectives.symmetric`), or CPU memory that processes map, in Triton's interpreter.
+The memory may be torch's symmetric memory across GPUs, or on one GPU that several ranks share (`memory`), or CPU memory
+that processes map, in Triton's interpreter.
 """
 
 import math
@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from flashcomm import kernels
 from flashcomm.codecs import Codec
+from flashcomm.errors import PeerLost
 from flashcomm.kernels import gpu
-from flashcomm.kernels.tiles import exchange
+from flashcomm.transports.base import OnRows, Task
+from flashcomm.transports.symmetric import exchange
 
 BLOCKS = 16
 """Programs of a launch, each on a multiprocessor of its own: few, so that a model can compute on the others."""
@@ -22,7 +25,7 @@ BLOCKS = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peers:
-    """The memory of all ranks, as one of them sees it.
+    """The memory of all ranks, as one rank sees it.
 
     Args:
         rank: of this process.
@@ -46,12 +49,12 @@ class Peers:
 
     @property
     def half_bytes(self) -> int:
-        """What a call may use."""
+        """Bytes that one call may use."""
         return (self.size_bytes - padded(8 * len(self.buffers) * len(self.epochs))) // 32 * 16
 
 
 def padded(size_bytes: int) -> int:
-    """Rounded up to the 16 bytes that travel at once."""
+    """Round up to the 16 bytes that travel at once."""
     return -(-size_bytes // 16) * 16
 
 
@@ -72,13 +75,13 @@ def row_length(cols: int, codec: Codec) -> int | None:
 
 
 def needed_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
-    """What an all-reduce of x[rows, cols] uses of half of a rank's memory; see `tiles.exchange`."""
+    """Bytes of half of a rank's memory that an all-reduce of x[rows, cols] uses; see `exchange`."""
     first, second = (padded(step.payload_bytes(cols)) for step in codec.steps)
     return ranks * rows * first if algorithm == "one_step" else ranks * -(-rows // ranks) * (2 * first + second)
 
 
 def sent_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
-    """What a rank sends to others in an all-reduce of x[rows, cols]."""
+    """Bytes that a rank sends to others in an all-reduce of x[rows, cols]."""
     length = row_length(cols, codec)
     assert length is not None
     rows = rows * cols // length
@@ -97,7 +100,7 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
         algorithm: ``one_step`` or ``two_step``.
 
     Raises:
-        RuntimeError: an earlier call lost a rank.
+        PeerLost: an earlier call lost a rank.
         ValueError: not even one row fits into the memory.
     """
     length = row_length(x.shape[1], codec)
@@ -141,11 +144,31 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
 
 
 def check(peers: Peers):
-    """Raise what a device has found out.
+    """Raise if the device has found that a rank is missing.
 
     Raises:
-        RuntimeError: a rank did not come.
+        PeerLost: a rank did not come.
     """
     lost = int(peers.lost[0])
     if lost:
-        raise RuntimeError(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
+        raise PeerLost(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
+
+
+def prepare(task: Task, peers: Peers) -> OnRows | None:
+    """Prepare a task; None where one launch does not serve it."""
+    serves = task.name in ("one_step", "two_step") and task.rows and task.out_dtype == task.dtype
+    if not serves or kernels.any_missing(task.codec, "cuda") or row_length(task.cols, task.codec) is None:
+        return None
+    sent = sent_bytes(task.name, task.rows, task.cols, task.codec, len(peers.buffers))
+
+    def run(x: torch.Tensor, out: torch.Tensor) -> int:
+        stream = torch.cuda.current_stream(x.device)
+        # A graph that is captured may wait for nothing outside of it.
+        if stream != peers.streams[-1] and not torch.cuda.is_current_stream_capturing():
+            stream.wait_stream(peers.streams[-1])
+            peers.streams[:] = [stream]
+        all_reduce(x.contiguous(), task.codec, peers, out, task.name)
+        return sent
+
+    # Ranks of which one has been lost find out by themselves.
+    return OnRows(run, (task.rows, task.cols), abandon=str)

@@ -14,16 +14,20 @@ import flashcomm
 import promises
 import ranks
 import values
-from calls import all_reduce_of_ones, check, failure, new_group
-from flashcomm.collectives import shared
-from flashcomm.collectives.state import state_of
+from calls import all_reduce_of_ones, check, failure, meeting, new_group
+from flashcomm.errors import PeerLost, TimedOut, Unavailable
+from flashcomm.transports.shared import prepare
 
 
 def who_shares():
     group = new_group()
     check(all_reduce_of_ones(group))
-    state = state_of(group)
-    return state.shared is not None, state.why_not_shared
+    return meeting(group).shared, meeting(group).why_not.get("shared memory", "")
+
+
+def memory_of(group):
+    """The memory of synchronous calls."""
+    return meeting(group).lanes[0].memories[0]
 
 
 def one_rank_refuses():
@@ -50,12 +54,12 @@ def one_rank_cannot_open(allowed=0):
         check(all_reduce_of_ones(group, async_op=True).wait())
         if allowed >= 2:
             # A prime number of values, which cannot be cut into shorter rows, so the memory must grow.
-            message, _ = failure(lambda: all_reduce_of_ones(group, (600_011,), algorithm="one_step"))
+            message, _ = failure(lambda: all_reduce_of_ones(group, (600_011,), algorithm="one_step"), Unavailable)
             assert "a row of 2400044 bytes needs more shared memory: rank 1 cannot share memory with rank 0" in message
             # What fits goes on.
             check(all_reduce_of_ones(group))
             check(all_reduce_of_ones(group, async_op=True).wait())
-        return state_of(group).shared is not None, state_of(group).why_not_shared
+        return meeting(group).shared, meeting(group).why_not.get("shared memory", "")
     finally:
         os.open = real
 
@@ -67,7 +71,7 @@ def one_rank_sees_another_process():
         os.pread = lambda *args: b"another file"
     try:
         check(all_reduce_of_ones(group))
-        return state_of(group).shared is not None, state_of(group).why_not_shared
+        return meeting(group).shared, meeting(group).why_not.get("shared memory", "")
     finally:
         os.pread = real
 
@@ -106,7 +110,7 @@ def no_room_for_a_file():
         os.memfd_create = refuse
     try:
         check(all_reduce_of_ones(group))
-        return state_of(group).shared is not None, state_of(group).why_not_shared
+        return meeting(group).shared, meeting(group).why_not.get("shared memory", "")
     finally:
         os.memfd_create = real
 
@@ -132,13 +136,13 @@ def call_until_a_rank_dies(victim):
     for _ in range(3):
         check(all_reduce_of_ones(None))
         check(all_reduce_of_ones(None, async_op=True).wait())
-    assert state_of(None).shared is not None
+    assert meeting().shared
     if rank == victim:
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     calls = [lambda: all_reduce_of_ones(None), lambda: all_reduce_of_ones(None, async_op=True).wait()]
     # Who failed once finds out at once, and so does who calls with a shape that is new to the ranks.
-    return [failure(call) for call in (*calls, *calls, lambda: all_reduce_of_ones(None, (3, 5)))]
+    return [failure(call, PeerLost) for call in (*calls, *calls, lambda: all_reduce_of_ones(None, (3, 5)))]
 
 
 def test_a_killed_rank_is_named_within_moments(fresh_ranks):
@@ -166,7 +170,7 @@ def stall(timeout_s, lasts_s):
     if dist.get_rank() == dist.get_world_size() - 1:
         time.sleep(lasts_s)
         return None
-    return [failure(lambda: all_reduce_of_ones(group)) for _ in range(2)]
+    return [failure(lambda: all_reduce_of_ones(group), TimedOut) for _ in range(2)]
 
 
 def test_a_stalled_rank_is_an_error_at_the_timeout_of_the_group():
@@ -262,7 +266,7 @@ def on_several_threads(threads):
             for algorithm in promises.algorithms(spec):
                 got = flashcomm.all_reduce(xs[rank], spec, group, algorithm=algorithm)
                 assert promises.same(got, flashcomm.simulate.all_reduce(xs, spec, algorithm)), (spec, dtype, algorithm)
-    assert state_of(group).shared.threads == threads
+    assert memory_of(group).threads == threads
     gathered = flashcomm.all_gather(xs[rank], "fp32", group)
     assert promises.same(gathered, torch.cat(xs))
     part = LARGE[0] // size
@@ -281,7 +285,7 @@ def threads_of_one_rank():
     group = new_group()
     check(all_reduce_of_ones(group, (2048, 512)))
     torch.set_num_threads(1)
-    return state_of(group).shared.threads
+    return memory_of(group).threads
 
 
 def test_all_use_as_many_threads_as_the_rank_that_has_fewest():
@@ -294,7 +298,7 @@ def overlapping():
     check(all_reduce_of_ones(group, LARGE, async_op=True).wait())
     for _ in range(3):
         if dist.get_rank() == 1:
-            state_of(group).lane()[1].submit(time.sleep, 0.1)
+            meeting(group).lanes[1].thread.submit(time.sleep, 0.1)
         work = all_reduce_of_ones(group, LARGE, async_op=True)
         time.sleep(0.02)
         check(all_reduce_of_ones(group, LARGE))
@@ -319,7 +323,7 @@ def rows_that_are_long(asynchronous):
         gathered = flashcomm.all_gather(xs[rank], spec, group, async_op=asynchronous)
         gathered = gathered.wait() if asynchronous else gathered
         assert len(gathered) == count * size
-        sizes.append(state_of(group).shared.half_bytes)
+        sizes.append(memory_of(group).half_bytes)
     return sizes
 
 
@@ -338,7 +342,7 @@ def grow_under_way(late):
     group = new_group(timeout_s=1)
     check(all_reduce_of_ones(group, async_op=True).wait())
     if dist.get_rank() == late:
-        state_of(group).lane()[1].submit(time.sleep, 0.3)
+        meeting(group).lanes[1].thread.submit(time.sleep, 0.3)
     works = [all_reduce_of_ones(group, async_op=True) for _ in range(3)]
     check(all_reduce_of_ones(group, (3_000_001,), algorithm="one_step"))
     for work in works:
@@ -375,7 +379,7 @@ def any_strides():
             assert promises.same(xs[rank], before)
             gathered = flashcomm.all_gather(xs[rank], "fp32", group)
             assert promises.same(gathered, torch.cat(xs)), (name, dtype)
-    assert state_of(group).shared is not None
+    assert meeting(group).shared
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -447,4 +451,4 @@ def test_synchronous_and_asynchronous_calls_mix(world_size):
     ],
 )
 def test_rows_are_cut_at_group_borders(rows, cols, codec, least, most_bytes, expected):
-    assert shared.shorten(rows, cols, flashcomm.codec(codec), least, most_bytes) == expected
+    assert prepare.shorten(rows, cols, flashcomm.codec(codec), least, most_bytes) == expected

@@ -99,7 +99,7 @@ def lengths(backend):
 
 def order(backend):
     """Calls run in the order of the program, those too whose result is needed late, or by nobody."""
-    from flashcomm.collectives import compiled as operators
+    from flashcomm.collectives import graph as operators
 
     def forward(x):
         late = flashcomm.all_reduce(x, "int8g128", algorithm="one_step")
@@ -229,7 +229,7 @@ def between_graphs():
 
 def operators():
     """Torch's own checks of an operator: schema, autograd, fake shapes, and tracing with shapes that vary."""
-    import flashcomm.collectives.compiled
+    import flashcomm.collectives.graph
 
     ops, x = torch.ops.flashcomm, promises.tensor(dist.get_rank(), (8, 256))
     samples = {

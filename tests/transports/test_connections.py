@@ -14,34 +14,37 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
-from calls import all_reduce_of_ones, check, failure, new_group
-from flashcomm.collectives import connections, steps
-from flashcomm.collectives.state import GroupState, state_of
+from calls import all_reduce_of_ones, check, failure, meeting, new_group
+from flashcomm.collectives import algorithms
+from flashcomm.errors import PeerLost
+from flashcomm.transports import connections
+from flashcomm.transports.base import Ranks
 
 
-def connected(group) -> tuple[GroupState, connections.Connections]:
-    state = state_of(group)
-    state.meet(torch.device("cpu"))
-    assert state.connections, state.why_not_connected
-    return state, state.connections
+def connected(group) -> tuple[Ranks, connections.Connections]:
+    """The ranks, and the connections of synchronous calls."""
+    met = meeting(group)
+    assert met.connected, met.why_not
+    messages = met.lanes[0].messages
+    return messages.ranks, messages.link
 
 
 def messages_of_all_sizes():
     """All ranks send to all at once, more than the kernel keeps, and nobody receives before all has been sent."""
-    state, lines = connected(new_group())
+    us, lines = connected(new_group())
     sizes = [1, 7, 100_000, 30_000_000, 64, 3]
     for way in ("receive first", "send first"):
         gone, come = [], []
 
         def send(gone=gone):
             for number, size in enumerate(sizes):
-                for peer in state.peers():
-                    value = 16 * state.rank + number
+                for peer in us.peers:
+                    value = 16 * us.rank + number
                     gone.append(lines.send(torch.full((size,), value, dtype=torch.uint8), peer))
 
         def receive(come=come):
             for number, size in enumerate(sizes):
-                for peer in state.peers():
+                for peer in us.peers:
                     part = torch.empty(size, dtype=torch.uint8)
                     come.append((lines.receive(part, peer), part, 16 * peer + number))
 
@@ -62,12 +65,12 @@ def test_messages_of_all_sizes_arrive_in_order(world_size):
 
 
 def two_lengths():
-    state, lines = connected(new_group())
-    sent, expected = (10, 20) if state.rank == 0 else (30, 40)
+    us, lines = connected(new_group())
+    sent, expected = (10, 20) if us.rank == 0 else (30, 40)
 
     def exchange():
-        transfer = lines.receive(torch.empty(expected, dtype=torch.uint8), 1 - state.rank)
-        lines.send(torch.zeros(sent, dtype=torch.uint8), 1 - state.rank)
+        transfer = lines.receive(torch.empty(expected, dtype=torch.uint8), 1 - us.rank)
+        lines.send(torch.zeros(sent, dtype=torch.uint8), 1 - us.rank)
         transfer.wait()
 
     return failure(exchange)[0], failure(exchange)[0]
@@ -102,12 +105,12 @@ def one_rank_fails_under_way():
     group = new_group()
     check(all_reduce_of_ones(group))
     if dist.get_rank() == 0:
-        decode, steps.kernels.decode = steps.kernels.decode, None
+        decode, algorithms.kernels.decode = algorithms.kernels.decode, None
         try:
             with pytest.raises(TypeError):
                 all_reduce_of_ones(group)
         finally:
-            steps.kernels.decode = decode
+            algorithms.kernels.decode = decode
     else:
         check(all_reduce_of_ones(group))
     return failure(lambda: all_reduce_of_ones(group))
@@ -130,7 +133,7 @@ def call_until_a_rank_dies(victim):
         time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGKILL)
     calls = [lambda: all_reduce_of_ones(None), lambda: all_reduce_of_ones(None, async_op=True).wait()]
-    return [failure(call) for call in calls * 2]
+    return [failure(call, PeerLost) for call in calls * 2]
 
 
 def test_a_killed_rank_is_an_error_within_moments(fresh_ranks):
@@ -171,8 +174,7 @@ def whether_connected():
     group = new_group()
     check(all_reduce_of_ones(group))
     check(all_reduce_of_ones(group, async_op=True).wait())
-    state = state_of(group)
-    return state.connections is not None, state.why_not_connected
+    return meeting(group).connected, meeting(group).why_not.get("connections", "")
 
 
 def one_rank_refuses():

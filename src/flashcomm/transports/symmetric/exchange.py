@@ -14,16 +14,16 @@ that flag in a launch that began when its launch of epoch e had ended. So nobody
 
 Shape legend: R ranks, B programs, T rows, S rows of a stripe, P payload bytes of a row, rounded up to 16.
 
-Source: Flash Communication (arXiv 2412.04964), section 3.2; the epochs are those of `flashcomm.kernels.epochs`.
+Source: Flash Communication (arXiv 2412.04964), section 3.2; the epochs are those of `transports.shared.loops`.
 """
 
 import triton
 import triton.language as tl
 
 from flashcomm.kernels.tiles.blocks import largest_magnitude
-from flashcomm.kernels.tiles.flags import signal, wait
 from flashcomm.kernels.tiles.move import read, read_sum, write
 from flashcomm.kernels.tiles.values import read_values, write_values
+from flashcomm.transports.symmetric.flags import signal, wait
 
 
 @triton.jit

@@ -1,0 +1,156 @@
+"""The algorithms, on rows: they move payloads and never look inside.
+
+    one_step   encode | all-gather | decode and sum                      one rounding, (R - 1) payloads sent
+    two_step   encode | all-to-all | decode, sum, encode | all-gather | decode
+                                                                         two roundings, 2 (R - 1) / R payloads sent
+
+A two-step all-reduce is a reduce-scatter followed by an all-gather. The owner of a stripe decodes it from the payload
+that it sent, like every other rank, so all ranks end with the same bits.
+
+A message travels in `pieces`: while one piece is on its way the next is encoded, and those that have arrived are added
+up and decoded, so that the link never idles. The bits do not depend on the pieces, nor on the transport.
+
+Shape legend: R ranks, T rows, H columns, S rows of one rank's stripe, P payload bytes of a row.
+
+Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 2411.09510.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from flashcomm import kernels
+from flashcomm.codecs import Codec
+from flashcomm.transports.base import Messages, Scatter
+
+# A stripe is whole rows; where that leaves some ranks idle, rows are cut at group borders until at least this share of
+# the rows of the longest stripe is real on average.
+_BALANCE = 0.9
+
+
+def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
+    """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
+    rows, cols = cut(x.shape[0], x.shape[1], codec, pieces)
+    x, into = x.reshape(rows, cols), out.view(rows, cols)
+    width = codec.payload_bytes(cols, x.dtype)
+    gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device)
+    for piece in gather.pieces:
+        kernels.encode(x[piece], codec, out=gather.place(piece))
+        gather.send(piece)
+    for piece in gather.pieces:
+        kernels.decode_sum(gather.wait(piece), codec, cols=cols, dtype=out.dtype, out=into[piece])
+    return gather.finish()
+
+
+def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
+    """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
+    first, second = codec.steps
+    rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces)
+    x, into = x.reshape(rows, cols), out.view(rows, cols)
+    stripes = Stripes(rows, messages.ranks.world_size)
+    # Of gloo's messages each waits until its receiver is ready, so be ready for all before anything is encoded.
+    scatter = messages.scatter(stripes.sizes, first.payload_bytes(cols, x.dtype), pieces, x.device)
+    gather = messages.gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device)
+    encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], first, messages)
+    for piece in gather.pieces:
+        kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.place(piece))
+        gather.send(piece)
+    for rank, piece, payload in gather.arrivals():
+        kernels.decode(payload, second, cols=cols, dtype=out.dtype, out=into[stripes.part(rank, piece)])
+    return scatter.finish() + gather.finish()
+
+
+def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
+    """Sum every rank's x[R * S, H] rows of this rank's stripe into out[S, H]; return the bytes sent."""
+    cols, stripes = x.shape[1], Stripes(x.shape[0], messages.ranks.world_size)
+    scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device)
+    encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], codec, messages)
+    for piece in scatter.pieces:
+        kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
+    return scatter.finish()
+
+
+def all_gather(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
+    """Write every rank's x[T, H], this one's too, to out[R * T, H] as its payload decodes; return the bytes sent."""
+    rows, cols = x.shape
+    gather = messages.gather([rows] * messages.ranks.world_size, codec.payload_bytes(cols, x.dtype), pieces, x.device)
+    for piece in gather.pieces:
+        kernels.encode(x[piece], codec, out=gather.place(piece))
+        gather.send(piece)
+    into = out.view(messages.ranks.world_size, rows, cols)
+    for rank, piece, payload in gather.arrivals():
+        kernels.decode(payload, codec, cols=cols, dtype=out.dtype, out=into[rank, piece])
+    return gather.finish()
+
+
+def all_to_all(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    codec: Codec,
+    messages: Messages,
+    in_rows: Sequence[int],
+    out_rows: Sequence[int],
+) -> int:
+    """Send in_rows[r] rows of x[T, H] to rank r, and receive out_rows[r] from it into out; return the bytes sent."""
+    cols = x.shape[1]
+    width = codec.payload_bytes(cols, x.dtype)
+    exchange = messages.exchange(width, list(in_rows), list(out_rows), x.device)
+    kernels.encode(x, codec, out=exchange.sent)
+    kernels.decode(exchange.run(), codec, cols=cols, dtype=out.dtype, out=out)
+    return (x.shape[0] - in_rows[messages.ranks.rank]) * width
+
+
+ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": reduce_scatter, "all_gather": all_gather}
+"""Algorithms over messages of one level, by the name of their task."""
+
+
+def encode_stripes(scatter: Scatter, rows_of: Callable[[int, slice], torch.Tensor], codec: Codec, messages: Messages):
+    """Encode and send the rows that `rows_of` gives for each rank and piece of its stripe.
+
+    This rank's own stripe comes last: the others are on their way meanwhile.
+    """
+    for piece in scatter.pieces:
+        for rank in (*messages.ranks.peers, messages.ranks.rank):
+            rows = rows_of(rank, piece)
+            kernels.encode(rows, codec, out=scatter.place(rank, piece, len(rows)))
+            scatter.send(rank, piece, len(rows))
+
+
+def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
+    """[rows, cols] as more and shorter rows, so that few rows spread evenly over ranks and no decoded bit changes.
+
+    >>> from flashcomm.codecs import parse
+    >>> cut(1, 4096, parse("int8g128"), ranks=4)
+    (4, 1024)
+    """
+    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    if rows == 0 or cols == 0 or cols % unit:
+        return rows, cols
+    best = (0.0, 1)
+    for pieces in range(1, min(cols // unit, ranks) + 1):
+        if cols // unit % pieces == 0:
+            stripe = -(-rows * pieces // ranks)
+            balance = rows * pieces / (stripe * ranks)
+            if balance > best[0]:
+                best = (balance, pieces)
+            if balance >= _BALANCE:
+                break
+    return rows * best[1], cols // best[1]
+
+
+class Stripes:
+    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none."""
+
+    def __init__(self, rows: int, ranks: int):
+        self.length = -(-rows // ranks)
+        edges = [min(rank * self.length, rows) for rank in range(ranks + 1)]
+        self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
+        self.sizes = [part.stop - part.start for part in self._slices]
+        """Rows of each rank."""
+
+    def part(self, rank: int, piece: slice) -> slice:
+        """The rows of `rank` in a piece of its stripe; fewer, or none, where the stripe is shorter."""
+        stripe = self._slices[rank]
+        return slice(min(stripe.start + piece.start, stripe.stop), min(stripe.start + piece.stop, stripe.stop))

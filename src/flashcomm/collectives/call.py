@@ -1,0 +1,344 @@
+"""One collective from its arguments to its result: decided, agreed on and remembered once, then run.
+
+Deciding takes longer than a small sum, so what `_decide` makes of a codec, shape and dtype serves every later call.
+`start` is the one way in, for the public verbs and for the operators of compiled graphs.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcomm import kernels, planner
+from flashcomm.codecs import Codec
+from flashcomm.collectives import arguments
+from flashcomm.collectives.group import Group, group_of
+from flashcomm.collectives.routes import runs
+from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
+from flashcomm.collectives.stats import Tally, tally
+from flashcomm.errors import CollectiveError, Unavailable, kind_of
+from flashcomm.transports.base import OnRows, Run, Task
+
+
+class Work:
+    """Handle of an asynchronous collective.
+
+    Example: ``work = flashcomm.all_reduce(x, async_op=True); ...; y = work.wait()``.
+    """
+
+    def __init__(
+        self,
+        out: torch.Tensor,
+        future: "Future | None" = None,
+        event: Any = None,
+        plain: "tuple[Any, Callable[[BaseException], Exception]] | None" = None,
+    ):
+        self._out, self._future, self._event, self._plain = out, future, event, plain
+
+    def wait(self) -> torch.Tensor:
+        """Block until the result is there, and return it; raise what the call raised.
+
+        On CUDA the current stream waits, not the host.
+        """
+        if self._future is not None:
+            self._future.result()
+        if self._event is not None:
+            torch.cuda.current_stream(self._out.device).wait_event(self._event)
+        if self._plain is not None:
+            work, failure = self._plain
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise failure(error) from error
+            # The backend's handle must not be waited for twice.
+            self._plain = None
+        return self._out
+
+    def is_completed(self) -> bool:
+        """Whether `wait` would return at once."""
+        if self._event is not None:
+            return self._event.query()
+        # Another thread may be waiting.
+        if (plain := self._plain) is not None:
+            return plain[0].is_completed()
+        return self._future is None or self._future.done()
+
+    @property
+    def backend_work(self) -> Any:
+        """The backend's own handle of a plain collective that it runs; None of any other."""
+        return self._plain[0] if self._plain else None
+
+    def add_done_callback(self, function: Callable[[], object]):
+        """Call `function` as soon as `wait` blocks the host no longer: at once, or from another thread."""
+        if self._future is not None:
+            self._future.add_done_callback(lambda _: function())
+        elif (plain := self._plain) is not None:
+            plain[0].get_future().add_done_callback(lambda _: function())
+        else:
+            function()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One collective, decided and checked on this rank."""
+
+    verb: Verb
+    group: Group
+    plan: planner.Plan
+    contract: str
+    shape: torch.Size
+    """Shape of the result."""
+    dtype: torch.dtype
+    device: torch.device
+    plain_bytes: int
+    """Bytes that the plain collective would send from this rank."""
+    runs: tuple[Run, Run]
+    """For synchronous and for asynchronous calls."""
+    moves: bool
+    """Whether anything is sent: not by one rank, nor without values."""
+    refusal: str | None
+    """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
+    tally: Tally
+
+    def start(self, x: torch.Tensor, out: torch.Tensor | None, async_op: bool) -> "torch.Tensor | Work":
+        """Run on `x`; return the result, or a `Work` if `async_op`."""
+        if out is None:
+            # Like x is found in half the time.
+            like = x.is_contiguous() and x.shape == self.shape
+            out = torch.empty_like(x) if like else torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        else:
+            _check_out(out, self.shape, self.dtype, self.device)
+        if self.refusal:
+            raise Unavailable(f"strict: {self.verb.name} of {list(out.shape)} {out.dtype} {self.refusal}")
+        if async_op:
+            return self._start_later(x, out)
+        self._run(self.runs[0], x, out)
+        return out
+
+    def _run(self, run: Run, x: torch.Tensor, out: torch.Tensor):
+        """Run on this thread; `x` and `out` may have any strides."""
+        try:
+            sent = run(x, out)
+        except BaseException as error:
+            run.abandon(f"rank {self.group.ranks.rank} failed in the middle of an earlier call: {error!r}")
+            if not isinstance(error, RuntimeError):
+                raise
+            raise self._failure(error) from error
+        self.tally.add(sent, self.plain_bytes)
+
+    def _start_later(self, x: torch.Tensor, out: torch.Tensor) -> Work:
+        plain = self.plan.algorithm == "plain"
+        if plain and self.verb is ALL_REDUCE and self.moves and out.is_contiguous():
+            # On the backend's own thread or stream, where it keeps its place among the caller's collectives.
+            work = self.group.backend.all_reduce(x, out, async_op=True)
+            self.tally.add(self.plain_bytes, self.plain_bytes)
+            return Work(out, plain=(work, self._failure))
+        lane = self.group.meet(self.device).lanes[1] if self.moves else None
+        if out.device.type == "cuda":
+            stream = _side_stream(self.group, out.device)
+            stream.wait_stream(torch.cuda.current_stream(out.device))
+            with torch.cuda.stream(stream):
+                self._run(self.runs[1], x, out)
+            for tensor in (x, out):
+                tensor.record_stream(stream)
+            return Work(out, event=stream.record_event())
+        if plain or lane is None or lane.thread is None:
+            # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
+            self._run(self.runs[0], x, out)
+            return Work(out)
+        # Inference mode and grad mode are per thread.
+        later = torch.inference_mode()(self._run)
+        return Work(out, future=lane.thread.submit(later, self.runs[1], x, out))
+
+    def _failure(self, error: BaseException) -> CollectiveError:
+        """The error that the caller gets for `error`."""
+        ranks = self.group.ranks
+        return kind_of(error)(
+            f"{self.verb.name} over {ranks.world_size} ranks failed on rank {ranks.rank} ({self.contract}): {error}. "
+            "A peer that is gone, or that does not join within the group's timeout, looks like this"
+        )
+
+
+# Types of a codec argument under which a call is remembered; a tuple, because `str | Codec` would be made anew in
+# every call.
+_KEYS = str, Codec
+_EQUAL: Splits = (None, None)
+
+
+def start(
+    verb: Verb,
+    x: torch.Tensor,
+    codec: "str | Codec",
+    group: Any,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+    strict: bool = False,
+    batch_invariant: bool = False,
+    splits: Splits = _EQUAL,
+) -> "torch.Tensor | Work":
+    """Run a verb; the arguments are those of the public functions in `verbs`."""
+    arguments.check_tensor(x)
+    home = group_of(group)
+    key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant
+    if splits != _EQUAL:
+        key = (*key, *(None if sizes is None else tuple(sizes) for sizes in splits))
+    call = home.calls.get(key) if isinstance(codec, _KEYS) else None
+    if call is None:
+        call = _decide(verb, x, codec, home, algorithm, strict, batch_invariant, splits, out)
+        home.remember(key, call)
+    return call.start(x, out, async_op)
+
+
+def _decide(
+    verb: Verb,
+    x: torch.Tensor,
+    codec: "str | Codec",
+    home: Group,
+    algorithm: str,
+    strict: bool,
+    batch_invariant: bool,
+    splits: Splits,
+    out: torch.Tensor | None,
+) -> Call:
+    """Check and decide everything that depends only on x's shape, dtype and device, and agree on it with all ranks."""
+    ranks, size = home.ranks, x.numel() * x.element_size()
+    asked = arguments.fitting(codec, x)
+    if verb is ALL_TO_ALL:
+        asked = arguments.exchangeable(x, asked, algorithm)
+    elif verb.place is not None:
+        asked = arguments.single_step(asked, verb.place, algorithm)
+    rows = verb.rows(x, splits, ranks.rank, ranks.world_size)
+    if ranks.world_size > 1:
+        home.meet(x.device)
+    facts = home.facts_for(x.device)
+    exact = "bf16" if x.dtype == torch.bfloat16 else "fp32"
+    if verb is ALL_REDUCE:
+        plan = planner.choose(size, facts, asked, algorithm=algorithm, batch_invariant=batch_invariant, exact=exact)
+    else:
+        plan = _plan_single_step(size, facts, asked, algorithm)
+    # Also where values will travel as they are: a wrong format must not wait for a larger message.
+    if x.numel():
+        for checked in dict.fromkeys((asked, plan.codec)):
+            checked.check(rows.cols, ranks.world_size)
+    _check_out(out, rows.shape, x.dtype, x.device)
+    uncompressed = plan.algorithm == "plain" or plan.declined
+    refusal = _refusal(plan, asked, x.device.type) if strict else None
+    # What was asked for, so that ranks that differ find out even where neither compresses.
+    contract = _contract(verb, plan.algorithm, asked, x) + (f", strict={refusal or 'yes'}" if strict else "")
+    if plan.codec.identity != str(plan.codec):
+        # Once per calibrated codec, not once more for every new shape.
+        home.agree(f"codec={plan.codec.identity}", x.device)
+    home.agree(contract, x.device)
+    moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
+    return Call(
+        verb=verb,
+        group=home,
+        plan=plan,
+        contract=contract,
+        shape=rows.shape,
+        dtype=x.dtype,
+        device=x.device,
+        plain_bytes=rows.plain_bytes,
+        runs=_runs(verb, plan, rows, x, home, moves),
+        moves=moves,
+        refusal=refusal,
+        tally=tally(
+            verb.name,
+            f"{verb.name}/{plan.algorithm}/{plan.codec}",
+            plan.reason,
+            uncompressed=uncompressed,
+            slow=None if uncompressed else kernels.any_missing(plan.codec, x.device.type),
+        ),
+    )
+
+
+def _runs(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> tuple[Run, Run]:
+    """Make the plan ready, for synchronous and for asynchronous calls."""
+    if not moves:
+        local = _copy if home.ranks.world_size == 1 else _nothing
+        return local, local
+    if plan.algorithm == "plain":
+
+        def plain(x: torch.Tensor, out: torch.Tensor) -> int:
+            verb.plain(home.backend, x, out, rows)
+            return rows.plain_bytes
+
+        run = OnRows(plain, (rows.count, rows.cols), abandon=str)
+        return run, run
+    name = plan.algorithm if verb is ALL_REDUCE else verb.name
+    return runs(
+        Task(
+            name=name,
+            codec=plan.codec,
+            rows=rows.count,
+            cols=rows.cols,
+            dtype=x.dtype,
+            out_dtype=x.dtype,
+            device=x.device,
+            pieces=plan.pieces,
+            splits=rows.splits,
+        ),
+        home,
+    )
+
+
+def _plan_single_step(size: int, facts: planner.Group, codec: Codec, algorithm: str) -> planner.Plan:
+    plan = planner.choose(0, facts.ranks, codec, algorithm=algorithm, batch_invariant=True)
+    if plan.algorithm == "plain":
+        return plan
+    pieces = planner.pieces(size, facts.device) if facts.hosts != 1 else 1
+    return planner.Plan(algorithm="one_step", codec=codec, reason=plan.reason, pieces=pieces)
+
+
+def _check_out(out: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device):
+    if out is not None and (out.shape != shape or out.dtype != dtype or out.device != device):
+        raise ValueError(
+            f"out must be {dtype} {list(shape)} on {device}, not {out.dtype} {list(out.shape)} on {out.device}"
+        )
+
+
+def _refusal(plan: planner.Plan, codec: Codec, device: str) -> str | None:
+    """The reason why `strict` refuses a plan; None if it does not."""
+    if plan.declined:
+        return f"would run uncompressed: {plan.reason}"
+    if plan.algorithm != "plain":
+        for step in plan.codec.steps:
+            if reason := kernels.missing(step, device):
+                return f"would run {step} without a kernel: {reason}"
+    return None
+
+
+def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor) -> str:
+    """The text that all ranks must agree on before the first transfer."""
+    shape = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
+    dtype, size = str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar"
+    return f"op={verb.name}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
+
+
+def _side_stream(group: Group, device: torch.device) -> torch.cuda.Stream:
+    """The CUDA stream of a group's asynchronous calls."""
+    if device not in group.streams:
+        group.streams[device] = torch.cuda.Stream(device)
+    return group.streams[device]
+
+
+class _Local:
+    """A `base.Run` that sends nothing."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], Any]):
+        self._function = function
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> int:
+        self._function(x, out)
+        return 0
+
+    def abandon(self, why: str):
+        """See `base.Run`."""
+
+
+_copy = _Local(lambda x, out: out.copy_(x.reshape(out.shape)))
+_nothing = _Local(lambda x, out: None)

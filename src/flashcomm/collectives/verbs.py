@@ -1,0 +1,175 @@
+"""Four collectives with compressed payloads, over any `torch.distributed` process group.
+
+They mirror torch's own, but return their result: ``x = flashcomm.all_reduce(x, codec="int8g128", group=tp)``. Under one
+algorithm a token's result depends on that token alone, every rank gets the same bits, and sums are fp32 in rank order.
+
+Not supported: autograd (these are for inference), integer and fp64 tensors except with codec ``none``.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from flashcomm.codecs import Codec
+from flashcomm.collectives.call import Work, start
+from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+def all_reduce(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+    strict: bool = False,
+    batch_invariant: bool = False,
+) -> torch.Tensor | Work:
+    """Sum `x` over the ranks of `group`, with the same bits on every rank.
+
+    Args:
+        x: bf16, fp16 or fp32 of any shape and strides; the last dimension is a token's values, which groups of the
+            codec never cross. Not changed, unless it is also `out`. Same shape and dtype on all ranks.
+        codec: wire format, for example ``int8g128``; ``none`` for the plain collective.
+        group: process group; None for the default one. Or a `DeviceMesh`: of 1 dimension, its group; of 2, all of its
+            ranks in ascending order, where dimension 0 leads from host to host and dimension 1 from rank to rank of a
+            host, the levels of ``hierarchical``. Ranks must ascend along both. See docs/algorithms.md.
+        algorithm: ``auto``, ``one_step``, ``two_step``, ``hierarchical`` or ``plain``; `flashcomm.planner.choose`
+            explains ``auto``.
+        out: tensor of x's shape, dtype and device for the result; may be `x`.
+        async_op: return a `Work`, whose ``wait()`` gives the result. On gloo compressed calls then run on a thread of
+            their own, on CUDA on a stream, and the plain collective wherever the backend runs it. Compressed calls over
+            other CPU backends finish before they return.
+        strict: raise where ``auto`` would run uncompressed although a codec was asked for, or a codec without a kernel.
+        batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
+            on the size of its batch.
+
+    Returns:
+        Tensor of x's shape and dtype, contiguous unless `out` is given; a `Work` if `async_op`.
+
+    Raises:
+        ValueError: a wrong argument; raised before any communication.
+        RuntimeError: ranks that disagree about the call (`flashcomm.errors.RanksDisagree`), a lost peer (`PeerLost`), a
+            peer that is late (`TimedOut`), or what `strict` refuses (`Unavailable`).
+
+    Source: Flash Communication (arXiv 2412.04964); fp32 sums and identical bits on all ranks are our own rules.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import graph
+
+        return graph.all_reduce(x, codec, group, algorithm, out, async_op, strict, batch_invariant)
+    return start(
+        ALL_REDUCE,
+        x,
+        codec,
+        group,
+        algorithm=algorithm,
+        out=out,
+        async_op=async_op,
+        strict=strict,
+        batch_invariant=batch_invariant,
+    )
+
+
+def reduce_scatter(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Sum `x` over the ranks; rank r keeps the r-th of R equal parts of dimension 0.
+
+    One all-to-all of payloads, then a sum in fp32: one rounding per rank, none of the sum but to x's dtype.
+
+    Args:
+        x: as for `all_reduce`; dimension 0 must be a multiple of the world size.
+        codec: wire format; of a pair, the first.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[x.shape[0] / R, ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import graph
+
+        return graph.reduce_scatter(x, codec, group, algorithm, out, async_op)
+    return start(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out, async_op=async_op)
+
+
+def all_gather(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+    *,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Concatenate every rank's `x` along dimension 0; a rank's own part goes through the codec like the others.
+
+    Args:
+        x: as for `all_reduce`.
+        codec: wire format; of a pair, the second.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[R * x.shape[0], ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import graph
+
+        return graph.all_gather(x, codec, group, algorithm, out, async_op)
+    return start(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out, async_op=async_op)
+
+
+def all_to_all(
+    x: torch.Tensor,
+    codec: str | Codec = "int8g128",
+    group: "dist.ProcessGroup | DeviceMesh | None" = None,
+    *,
+    output_split_sizes: Sequence[int] | None = None,
+    input_split_sizes: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    out: torch.Tensor | None = None,
+    async_op: bool = False,
+) -> torch.Tensor | Work:
+    """Send rows of `x` to every rank in turn, and receive theirs, as `torch.distributed.all_to_all_single` does.
+
+    Args:
+        x: ``[rows, ...]``, at least 2-D; the shape may differ between ranks in dimension 0 only. Split sizes vary from
+            call to call, so ranks do not compare them; sizes that do not fit together are an error during the call.
+        codec: wire format, not a pair.
+        output_split_sizes: rows to receive from each rank; equal parts of x's rows if None.
+        input_split_sizes: rows to send to each rank; equal parts if None.
+        algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
+        group, out, async_op: as for `all_reduce`.
+
+    Returns:
+        Tensor ``[sum(output_split_sizes), ...]``; a `Work` if `async_op`.
+
+    Raises:
+        ValueError, RuntimeError: as for `all_reduce`.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        from flashcomm.collectives import graph
+
+        return graph.all_to_all(x, codec, group, output_split_sizes, input_split_sizes, algorithm, out, async_op)
+    splits = input_split_sizes, output_split_sizes
+    return start(ALL_TO_ALL, x, codec, group, algorithm=algorithm, out=out, async_op=async_op, splits=splits)

@@ -1,0 +1,93 @@
+"""Measured costs of links, in a JSON file with one entry for each group of hosts, read when ranks meet.
+
+Only rank 0 reads it and tells the others, so that all ranks plan with the same figures. A file that cannot be read is
+a warning, not an error.
+"""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from flashcomm import settings
+from flashcomm.planner import Machine
+
+_log = logging.getLogger("flashcomm")
+
+
+def path() -> Path:
+    """The file: ``FLASHCOMM_TUNING``, or flashcomm/tuning.json in the user's cache folder.
+
+    Raises:
+        RuntimeError: neither is known, as in a container without a home folder.
+    """
+    if given := settings.text("FLASHCOMM_TUNING"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm" / "tuning.json"
+
+
+def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "") -> str:
+    """The key of a group's costs: the backend, and how many ranks are on which hosts.
+
+    Args:
+        backend: of the process group.
+        hosts: number and name of each rank's host.
+        by: the transport that carries payloads, if not the backend.
+
+    >>> name_of("gloo", [(0, "a"), (0, "a"), (1, "b"), (1, "b")], by="connections")
+    'gloo: 2 on a, 2 on b, by connections'
+    """
+    counts = Counter(hosts)
+    return f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}" + (f", by {by}" if by else "")
+
+
+def names() -> list[str]:
+    """Keys of the groups in the file; none if it cannot be read."""
+    return [str(name) for name in _read()]
+
+
+def load(name: str) -> Machine | None:
+    """Costs under the key `name`; None if there are none, or if the file cannot be read."""
+    try:
+        fields = _read().get(name)
+        return Machine.from_dict(fields) if fields else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _ignore(error)
+        return None
+
+
+def save(machine: Machine) -> Path:
+    """Add costs to the file, or replace those under the same name."""
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        machines = json.loads(target.read_text())
+    except (OSError, ValueError):
+        machines = {}
+    machines[machine.name] = machine.as_dict()
+    partial = target.with_name(f"{target.name}.{os.getpid()}")
+    partial.write_text(json.dumps(machines, indent=1) + "\n")
+    partial.replace(target)
+    return target
+
+
+def _read() -> dict:
+    try:
+        found = json.loads(path().read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RuntimeError) as error:
+        _ignore(error)
+        return {}
+    if isinstance(found, dict):
+        return found
+    _ignore(TypeError(f"it holds a {type(found).__name__}"))
+    return {}
+
+
+def _ignore(error: Exception):
+    # Without a home folder the file has no path either.
+    name = settings.text("FLASHCOMM_TUNING") or "the cache folder's tuning.json"
+    _log.warning("ignoring %s: it was not written by 'flashcomm tune': %s", name, error)

@@ -1,0 +1,256 @@
+"""The contract of a transport: how the bytes of one rank reach the others.
+
+    Link       send and receive between two ranks          `connections`, `backend.BackendLink`
+    Messages   scatter, gather and exchange, in pieces     `direct` over a Link, `bulk` over a backend
+    Memory     whole collectives over memory ranks share   `shared.memory`, `symmetric.memory`
+
+There are two seams because there are two kinds of transport. Over messages an algorithm encodes, sends, waits and
+decodes. Over memory that all ranks map, these are one loop, which is where its speed comes from; so such a transport is
+given the whole collective, as a `Task`, and returns a `Run`.
+
+A transport knows ranks and bytes. It never sees a process group's other users, a policy or a plan.
+
+Source: the division of pytorch/gloo into algorithms and ``transport/``; the second seam is our own.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from flashcomm.codecs import Codec
+from flashcomm.errors import kind_of
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """The ranks of a group, and how they talk before they have a transport."""
+
+    rank: int
+    """This process, from 0."""
+    world_size: int
+    timeout_s: float
+    """Seconds after which a rank that has not come is an error."""
+    tell: Callable[[Any], list]
+    """Every rank's fact, in rank order; all ranks call it together."""
+
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, the next one first, so that not all start with rank 0."""
+        return [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
+
+    def each(self, act: Callable[[], T]) -> list[T]:
+        """Run `act` on every rank and return every rank's result; where it fails on one, all ranks raise.
+
+        A step that one rank does alone (a file, memory, a socket) goes through here, so that no rank waits for
+        another that has failed.
+
+        Raises:
+            ValueError: `act` raised one on some rank.
+            CollectiveError: `act` raised anything else on some rank; the error says on which and why.
+        """
+        cause = None
+        try:
+            mine = (True, act())
+        except Exception as error:
+            cause, kind = error, ValueError if isinstance(error, ValueError) else kind_of(error)
+            # As text: an exception may hold what cannot be sent.
+            mine = (False, (kind, f"{type(error).__name__}: {error}"))
+        results = self.tell(mine)
+        for rank, (good, result) in enumerate(results):
+            if not good:
+                raise result[0](f"rank {rank} failed while the ranks met: {result[1]}") from cause
+        return [result for _, result in results]
+
+
+class Transfer(Protocol):
+    """A message on its way."""
+
+    def wait(self) -> Any:
+        """Block until it has arrived, or has left; may be repeated."""
+
+
+class Link(Protocol):
+    """Messages between this rank and each other, in the order in which they are sent."""
+
+    def send(self, part: torch.Tensor, peer: int) -> Transfer:
+        """Start sending a contiguous uint8 `part`, which must not change until ``wait()``."""
+        ...
+
+    def receive(self, part: torch.Tensor, peer: int) -> Transfer:
+        """Start receiving into a contiguous uint8 `part`, after earlier messages from that peer."""
+        ...
+
+    def close(self, why: str):
+        """Let the peers know that nothing will come any more; later calls raise `why`."""
+
+
+class Scatter(Protocol):
+    """One message to each rank: its stripe, in pieces. This rank receives its own stripe from every rank."""
+
+    pieces: list[slice]
+
+    def place(self, rank: int, piece: slice, rows: int) -> torch.Tensor:
+        """Payload rows [rows, P] to write for `rank`, before `send`."""
+        ...
+
+    def send(self, rank: int, piece: slice, rows: int):
+        """Send what lies in that place. This rank's own comes last, in every piece."""
+
+    def wait(self, piece: slice) -> torch.Tensor:
+        """Block until every rank's part of `piece` has arrived; return it as [R, n, P]."""
+        ...
+
+    def finish(self) -> int:
+        """Block until all that was sent has left; return the bytes of it."""
+        ...
+
+
+class Gather(Protocol):
+    """One message to all ranks: this rank's rows, in pieces. This rank receives the rows of every rank."""
+
+    pieces: list[slice]
+
+    def place(self, piece: slice) -> torch.Tensor:
+        """Payload rows [n, P] to write before `send`."""
+        ...
+
+    def send(self, piece: slice):
+        """Send what lies in that place to every other rank."""
+
+    def wait(self, piece: slice) -> torch.Tensor:
+        """Block until every rank's rows of `piece` have arrived; return them as [R, n, P]."""
+        ...
+
+    def wait_gone(self, piece: slice):
+        """Block until this rank's rows of `piece`, and all that it sent before, have left."""
+
+    def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
+        """Yield (rank, piece, payload rows) of all ranks, this one's first, then roughly as they arrive."""
+        ...
+
+    def finish(self) -> int:
+        """Block until all that was sent has left; return the bytes of it."""
+        ...
+
+
+class Messages(Protocol):
+    """Payloads between all ranks of a group."""
+
+    ranks: Ranks
+
+    def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> Scatter:
+        """Start a scatter of stripes with `sizes` rows of `width` bytes."""
+        ...
+
+    def gather(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> Gather:
+        """Start a gather where rank r sends ``sizes[r]`` rows of `width` bytes."""
+        ...
+
+    def exchange(self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device) -> "Exchange":
+        """Start an exchange of ``in_rows[r]`` rows to and ``out_rows[r]`` rows from rank r."""
+        ...
+
+    def abandon(self, why: str):
+        """Give up after an error in the middle of a call: what is under way would be taken for the next one's."""
+
+
+class Exchange(Protocol):
+    """Rows to every rank in turn, and theirs back."""
+
+    sent: torch.Tensor
+    """Payload rows to write before `run`, those for rank 0 first."""
+
+    def run(self) -> torch.Tensor:
+        """Send and receive; return the payload rows that arrived, those of rank 0 first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A collective on rows, without its values."""
+
+    name: str
+    """``one_step``, ``two_step``, ``hierarchical``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``."""
+    codec: Codec
+    rows: int
+    cols: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    device: torch.device
+    pieces: int = 1
+    """Pieces in which a message travels."""
+    splits: tuple[Sequence[int], Sequence[int]] | None = None
+    """Rows to each rank and from each rank, of ``all_to_all``."""
+
+
+class Run(Protocol):
+    """A task, ready to run."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> int:
+        """Run on x and out, of any strides; return the bytes that this rank sent."""
+        ...
+
+    def abandon(self, why: str):
+        """Give up after an error in the middle of a call."""
+
+
+class Memory(Protocol):
+    """Memory that all ranks map."""
+
+    name: str
+    """What users call it, such as ``shared memory``."""
+
+    def prepare(self, task: Task) -> Run | None:
+        """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together."""
+        ...
+
+    def abandon(self, why: str):
+        """Give up after an error in the middle of a call."""
+
+
+class OnRows:
+    """A function of rows, as a `Run`.
+
+    Args:
+        function: takes contiguous-or-strided rows x[T, H] and contiguous rows out; returns the bytes sent.
+        rows: (T, H) of x.
+        abandon: called with the reason after an error.
+    """
+
+    __slots__ = ("_abandon", "_function", "_rows")
+
+    def __init__(
+        self,
+        function: Callable[[torch.Tensor, torch.Tensor], int],
+        rows: tuple[int, int],
+        abandon: Callable[[str], Any],
+    ):
+        self._function, self._rows, self._abandon = function, rows, abandon
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> int:
+        """See `Run`."""
+        target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        sent = self._function(x.reshape(self._rows), target.view(-1, self._rows[1]))
+        if target is not out:
+            out.copy_(target)
+        return sent
+
+    def abandon(self, why: str):
+        """See `Run`."""
+        self._abandon(why)
+
+
+def cut_into(length: int, count: int) -> list[slice]:
+    """`length` rows in `count` runs, as even as possible; fewer where there are fewer rows.
+
+    >>> cut_into(5, 2), cut_into(1, 4)
+    ([slice(0, 2, None), slice(2, 5, None)], [slice(0, 1, None)])
+    """
+    count = max(1, min(count, length))
+    edges = [length * i // count for i in range(count + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(edges)]

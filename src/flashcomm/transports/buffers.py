@@ -1,0 +1,36 @@
+"""Uninitialised bytes that the next call of the same name uses again; they only ever grow."""
+
+import math
+
+import torch
+
+
+class Buffers:
+    """The buffers of one lane, whose calls do not overlap, except on different CUDA streams."""
+
+    def __init__(self):
+        self._held: dict[tuple, torch.Tensor] = {}
+
+    def take(self, name: str, device: torch.device, *shape: int) -> torch.Tensor:
+        """An uninitialised uint8 tensor of `shape`; valid until the next `take` of the same name."""
+        size = math.prod(shape)
+        # Calls on different streams overlap, so they must not share.
+        stream = torch.cuda.current_stream(device).stream_id if device.type == "cuda" else 0
+        held = self._held.get((name, device, stream))
+        if held is None or held.numel() < size:
+            # A buffer born in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                held = self._held[name, device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
+        return held[:size].view(shape)
+
+
+class Payloads:
+    """Uninitialised payloads, [R, n, P] of each piece, so that a piece is one operation for a backend."""
+
+    def __init__(self, buffers: Buffers, name: str, length: int, width: int, ranks: int, device: torch.device):
+        self._width, self._ranks = width, ranks
+        self._bytes = buffers.take(name, device, length * ranks * width)
+
+    def __getitem__(self, piece: slice) -> torch.Tensor:
+        row = self._ranks * self._width
+        return self._bytes[piece.start * row : piece.stop * row].view(self._ranks, -1, self._width)

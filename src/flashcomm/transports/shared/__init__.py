@@ -1,0 +1,1 @@
+"""Memory that all ranks of a host map: whole collectives as compiled loops."""

@@ -1,0 +1,1 @@
+"""GPU memory that peers write to: all-reduces in one launch."""

@@ -1,0 +1,77 @@
+"""GPU memory that peers write to, by torch's symmetric memory.
+
+Opt-in (``FLASHCOMM_FUSED=1``), because no GPU has run it yet; without it, and wherever it does not serve a call, ranks
+send messages. See docs/gpu.md.
+
+Hazard: if a rank is lost, the others learn it at their next call, not in the one that waited; the result of that one is
+not valid. Launches of one group must not run at the same time: a stream waits for the one before it.
+
+Source: `torch.distributed._symmetric_memory`; the protocol is that of `exchange`.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from flashcomm import settings
+from flashcomm.transports.base import Ranks, Run, Task
+
+SIZE_BYTES = 64 << 20
+"""Bytes of each rank's memory; longer messages take several launches."""
+# A look at a flag of one's own GPU takes some 0.5 us.
+_LOOKS_PER_S = 2_000_000
+
+
+class SymmetricMemory:
+    """A `base.Memory` on GPUs."""
+
+    name = "symmetric memory"
+
+    def __init__(self, peers: Any):
+        self._peers = peers
+
+    @classmethod
+    def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
+        """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
+        peers, why = None, "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
+        if not why:
+            try:
+                peers = _map(ranks, group, device)
+            except (ImportError, RuntimeError) as error:
+                why = f"no symmetric memory: {str(error).splitlines()[0]}"
+        for rank, refusal in enumerate(ranks.tell(why)):
+            if refusal:
+                return None, f"rank {rank}: {refusal}"
+        return cls(peers), ""
+
+    def prepare(self, task: Task) -> Run | None:
+        """See `base.Memory`."""
+        # Imports Triton.
+        from flashcomm.transports.symmetric import launch
+
+        return launch.prepare(task, self._peers)
+
+    def abandon(self, why: str):
+        """See `base.Memory`. The other ranks find out by their patience."""
+
+
+def _map(ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> Any:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from flashcomm.transports.symmetric import launch
+
+    memory = symmetric_memory.empty(SIZE_BYTES, dtype=torch.uint8, device=device)
+    memory.zero_()
+    torch.cuda.synchronize(device)
+    handle = symmetric_memory.rendezvous(memory, group=group)
+    return launch.Peers(
+        rank=ranks.rank,
+        buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
+        size_bytes=SIZE_BYTES,
+        epochs=torch.zeros(launch.BLOCKS, dtype=torch.int32, device=device),
+        lost=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        patience=min(int(ranks.timeout_s * _LOOKS_PER_S), 2**31 - 1),
+        streams=[torch.cuda.current_stream(device)],
+        keep=(memory, handle),
+    )
