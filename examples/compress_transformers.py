@@ -1,4 +1,4 @@
-"""Compress the all-reduces of a transformers model that is loaded tensor parallel.
+"""Compress the all-reduces of a tensor-parallel transformers model.
 
 torchrun --standalone --nproc-per-node 2 examples/compress_transformers.py [MODEL_DIRECTORY]
 """
@@ -16,7 +16,7 @@ from flashcomm.integrations.transformers import compressed
 
 dist.init_process_group("gloo")
 directory = sys.argv[1] if len(sys.argv) > 1 else MODEL
-# transformers 5.0 to 5.14: tp_plan="auto" instead of the distributed_config.
+# With transformers 5.0 to 5.14, pass tp_plan="auto" instead of the distributed_config.
 model = AutoModelForCausalLM.from_pretrained(
     directory, dtype=torch.bfloat16, distributed_config=DistributedConfig(tp_size=dist.get_world_size())
 )

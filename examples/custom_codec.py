@@ -1,4 +1,4 @@
-"""A wire format of your own: one bit per value and the row's mean magnitude. Run: torchrun --nproc-per-node 2 FILE."""
+"""Write a wire format: one bit per value, and the row's mean magnitude. Run: torchrun --nproc-per-node 2 FILE."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from flashcomm.codecs import bits
 
 @dataclass(frozen=True)
 class Sign(flashcomm.Codec):
-    """The name is what an entry point under flashcomm.codecs maps to this class, for the CLI and for policies."""
+    """The sign of each value. An entry point under flashcomm.codecs names this class for the CLI and for policies."""
 
     def __str__(self):
         return "sign"

@@ -1,4 +1,4 @@
-"""An MLP in sequence parallelism whose all-gather and reduce-scatter are compressed.
+"""Compress the all-gather and the reduce-scatter of an MLP in sequence parallelism.
 
 torchrun --standalone --nproc-per-node 2 examples/dtensor.py
 """

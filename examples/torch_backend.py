@@ -1,4 +1,4 @@
-"""A program of torch whose large sums are compressed because of the name of its backend.
+"""Compress the large sums of a torch program by the name of its backend.
 
 FLASHCOMM_CODEC=int8g128 torchrun --standalone --nproc-per-node 2 examples/torch_backend.py
 """
@@ -9,8 +9,8 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm.policy import Policy
 
-# With FLASHCOMM_CODEC or FLASHCOMM_POLICY set, pg_options can be left out. Ranks of one host share memory, where `auto`
-# would send the values as they are.
+# If FLASHCOMM_CODEC or FLASHCOMM_POLICY is set, you can leave pg_options out. Ranks of one host share memory, where
+# `auto` would send the values uncompressed.
 policy = Policy(codec="int8g128", algorithm="two_step")
 dist.init_process_group("flashcomm", pg_options=policy)
 rank = dist.get_rank()
