@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton")
 
 import interleavings
-from flashcomm.kernels.tiles import exchange
+from flashcomm.kernels.gpu.tiles import exchange
 from interleavings import Deliver, Made, Publish, Read, Wait, Write, parts
 
 BUFFERS, EPOCHS, X, OUT = 1 << 8, 1 << 12, 1 << 20, 1 << 30

@@ -284,7 +284,7 @@ def compiled(
 
 def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
     from flashcomm.kernels import fused, gpu
-    from flashcomm.kernels.tiles import exchange, move, norm
+    from flashcomm.kernels.gpu.tiles import exchange, move, norm
 
     form, values = gpu.describe(codec, _COLS), gpu.VALUES[torch.bfloat16]
     length = fused.row_length(_COLS, codec)

@@ -27,7 +27,7 @@ from flashcomm import codecs, collectives, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives import arguments
 from flashcomm.collectives.state import state_of
-from flashcomm.kernels.compiled import into, name_of
+from flashcomm.kernels.graph import into, name_of
 
 Group = dist.ProcessGroup | DeviceMesh | None
 

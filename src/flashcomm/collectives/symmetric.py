@@ -6,7 +6,7 @@ exchange payloads over their process group. Nothing here waits for the device.
 Hazard: ranks of which one has been lost know it at their next call, not in the one that waited; that one's result is
 not valid. Launches of one group must not run at the same time: a stream waits for the one before it.
 
-Source: `torch.distributed._symmetric_memory`; the protocol is that of `flashcomm.kernels.tiles.exchange`.
+Source: `torch.distributed._symmetric_memory`; the protocol is that of `flashcomm.kernels.gpu.tiles.exchange`.
 """
 
 import os

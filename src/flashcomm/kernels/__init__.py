@@ -144,9 +144,9 @@ def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = 
     [[228, 128, 63, 0, 0]]
     """
     if torch.compiler.is_dynamo_compiling():
-        from flashcomm.kernels import compiled
+        from flashcomm.kernels import graph
 
-        return compiled.encode(x, codec, out)
+        return graph.encode(x, codec, out)
     codec = codecs.parse(codec)
     check_values(x, "encode")
     check_storage(x)
@@ -187,9 +187,9 @@ def decode(
     [[0.0, 1.0, 2.0, 3.0]]
     """
     if torch.compiler.is_dynamo_compiling():
-        from flashcomm.kernels import compiled
+        from flashcomm.kernels import graph
 
-        return compiled.decode(payload, codec, cols, dtype, out)
+        return graph.decode(payload, codec, cols, dtype, out)
     return decode_sum(payload[None], codec, cols=cols, dtype=dtype, out=out)
 
 

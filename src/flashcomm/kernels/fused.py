@@ -14,7 +14,7 @@ import torch
 
 from flashcomm.codecs import Codec
 from flashcomm.kernels import gpu
-from flashcomm.kernels.tiles import exchange
+from flashcomm.kernels.gpu.tiles import exchange
 
 BLOCKS = 16
 """Programs of a launch, each on a multiprocessor of its own: few, so that a model can compute on the others."""

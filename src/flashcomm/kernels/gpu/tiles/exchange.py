@@ -20,10 +20,10 @@ Source: Flash Communication (arXiv 2412.04964), section 3.2; the epochs are thos
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.blocks import largest_magnitude
-from flashcomm.kernels.tiles.flags import signal, wait
-from flashcomm.kernels.tiles.move import read, read_sum, write
-from flashcomm.kernels.tiles.values import read_values, write_values
+from flashcomm.kernels.gpu.tiles.blocks import largest_magnitude
+from flashcomm.kernels.gpu.tiles.flags import signal, wait
+from flashcomm.kernels.gpu.tiles.move import read, read_sum, write
+from flashcomm.kernels.gpu.tiles.values import read_values, write_values
 
 
 @triton.jit

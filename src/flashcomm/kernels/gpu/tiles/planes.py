@@ -8,7 +8,7 @@ one.
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import within
+from flashcomm.kernels.gpu.tiles.base import within
 
 
 @triton.jit

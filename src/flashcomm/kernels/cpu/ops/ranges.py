@@ -1,7 +1,7 @@
 """The smallest and the largest of each group, or the largest magnitude."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import MAGNITUDE, Step
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import MAGNITUDE, Step
 
 
 @Step

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 from numba import cfunc, njit, types
 
-from flashcomm.kernels import simd
+from flashcomm.kernels.cpu import simd
 
 BF16, FP16, FP32 = 0, 1, 2
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import bits_of, from_bits, to_bf16, within
+from flashcomm.kernels.gpu.tiles.base import bits_of, from_bits, to_bf16, within
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """Each group's extremes kept: `codecs.spike`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
 
 # 1.25 * 2.0**126.
 _TOO_LARGE = 0x7EA00000

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from flashcomm.codecs import FLOAT_DTYPES, Affine, Block, Cast, Codec, Spike
-from flashcomm.kernels.tiles.base import Format
-from flashcomm.kernels.tiles.move import move
-from flashcomm.kernels.tiles.norm import add_norm
+from flashcomm.kernels.gpu.tiles.base import Format
+from flashcomm.kernels.gpu.tiles.move import move
+from flashcomm.kernels.gpu.tiles.norm import add_norm
 
 # Values of a tile, and of it per warp: 16 per thread. Not measured yet: no GPU has run these kernels.
 TILE = 2048

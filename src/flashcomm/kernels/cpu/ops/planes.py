@@ -1,7 +1,7 @@
 """Codes of one byte each as bit planes, and back: `codecs.bits`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import AHEAD, Step
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import AHEAD, Step
 
 
 @Step

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.affine import read_affine, write_affine
-from flashcomm.kernels.tiles.blocks import largest_magnitude, read_block, write_block
-from flashcomm.kernels.tiles.spikes import read_spike, write_spike
-from flashcomm.kernels.tiles.values import numbers_at, read_values, write_values
+from flashcomm.kernels.gpu.tiles.affine import read_affine, write_affine
+from flashcomm.kernels.gpu.tiles.blocks import largest_magnitude, read_block, write_block
+from flashcomm.kernels.gpu.tiles.spikes import read_spike, write_spike
+from flashcomm.kernels.gpu.tiles.values import numbers_at, read_values, write_values
 
 
 @triton.jit

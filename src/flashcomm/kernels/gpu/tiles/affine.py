@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import (
+from flashcomm.kernels.gpu.tiles.base import (
     bits_of,
     from_bits,
     is_finite,
@@ -14,7 +14,7 @@ from flashcomm.kernels.tiles.base import (
     up_to_bf16,
     within,
 )
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _TINY = tl.constexpr(2.0**-126)
 

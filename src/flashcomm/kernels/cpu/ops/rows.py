@@ -1,7 +1,7 @@
 """Rows in and out: widening, narrowing, copying, and what all formats need."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import AHEAD, BF16, FP16, NAN, Step, clean, f32
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import AHEAD, BF16, FP16, NAN, Step, clean, f32
 
 
 @Step

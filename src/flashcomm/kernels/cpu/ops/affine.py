@@ -1,7 +1,7 @@
 """Integer codes: `codecs.affine`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, clean, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, clean, f32, inline
 
 
 @Step

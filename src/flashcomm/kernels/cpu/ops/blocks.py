@@ -1,7 +1,7 @@
 """Small floats and their scales: `codecs.blocks`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, TINY, Step, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Step, f32, inline
 
 # 2.0**127: a block whose element times scale might not be finite.
 _TOO_LARGE = 0x7F000000

@@ -1,7 +1,7 @@
 """Kept features and static scales: `codecs.calibrated`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, Step, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, Step, inline
 
 
 @inline

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.move import read_sum
-from flashcomm.kernels.tiles.values import narrow, read_values, widen, write_values
+from flashcomm.kernels.gpu.tiles.move import read_sum
+from flashcomm.kernels.gpu.tiles.values import narrow, read_values, widen, write_values
 
 
 @triton.jit(do_not_specialize=["ranks"])

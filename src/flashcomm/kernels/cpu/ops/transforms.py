@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import NAN, Step, f32
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import NAN, Step, f32
 
 
 @Step

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import (
+from flashcomm.kernels.gpu.tiles.base import (
     bits_of,
     from_bits,
     from_key,
@@ -14,7 +14,7 @@ from flashcomm.kernels.tiles.base import (
     to_bf16,
     within,
 )
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _HIGH_HALF = tl.constexpr(-0x10000)
 _SMALLEST = tl.constexpr(-0x80000000)

@@ -21,9 +21,9 @@ One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks
 Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
 """
 
-from flashcomm.kernels.steps.affine import affine_meta, affine_scales, dequantise, quantise
-from flashcomm.kernels.steps.base import BF16, FP16, FP32, Step, compiled
-from flashcomm.kernels.steps.blocks import (
+from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise
+from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, Step, compiled
+from flashcomm.kernels.cpu.ops.blocks import (
     meta_e4m3,
     meta_e5m0,
     meta_e8m0,
@@ -34,9 +34,9 @@ from flashcomm.kernels.steps.blocks import (
     scales_e8m0,
     scales_fp32,
 )
-from flashcomm.kernels.steps.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
-from flashcomm.kernels.steps.planes import pack, pack_rest, unpack, unpack_rest
-from flashcomm.kernels.steps.ranges import (
+from flashcomm.kernels.cpu.ops.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
+from flashcomm.kernels.cpu.ops.planes import pack, pack_rest, unpack, unpack_rest
+from flashcomm.kernels.cpu.ops.ranges import (
     magnitudes_bf16,
     magnitudes_fp32,
     ranges_bf16,
@@ -45,7 +45,7 @@ from flashcomm.kernels.steps.ranges import (
     shrink_fp32,
     shrink_magnitudes,
 )
-from flashcomm.kernels.steps.rows import (
+from flashcomm.kernels.cpu.ops.rows import (
     accumulate,
     add_bf16,
     add_two,
@@ -58,7 +58,7 @@ from flashcomm.kernels.steps.rows import (
     spread,
     widen,
 )
-from flashcomm.kernels.steps.spikes import (
+from flashcomm.kernels.cpu.ops.spikes import (
     find_spikes,
     find_spikes_bf16,
     put_spikes,
@@ -68,4 +68,4 @@ from flashcomm.kernels.steps.spikes import (
     two_largest,
     two_smallest,
 )
-from flashcomm.kernels.steps.transforms import adapt, hadamard, invert
+from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, invert

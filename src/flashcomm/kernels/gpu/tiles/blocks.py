@@ -7,8 +7,8 @@ Two kinds of scales share something over a row; their writer is told the row's l
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import bits_of, from_bits, load_number, store_number, within
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.base import bits_of, from_bits, load_number, store_number, within
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _TOO_LARGE = tl.constexpr(0x7F000000)
 _NAN = tl.constexpr(0x7FC00000)

@@ -32,8 +32,8 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.hadamard import Hadamard, pieces
 from flashcomm.codecs.spike import Spike
-from flashcomm.kernels import simd, steps
-from flashcomm.kernels.steps import BF16, FP16, FP32, Step
+from flashcomm.kernels.cpu import ops, simd
+from flashcomm.kernels.cpu.ops import BF16, FP16, FP32, Step
 
 KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 
@@ -129,7 +129,7 @@ def _readable(p: _Program, x: _Values, group: int) -> _Values:
     """`x` as the steps can read it: as it is, or widened."""
     in_pairs = x.kind == BF16 and p.cols % 32 == 0 and (group % 32 == 0 or group in (8, 16))
     if in_pairs and p.cols % group and x.roomy and group <= _ROOM:
-        p.add(steps.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
+        p.add(ops.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
         return x
     if (in_pairs and p.cols % group == 0) or (x.kind == FP32 and (x.roomy or p.cols % 16 == 0)):
         return x
@@ -141,7 +141,7 @@ def _wide(p: _Program, x: _Values) -> _Values:
     if x.roomy and x.kind == FP32:
         return x
     row = p.row()
-    p.add(steps.widen, x.at, x.kind, p.cols, row.at)
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
     return row
 
 
@@ -161,9 +161,9 @@ def _deliver(p: _Program, row: _Values, y: _Values, clean: bool = False):
     if row is y:
         return
     if y.at == _SUMS:
-        p.add(steps.accumulate, row.at, p.cols, _ADDING, y.at)
+        p.add(ops.accumulate, row.at, p.cols, _ADDING, y.at)
     else:
-        p.add(steps.narrow, row.at, p.cols, y.at, y.kind, clean)
+        p.add(ops.narrow, row.at, p.cols, y.at, y.kind, clean)
 
 
 def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int, list[_Operand]]:
@@ -174,20 +174,20 @@ def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int,
         return unit, list(arrays)
     spread = [p.array() for _ in arrays]
     for per_group, out in zip(arrays, spread, strict=True):
-        p.add(steps.spread, per_group, group // unit, -(-p.cols // unit), out)
+        p.add(ops.spread, per_group, group // unit, -(-p.cols // unit), out)
     return unit, spread
 
 
 def _pack(p: _Program, codes: _Operand, n: int, bits: int, target: _Operand):
     full, rest = n // 128 * 128, n % 128
     if bits == 8:
-        p.add(steps.copy_bytes, codes, n, target)
+        p.add(ops.copy_bytes, codes, n, target)
         return
     if full:
-        p.add(steps.pack, codes, full, bits, target)
+        p.add(ops.pack, codes, full, bits, target)
     target, shift = target + full * bits // 8, 0
     for width in planes.PLANES[bits] if rest else ():
-        p.add(steps.pack_rest, codes + full, rest, width, shift, target)
+        p.add(ops.pack_rest, codes + full, rest, width, shift, target)
         target, shift = target + (rest * width + 7) // 8, shift + width
 
 
@@ -198,13 +198,13 @@ def _unpack(p: _Program, source: _Operand, n: int, bits: int) -> _Operand:
     if bits == 8:
         if n % 16 == 0:
             return source
-        p.add(steps.copy_bytes, source, n, codes)
+        p.add(ops.copy_bytes, source, n, codes)
         return codes
     if full:
-        p.add(steps.unpack, source, full, bits, codes)
+        p.add(ops.unpack, source, full, bits, codes)
     source, shift = source + full * bits // 8, 0
     for width in planes.PLANES[bits] if rest else ():
-        p.add(steps.unpack_rest, source, rest, width, shift, codes + full)
+        p.add(ops.unpack_rest, source, rest, width, shift, codes + full)
         source, shift = source + (rest * width + 7) // 8, shift + width
     return codes
 
@@ -213,13 +213,13 @@ def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
     low, high = p.array(), p.array()
     if x.kind == BF16:
         least, most, count = p.array(), p.array(), groups.count(p.cols, group)
-        p.add(steps.shrink_bf16, x.at, count * group, group, least, most)
-        p.add(steps.ranges_bf16, least, most, count, 0, low, high)
+        p.add(ops.shrink_bf16, x.at, count * group, group, least, most)
+        p.add(ops.ranges_bf16, least, most, count, 0, low, high)
     else:
         least, most = p.array(), p.array()
         if group % 16 == 0 and p.cols >= group:
-            p.add(steps.shrink_fp32, x.at, p.cols, group, least, most)
-        p.add(steps.ranges_fp32, least, most, x.at, p.cols, group, low, high)
+            p.add(ops.shrink_fp32, x.at, p.cols, group, least, most)
+        p.add(ops.ranges_fp32, least, most, x.at, p.cols, group, low, high)
     return low, high
 
 
@@ -227,10 +227,10 @@ def _magnitudes(p: _Program, x: _Values, group: int) -> _Operand:
     amax = p.array()
     if x.kind == BF16:
         most, count = p.array(), groups.count(p.cols, group)
-        p.add(steps.shrink_magnitudes, x.at, count * group, group, most)
-        p.add(steps.magnitudes_bf16, most, count, amax)
+        p.add(ops.shrink_magnitudes, x.at, count * group, group, most)
+        p.add(ops.magnitudes_bf16, most, count, amax)
     else:
-        p.add(steps.magnitudes_fp32, x.at, p.cols, group, amax)
+        p.add(ops.magnitudes_fp32, x.at, p.cols, group, amax)
     return amax
 
 
@@ -249,22 +249,22 @@ def _decode(codec: Codec, p: _Program, source: _Operand, y: _Values) -> None:
 @_encode.register
 def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
     if x.kind == BF16 and codec.wire == torch.bfloat16 and p.cols % 32 == 0:
-        p.add(steps.clean_bf16, x.at, p.cols, target)
+        p.add(ops.clean_bf16, x.at, p.cols, target)
         return
     row = x if x.kind == FP32 else _wide(p, x)
-    p.add(steps.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
+    p.add(ops.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
 
 
 @_decode.register
 def _decode_cast(codec: Cast, p: _Program, source: _Operand, y: _Values):
     if y.plus and codec.wire == torch.bfloat16:
-        p.add(steps.add_bf16, source, p.cols, y.plus, y.at)
+        p.add(ops.add_bf16, source, p.cols, y.plus, y.at)
         return
     if y.at == _SUMS:
-        p.add(steps.add_wide, source, KINDS[codec.wire], p.cols, _ADDING, y.at)
+        p.add(ops.add_wide, source, KINDS[codec.wire], p.cols, _ADDING, y.at)
         return
     row = _workplace(p, y)
-    p.add(steps.widen, source, KINDS[codec.wire], p.cols, row.at)
+    p.add(ops.widen, source, KINDS[codec.wire], p.cols, row.at)
     _deliver(p, row, y, clean=True)
 
 
@@ -275,27 +275,27 @@ def _encode_affine(codec: Affine, p: _Program, x: _Values, target: _Operand):
     low, high = _ranges(p, x, group)
     zero, inverse, flag, meta = (p.array() for _ in range(4))
     last = _bits(codec.last)
-    p.add(steps.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
+    p.add(ops.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
     unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
     codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
-    p.add(steps.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
-    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
         _pack(p, codes, p.cols, codec.bits, target)
-    p.add(steps.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
+    p.add(ops.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
 
 
 @_decode.register
 def _decode_affine(codec: Affine, p: _Program, source: _Operand, y: _Values):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     meta, zero, scale = (p.array() for _ in range(3))
-    p.add(steps.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
-    p.add(steps.affine_meta, meta, count, codec.symmetric, _bits(codec.last), zero, scale)
+    p.add(ops.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
+    p.add(ops.affine_meta, meta, count, codec.symmetric, _bits(codec.last), zero, scale)
     codes = _unpack(p, source, p.cols, codec.bits)
     row = _writable(p, y, group)
     unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
     adding = _ADDING if row.at == _SUMS else y.plus
-    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
+    p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -309,22 +309,22 @@ def _encode_block(codec: Block, p: _Program, x: _Values, target: _Operand):
     behind = target + planes.code_bytes(p.cols, element.bits)
     operands = (amax, count, _bits(codec.limit), inverse, flag, meta)
     if codec.scale == "e8m0":
-        p.add(steps.scales_e8m0, *operands)
-        p.add(steps.copy_bytes, meta, count, behind)
+        p.add(ops.scales_e8m0, *operands)
+        p.add(ops.copy_bytes, meta, count, behind)
     elif codec.scale == "fp32":
-        p.add(steps.scales_fp32, *operands)
-        p.add(steps.copy_bytes, meta, 4 * count, behind)
+        p.add(ops.scales_fp32, *operands)
+        p.add(ops.copy_bytes, meta, 4 * count, behind)
     elif codec.scale == "e4m3":
-        p.add(steps.scales_e4m3, *operands, behind + count)
-        p.add(steps.copy_bytes, meta, count, behind)
+        p.add(ops.scales_e4m3, *operands, behind + count)
+        p.add(ops.copy_bytes, meta, count, behind)
     else:
-        p.add(steps.scales_e5m0, *operands, behind + planes.code_bytes(count, 5))
+        p.add(ops.scales_e5m0, *operands, behind + planes.code_bytes(count, 5))
         _pack(p, meta, count, 5, behind)
     unit, (inverses,) = _spread(p, x.kind, group, inverse)
     codes = target if element.bits == 8 and p.cols % 16 == 0 else p.array()
     form = (element.bits, element.mantissa, element.lowest, element.last)
-    p.add(steps.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
-    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    p.add(ops.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
         _pack(p, codes, p.cols, element.bits, target)
 
@@ -337,20 +337,20 @@ def _decode_block(codec: Block, p: _Program, source: _Operand, y: _Values):
     meta, scale = p.array(), p.array()
     if codec.scale == "e5m0":
         below = _unpack(p, behind, count, 5)
-        p.add(steps.meta_e5m0, below, behind + planes.code_bytes(count, 5), count, scale)
+        p.add(ops.meta_e5m0, below, behind + planes.code_bytes(count, 5), count, scale)
     elif codec.scale == "fp32":
-        p.add(steps.copy_bytes, behind, 4 * count, scale)
+        p.add(ops.copy_bytes, behind, 4 * count, scale)
     else:
-        p.add(steps.copy_bytes, behind, count, meta)
+        p.add(ops.copy_bytes, behind, count, meta)
         if codec.scale == "e8m0":
-            p.add(steps.meta_e8m0, meta, count, scale)
+            p.add(ops.meta_e8m0, meta, count, scale)
         else:
-            p.add(steps.meta_e4m3, meta, behind + count, count, scale)
+            p.add(ops.meta_e4m3, meta, behind + count, count, scale)
     codes = _unpack(p, source, p.cols, element.bits)
     row = _writable(p, y, group)
     unit, (scales,) = _spread(p, row.kind, group, scale)
     form = (element.bits, element.mantissa, element.lowest, _ADDING if row.at == _SUMS else 0)
-    p.add(steps.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
+    p.add(ops.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -361,26 +361,26 @@ def _encode_spike(codec: Spike, p: _Program, x: _Values, target: _Operand):
     if x.kind == BF16 and group % 32 == p.cols % group == 0:
         low, high = _ranges(p, x, group)
         a, b, least, most = (p.array() for _ in range(4))
-        p.add(steps.find_spikes_bf16, x.at, p.cols, group, places, low, high, least, most)
-        p.add(steps.ranges_bf16, least, most, count, 1, a, b)
+        p.add(ops.find_spikes_bf16, x.at, p.cols, group, places, low, high, least, most)
+        p.add(ops.ranges_bf16, least, most, count, 1, a, b)
     else:
         x = _wide(p, x)
         low, high, a, b = (p.array() for _ in range(4))
         if group % 16 == 0:
-            p.add(steps.shrink_spikes, x.at, p.cols, group, low, a, high, b)
-            p.add(steps.two_smallest, low, a, p.cols // group)
-            p.add(steps.two_largest, high, b, p.cols // group)
-        p.add(steps.find_spikes, x.at, p.cols, group, places, low, high, a, b)
+            p.add(ops.shrink_spikes, x.at, p.cols, group, low, a, high, b)
+            p.add(ops.two_smallest, low, a, p.cols // group)
+            p.add(ops.two_largest, high, b, p.cols // group)
+        p.add(ops.find_spikes, x.at, p.cols, group, places, low, high, a, b)
     form = (count, base.bits, base.symmetric)
-    p.add(steps.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
+    p.add(ops.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
     unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
-    p.add(steps.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, _bits(base.last), codes)
-    p.add(steps.forget, flag, inverse, p.cols, group, codes)
+    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, _bits(base.last), codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
     sections = codec.sections(p.cols)
     _pack(p, codes, p.cols, base.bits, target)
-    p.add(steps.copy_bytes, spikes, sections[1], target + sections[0])
-    p.add(steps.copy_bytes, meta, sections[2], target + sum(sections[:2]))
-    p.add(steps.copy_bytes, meta + count + 16, sections[3], target + sum(sections[:3]))
+    p.add(ops.copy_bytes, spikes, sections[1], target + sections[0])
+    p.add(ops.copy_bytes, meta, sections[2], target + sum(sections[:2]))
+    p.add(ops.copy_bytes, meta + count + 16, sections[3], target + sum(sections[:3]))
     _pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
 
 
@@ -390,16 +390,16 @@ def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
     spikes, scale_codes, centres, zero, scale, low, high = (p.array() for _ in range(7))
     sections = codec.sections(p.cols)
     for i, array in ((1, spikes), (2, scale_codes), (3, centres)):
-        p.add(steps.copy_bytes, source + sum(sections[:i]), sections[i], array)
+        p.add(ops.copy_bytes, source + sum(sections[:i]), sections[i], array)
     form = (count, base.bits, base.symmetric)
-    p.add(steps.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
+    p.add(ops.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
     codes = _unpack(p, source, p.cols, base.bits)
     # Spikes replace values, so they must be in place before anything is added to a sum.
     row = p.row() if y.at == _SUMS else _writable(p, y, group)
     unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
-    p.add(steps.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
+    p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
     places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
-    p.add(steps.put_spikes, places, low, high, p.cols, group, row.at, row.kind)
+    p.add(ops.put_spikes, places, low, high, p.cols, group, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -411,17 +411,17 @@ def _transform(
     for n, blocks, first in ((group, full, 0), (rest, 1, full)):
         for start, size in pieces(n) if blocks else ():
             at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
-            p.add(steps.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
+            p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
 
 
 @_encode.register
 def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand):
     count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
-    p.add(steps.widen, x.at, x.kind, p.cols, row.at)
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
     if codec.adaptive:
         alpha = p.array()
-        p.add(steps.adapt, row.at, p.cols, codec.group, alpha)
-        p.add(steps.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
+        p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
+        p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
     _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
     _encode(codec.base, p, row, target)
 
@@ -433,8 +433,8 @@ def _decode_hadamard(codec: Hadamard, p: _Program, source: _Operand, y: _Values)
     _decode(codec.base, p, source, row)
     if codec.adaptive:
         alpha = p.array()
-        p.add(steps.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
-        p.add(steps.invert, alpha, count)
+        p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
+        p.add(ops.invert, alpha, count)
     _transform(p, row, codec.group, alpha, 0 if y.at == _SUMS else y.at, forward=False)
     _deliver(p, row, y, clean=True)
 
@@ -445,7 +445,7 @@ def _encode_keep(codec: Keep, p: _Program, x: _Values, target: _Operand):
     x = x if x.kind == BF16 else _wide(p, x)
     rest, features = _Values(p.array(), x.kind, True), np.array(codec.kept, np.int64)
     sent = target + codec.base.payload_bytes(p.cols - len(features))
-    p.add(steps.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
+    p.add(ops.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
     with p.shortened(len(features)):
         _encode(codec.base, p, rest, target)
 
@@ -458,7 +458,7 @@ def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
     with p.shortened(len(features)):
         _decode(codec.base, p, source, rest)
     sent = source + codec.base.payload_bytes(p.cols - len(features))
-    p.add(steps.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
+    p.add(ops.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
     _deliver(p, row, y)
 
 
@@ -481,10 +481,10 @@ def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
     with np.errstate(divide="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
     operands = p.constant(scale * np.float32(-codec.last / 2)), p.constant(inverse)
-    p.add(steps.quantise, x.at, FP32, p.cols, 1, *operands, _bits(codec.last), codes)
-    p.add(steps.mark_nan, x.at, p.cols, int(codec.last) + 1, codes)
+    p.add(ops.quantise, x.at, FP32, p.cols, 1, *operands, _bits(codec.last), codes)
+    p.add(ops.mark_nan, x.at, p.cols, int(codec.last) + 1, codes)
     _pack(p, codes, p.cols, codec.bits, target)
-    p.add(steps.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
+    p.add(ops.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
 
 
 @_decode.register
@@ -493,11 +493,11 @@ def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
     tables, scale, zero = _tables(_features(codec), codec.bits), p.array(), p.array()
     number = source + planes.code_bytes(p.cols, codec.bits)
     factor = _bits(-codec.last / 2)
-    p.add(steps.pick_table, number, p.constant(tables), len(tables), tables.strides[0], factor, p.cols, scale, zero)
+    p.add(ops.pick_table, number, p.constant(tables), len(tables), tables.strides[0], factor, p.cols, scale, zero)
     codes = _unpack(p, source, p.cols, codec.bits)
     row = _workplace(p, y)
-    p.add(steps.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
-    p.add(steps.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
+    p.add(ops.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
+    p.add(ops.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
     _deliver(p, row, y)
 
 
@@ -540,7 +540,7 @@ def decoder(codec: Codec, cols: int, kind: int, ranks: int) -> Run:
         return _ready(each)
     if ranks == 2 and isinstance(codec, Cast) and KINDS[codec.wire] == kind and cols % 32 == 0:
         # Two payloads that are the values themselves need no sums in between.
-        after.add(steps.add_two, _IN, _NEXT_IN, kind, cols, _OUT)
+        after.add(ops.add_two, _IN, _NEXT_IN, kind, cols, _OUT)
         return _ready(each, after, times=0)
     _decode(codec, each, _IN, _Values(_SUMS, FP32, True))
     if (
@@ -551,7 +551,7 @@ def decoder(codec: Codec, cols: int, kind: int, ranks: int) -> Run:
         # The last rank's values need not go into the sums to come out again.
         _decode(codec, after, _IN, _Values(_OUT, kind, False, _SUMS))
         return _ready(each, after, times=ranks - 1)
-    after.add(steps.narrow, _SUMS, cols, _OUT, kind, 1)
+    after.add(ops.narrow, _SUMS, cols, _OUT, kind, 1)
     return _ready(each, after, times=ranks)
 
 
@@ -583,7 +583,7 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
                 simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
 
 
-run_rows = steps.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
+run_rows = ops.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
 """Run the programs on rows `first` to `last`: `each` for every rank, then `after`. `scratch` is a uint8 array."""
 
 
