@@ -1,27 +1,19 @@
-"""The codecs on the CPU: programs of `steps`, run on every row of a message, on several threads.
+"""The formats as programs: which steps encode a row of values, and which decode a payload.
 
-A program is a table: per step its address and its operands. An operand is a number, or an offset from one of five
-registers: where the row comes from, where the next rank's row comes from, where it goes to, the thread's scratch
-memory, and whether to add to what is there.
-Python writes a program once per codec, row length and type, by the rules of that codec (`_encode`, `_decode`), and
-keeps it; one compiled loop, `run_rows`, executes all of them. So a format costs no compilation of its own, and a
-wrapper such as Hadamard is a few steps before those of its base.
+`append_encode` and `append_decode` add the steps of one codec to a program; a codec of a new class registers one
+function with each. What a step does to a row is in `ops`.
 
-Hazard: nothing here checks its arguments; `flashcomm.kernels` does.
+Hazard: nothing here checks its arguments; `flashcomm.kernels.verbs` does.
 
 Source: our own.
 """
 
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache, lru_cache, singledispatch
+from functools import lru_cache, singledispatch
 from struct import pack as to_struct
 from struct import unpack as from_struct
 
 import numpy as np
 import torch
-from numba import njit
 
 from flashcomm.codecs import bits as planes
 from flashcomm.codecs import groups
@@ -32,103 +24,20 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.hadamard import Hadamard, pieces
 from flashcomm.codecs.spike import Spike
-from flashcomm.kernels.cpu import ops, simd
-from flashcomm.kernels.cpu.ops import BF16, FP16, FP32, Step
-
-KINDS = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
-
-_NUMBER, _SOURCE, _TARGET, _SCRATCH, _ADD, _NEXT = range(6)
-
-
-@dataclass(frozen=True, slots=True)
-class _Operand:
-    """A number, or an offset from a register."""
-
-    register: int
-    offset: int = 0
-
-    def __add__(self, more: int) -> "_Operand":
-        return _Operand(self.register, self.offset + more)
-
-
-# Of a step in a table: address, count, then the operands' registers and offsets.
-STEP_FIELDS = 2 + 2 * simd.MAX_OPERANDS
-# Values that a scratch array has room for beyond a row.
-_ROOM = 256
-
-_IN, _OUT, _ADDING, _SUMS, _NEXT_IN = (_Operand(register) for register in (_SOURCE, _TARGET, _ADD, _SCRATCH, _NEXT))
-
-
-@dataclass(frozen=True, slots=True)
-class _Values:
-    """A row of values: where it is, of which kind, and whether whole vectors may reach beyond its end."""
-
-    at: _Operand
-    kind: int
-    roomy: bool
-    plus: _Operand | int = 0
-    """Where the fp32 are that what is written here is added to, if any."""
-
-
-class _Program:
-    """Steps for one row of `cols` values. The first scratch array holds sums over ranks and outlives the program."""
-
-    def __init__(self, cols: int):
-        self.cols = cols
-        self._array_bytes = 4 * (cols + _ROOM)
-        self._arrays = 1
-        self._steps: list[tuple[Step, list[_Operand]]] = []
-        self.constants: list[np.ndarray] = []
-
-    def array(self) -> _Operand:
-        """Scratch memory for an fp32 per value, and whole vectors beyond it."""
-        self._arrays += 1
-        return _Operand(_SCRATCH, (self._arrays - 1) * self._array_bytes)
-
-    def row(self) -> _Values:
-        """A row of fp32 in scratch memory."""
-        return _Values(self.array(), FP32, True)
-
-    def constant(self, array: np.ndarray) -> int:
-        """The address of an array that lives as long as the program."""
-        self.constants.append(np.ascontiguousarray(array))
-        return self.constants[-1].ctypes.data
-
-    @contextmanager
-    def shortened(self, by: int):
-        """Steps added in this block see a row that is shorter by so many values."""
-        self.cols -= by
-        yield
-        self.cols += by
-
-    def add(self, step: Step, *operands: "_Operand | int"):
-        """Append a step."""
-        assert len(operands) == step.operands, (step, operands)
-        self._steps.append((step, [o if isinstance(o, _Operand) else _Operand(_NUMBER, int(o)) for o in operands]))
-
-    def table(self) -> np.ndarray:
-        """[steps, STEP_FIELDS] int64."""
-        table = np.zeros((len(self._steps), STEP_FIELDS), np.int64)
-        for row, (step, operands) in zip(table, self._steps, strict=True):
-            row[:2] = step.address, len(operands)
-            row[2 : 2 + len(operands)] = [o.register for o in operands]
-            row[2 + simd.MAX_OPERANDS :][: len(operands)] = [o.offset for o in operands]
-        return table
-
-    @property
-    def scratch_bytes(self) -> int:
-        """What the arrays take."""
-        return self._arrays * self._array_bytes
+from flashcomm.kernels.cpu import ops
+from flashcomm.kernels.cpu.ops import BF16, FP32
+from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
 
 
 def _bits(value: float) -> int:
+    """The pattern of an fp32, as steps take it."""
     return from_struct("<i", to_struct("<f", value))[0]
 
 
-def _readable(p: _Program, x: _Values, group: int) -> _Values:
-    """`x` as the steps can read it: as it is, or widened."""
+def _readable(p: Program, x: Row, group: int) -> Row:
+    """Let steps read `x` in place if they can, otherwise widened to fp32."""
     in_pairs = x.kind == BF16 and p.cols % 32 == 0 and (group % 32 == 0 or group in (8, 16))
-    if in_pairs and p.cols % group and x.roomy and group <= _ROOM:
+    if in_pairs and p.cols % group and x.roomy and group <= ROOM:
         p.add(ops.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
         return x
     if (in_pairs and p.cols % group == 0) or (x.kind == FP32 and (x.roomy or p.cols % 16 == 0)):
@@ -136,8 +45,8 @@ def _readable(p: _Program, x: _Values, group: int) -> _Values:
     return _wide(p, x)
 
 
-def _wide(p: _Program, x: _Values) -> _Values:
-    """`x` as fp32 in scratch memory."""
+def _wide(p: Program, x: Row) -> Row:
+    """Widen `x` to fp32 in scratch memory, unless it is there already."""
     if x.roomy and x.kind == FP32:
         return x
     row = p.row()
@@ -145,29 +54,29 @@ def _wide(p: _Program, x: _Values) -> _Values:
     return row
 
 
-def _writable(p: _Program, y: _Values, group: int) -> _Values:
-    """`y`, or the row to write in its place, which `_deliver` brings there."""
+def _writable(p: Program, y: Row, group: int) -> Row:
+    """Let steps write `y` in place if they can, otherwise a scratch row that `_deliver` brings there."""
     in_pairs = y.kind == BF16 and p.cols % 32 == group % 2 == 0
     return y if in_pairs or (y.kind == FP32 and (y.roomy or p.cols % 16 == 0)) else p.row()
 
 
-def _workplace(p: _Program, y: _Values) -> _Values:
-    """`y` if it is fp32 in scratch memory and holds nothing yet, or the row to work in before `_deliver`."""
-    return y if y.roomy and y.kind == FP32 and y.at != _SUMS else p.row()
+def _workplace(p: Program, y: Row) -> Row:
+    """Let steps work in `y` if it is fp32 scratch memory without sums in it, otherwise in a row for `_deliver`."""
+    return y if y.roomy and y.kind == FP32 and y.at != SUMS else p.row()
 
 
-def _deliver(p: _Program, row: _Values, y: _Values, clean: bool = False):
-    """Bring what lies in `row` to `y`; `clean` if its NaN may be of any kind."""
+def _deliver(p: Program, row: Row, y: Row, clean: bool = False):
+    """Add `row` to the sums if `y` is them, otherwise narrow it into `y`; `clean` if its NaN may have any pattern."""
     if row is y:
         return
-    if y.at == _SUMS:
-        p.add(ops.accumulate, row.at, p.cols, _ADDING, y.at)
+    if y.at == SUMS:
+        p.add(ops.accumulate, row.at, p.cols, ADDING, y.at)
     else:
         p.add(ops.narrow, row.at, p.cols, y.at, y.kind, clean)
 
 
-def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int, list[_Operand]]:
-    """The unit of the steps that read or write values of `kind`, and the numbers per group spread to it."""
+def _spread(p: Program, kind: int, group: int, *arrays: Operand) -> tuple[int, list[Operand]]:
+    """Repeat numbers per group so that they are one per unit of a step; returns the unit and the numbers."""
     wide, narrow = (32, 2) if kind == BF16 else (16, 1)
     unit = wide if group % wide == 0 else narrow
     if group == unit:
@@ -178,7 +87,8 @@ def _spread(p: _Program, kind: int, group: int, *arrays: _Operand) -> tuple[int,
     return unit, spread
 
 
-def _pack(p: _Program, codes: _Operand, n: int, bits: int, target: _Operand):
+def _pack(p: Program, codes: Operand, n: int, bits: int, target: Operand):
+    """Pack `n` codes, a byte each, into bit planes at `target`."""
     full, rest = n // 128 * 128, n % 128
     if bits == 8:
         p.add(ops.copy_bytes, codes, n, target)
@@ -191,8 +101,8 @@ def _pack(p: _Program, codes: _Operand, n: int, bits: int, target: _Operand):
         target, shift = target + (rest * width + 7) // 8, shift + width
 
 
-def _unpack(p: _Program, source: _Operand, n: int, bits: int) -> _Operand:
-    """Where the codes are, a byte each."""
+def _unpack(p: Program, source: Operand, n: int, bits: int) -> Operand:
+    """Unpack `n` codes to a byte each; returns their address."""
     codes = p.array()
     full, rest = n // 128 * 128, n % 128
     if bits == 8:
@@ -209,7 +119,8 @@ def _unpack(p: _Program, source: _Operand, n: int, bits: int) -> _Operand:
     return codes
 
 
-def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
+def _ranges(p: Program, x: Row, group: int) -> tuple[Operand, Operand]:
+    """Find the smallest and the largest value of each group."""
     low, high = p.array(), p.array()
     if x.kind == BF16:
         least, most, count = p.array(), p.array(), groups.count(p.cols, group)
@@ -223,7 +134,8 @@ def _ranges(p: _Program, x: _Values, group: int) -> tuple[_Operand, _Operand]:
     return low, high
 
 
-def _magnitudes(p: _Program, x: _Values, group: int) -> _Operand:
+def _magnitudes(p: Program, x: Row, group: int) -> Operand:
+    """Find the largest magnitude of each group."""
     amax = p.array()
     if x.kind == BF16:
         most, count = p.array(), groups.count(p.cols, group)
@@ -235,19 +147,19 @@ def _magnitudes(p: _Program, x: _Values, group: int) -> _Operand:
 
 
 @singledispatch
-def _encode(codec: Codec, p: _Program, x: _Values, target: _Operand) -> None:
+def append_encode(codec: Codec, p: Program, x: Row, target: Operand) -> None:
     """Append the steps that encode the row `x` into the payload at `target`."""
     raise NotImplementedError(f"no CPU kernel for {codec}")
 
 
 @singledispatch
-def _decode(codec: Codec, p: _Program, source: _Operand, y: _Values) -> None:
-    """Append the steps that decode the payload at `source` into `y`, or add it to `y` if that is the sums."""
+def append_decode(codec: Codec, p: Program, source: Operand, y: Row) -> None:
+    """Append the steps that decode the payload at `source` into `y`, or add it to `y` if `y` is the sums."""
     raise NotImplementedError(f"no CPU kernel for {codec}")
 
 
-@_encode.register
-def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_cast(codec: Cast, p: Program, x: Row, target: Operand):
     if x.kind == BF16 and codec.wire == torch.bfloat16 and p.cols % 32 == 0:
         p.add(ops.clean_bf16, x.at, p.cols, target)
         return
@@ -255,21 +167,21 @@ def _encode_cast(codec: Cast, p: _Program, x: _Values, target: _Operand):
     p.add(ops.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
 
 
-@_decode.register
-def _decode_cast(codec: Cast, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_cast(codec: Cast, p: Program, source: Operand, y: Row):
     if y.plus and codec.wire == torch.bfloat16:
         p.add(ops.add_bf16, source, p.cols, y.plus, y.at)
         return
-    if y.at == _SUMS:
-        p.add(ops.add_wide, source, KINDS[codec.wire], p.cols, _ADDING, y.at)
+    if y.at == SUMS:
+        p.add(ops.add_wide, source, KINDS[codec.wire], p.cols, ADDING, y.at)
         return
     row = _workplace(p, y)
     p.add(ops.widen, source, KINDS[codec.wire], p.cols, row.at)
     _deliver(p, row, y, clean=True)
 
 
-@_encode.register
-def _encode_affine(codec: Affine, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     x = _readable(p, x, group)
     low, high = _ranges(p, x, group)
@@ -285,8 +197,8 @@ def _encode_affine(codec: Affine, p: _Program, x: _Values, target: _Operand):
     p.add(ops.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
 
 
-@_decode.register
-def _decode_affine(codec: Affine, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_affine(codec: Affine, p: Program, source: Operand, y: Row):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     meta, zero, scale = (p.array() for _ in range(3))
     p.add(ops.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
@@ -294,13 +206,13 @@ def _decode_affine(codec: Affine, p: _Program, source: _Operand, y: _Values):
     codes = _unpack(p, source, p.cols, codec.bits)
     row = _writable(p, y, group)
     unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
-    adding = _ADDING if row.at == _SUMS else y.plus
+    adding = ADDING if row.at == SUMS else y.plus
     p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
     _deliver(p, row, y)
 
 
-@_encode.register
-def _encode_block(codec: Block, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     element, _ = codec.parts
     x = _readable(p, x, group)
@@ -329,8 +241,8 @@ def _encode_block(codec: Block, p: _Program, x: _Values, target: _Operand):
         _pack(p, codes, p.cols, element.bits, target)
 
 
-@_decode.register
-def _decode_block(codec: Block, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_block(codec: Block, p: Program, source: Operand, y: Row):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     element, _ = codec.parts
     behind = source + planes.code_bytes(p.cols, element.bits)
@@ -349,13 +261,13 @@ def _decode_block(codec: Block, p: _Program, source: _Operand, y: _Values):
     codes = _unpack(p, source, p.cols, element.bits)
     row = _writable(p, y, group)
     unit, (scales,) = _spread(p, row.kind, group, scale)
-    form = (element.bits, element.mantissa, element.lowest, _ADDING if row.at == _SUMS else 0)
+    form = (element.bits, element.mantissa, element.lowest, ADDING if row.at == SUMS else 0)
     p.add(ops.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
     _deliver(p, row, y)
 
 
-@_encode.register
-def _encode_spike(codec: Spike, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_spike(codec: Spike, p: Program, x: Row, target: Operand):
     base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
     places, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(7))
     if x.kind == BF16 and group % 32 == p.cols % group == 0:
@@ -384,8 +296,8 @@ def _encode_spike(codec: Spike, p: _Program, x: _Values, target: _Operand):
     _pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
 
 
-@_decode.register
-def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_spike(codec: Spike, p: Program, source: Operand, y: Row):
     base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
     spikes, scale_codes, centres, zero, scale, low, high = (p.array() for _ in range(7))
     sections = codec.sections(p.cols)
@@ -395,7 +307,7 @@ def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
     p.add(ops.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
     codes = _unpack(p, source, p.cols, base.bits)
     # Spikes replace values, so they must be in place before anything is added to a sum.
-    row = p.row() if y.at == _SUMS else _writable(p, y, group)
+    row = p.row() if y.at == SUMS else _writable(p, y, group)
     unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
     p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
     places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
@@ -403,10 +315,8 @@ def _decode_spike(codec: Spike, p: _Program, source: _Operand, y: _Values):
     _deliver(p, row, y)
 
 
-def _transform(
-    p: _Program, row: _Values, group: int, factors: "_Operand | int", ahead: "_Operand | int", *, forward: bool
-):
-    """`ahead` is what to fetch meanwhile: the next row that comes in, or where this one goes."""
+def _transform(p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool):
+    """Transform `row` in place; `ahead` is the address to prefetch: the next row to read, or the one to write."""
     full, rest = p.cols // group, p.cols % group
     for n, blocks, first in ((group, full, 0), (rest, 1, full)):
         for start, size in pieces(n) if blocks else ():
@@ -414,8 +324,8 @@ def _transform(
             p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
 
 
-@_encode.register
-def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
     count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
     p.add(ops.widen, x.at, x.kind, p.cols, row.at)
     if codec.adaptive:
@@ -423,40 +333,40 @@ def _encode_hadamard(codec: Hadamard, p: _Program, x: _Values, target: _Operand)
         p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
         p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
     _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
-    _encode(codec.base, p, row, target)
+    append_encode(codec.base, p, row, target)
 
 
-@_decode.register
-def _decode_hadamard(codec: Hadamard, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
     count, alpha = groups.count(p.cols, codec.group), 0
     row = _workplace(p, y)
-    _decode(codec.base, p, source, row)
+    append_decode(codec.base, p, source, row)
     if codec.adaptive:
         alpha = p.array()
         p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
         p.add(ops.invert, alpha, count)
-    _transform(p, row, codec.group, alpha, 0 if y.at == _SUMS else y.at, forward=False)
+    _transform(p, row, codec.group, alpha, 0 if y.at == SUMS else y.at, forward=False)
     _deliver(p, row, y, clean=True)
 
 
-@_encode.register
-def _encode_keep(codec: Keep, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_keep(codec: Keep, p: Program, x: Row, target: Operand):
     codec.check(p.cols)
     x = x if x.kind == BF16 else _wide(p, x)
-    rest, features = _Values(p.array(), x.kind, True), np.array(codec.kept, np.int64)
+    rest, features = Row(p.array(), x.kind, True), np.array(codec.kept, np.int64)
     sent = target + codec.base.payload_bytes(p.cols - len(features))
     p.add(ops.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
     with p.shortened(len(features)):
-        _encode(codec.base, p, rest, target)
+        append_encode(codec.base, p, rest, target)
 
 
-@_decode.register
-def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_keep(codec: Keep, p: Program, source: Operand, y: Row):
     codec.check(p.cols)
     row = y if y.kind == BF16 else _workplace(p, y)
-    rest, features = _Values(p.array(), row.kind, True), np.array(codec.kept, np.int64)
+    rest, features = Row(p.array(), row.kind, True), np.array(codec.kept, np.int64)
     with p.shortened(len(features)):
-        _decode(codec.base, p, source, rest)
+        append_decode(codec.base, p, source, rest)
     sent = source + codec.base.payload_bytes(p.cols - len(features))
     p.add(ops.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
     _deliver(p, row, y)
@@ -464,7 +374,7 @@ def _decode_keep(codec: Keep, p: _Program, source: _Operand, y: _Values):
 
 @lru_cache(maxsize=4096)
 def _tables(features: Features, bits: int) -> np.ndarray:
-    """The scales of all ranks and of the sum, each row with room for a whole vector more."""
+    """The scales of all ranks and of the sum; each row has room for one more vector."""
     return np.pad(Static(bits, features).tables().numpy(), ((0, 0), (0, 16)))
 
 
@@ -473,8 +383,8 @@ def _features(codec: Static) -> Features:
     return codec.features
 
 
-@_encode.register
-def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
+@append_encode.register
+def _encode_static(codec: Static, p: Program, x: Row, target: Operand):
     codec.check(p.cols)
     x, codes = _wide(p, x), p.array()
     scale = _tables(_features(codec), codec.bits)[codec.table]
@@ -487,8 +397,8 @@ def _encode_static(codec: Static, p: _Program, x: _Values, target: _Operand):
     p.add(ops.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
 
 
-@_decode.register
-def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
+@append_decode.register
+def _decode_static(codec: Static, p: Program, source: Operand, y: Row):
     codec.check(p.cols)
     tables, scale, zero = _tables(_features(codec), codec.bits), p.array(), p.array()
     number = source + planes.code_bytes(p.cols, codec.bits)
@@ -501,136 +411,7 @@ def _decode_static(codec: Static, p: _Program, source: _Operand, y: _Values):
     _deliver(p, row, y)
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """A program per rank and one after the last rank, ready to run on rows."""
-
-    each: np.ndarray
-    after: np.ndarray
-    scratch_bytes: int
-    constants: list[np.ndarray]
-    """Kept alive for the steps."""
-    times: int = 1
-    """For how many ranks `each` runs; `after` sees those that are left, if any."""
-
-
-# Flat tensors may have any length, so programs are not kept for ever.
-_remembered = lru_cache(maxsize=4096)
-
-
-def _ready(each: _Program, after: _Program | None = None, times: int = 1) -> Run:
-    after = after or _Program(each.cols)
-    scratch_bytes = max(each.scratch_bytes, after.scratch_bytes)
-    return Run(each.table(), after.table(), scratch_bytes, each.constants + after.constants, times)
-
-
-@_remembered
-def encoder(codec: Codec, cols: int, kind: int) -> Run:
-    p = _Program(cols)
-    _encode(codec, p, _Values(_IN, kind, False), _OUT)
-    return _ready(p)
-
-
-@_remembered
-def decoder(codec: Codec, cols: int, kind: int, ranks: int) -> Run:
-    """What decodes a row of one rank, or adds those of several."""
-    each, after, out = _Program(cols), _Program(cols), _Values(_OUT, kind, False)
-    if ranks == 1:
-        _decode(codec, each, _IN, out)
-        return _ready(each)
-    if ranks == 2 and isinstance(codec, Cast) and KINDS[codec.wire] == kind and cols % 32 == 0:
-        # Two payloads that are the values themselves need no sums in between.
-        after.add(ops.add_two, _IN, _NEXT_IN, kind, cols, _OUT)
-        return _ready(each, after, times=0)
-    _decode(codec, each, _IN, _Values(_SUMS, FP32, True))
-    if (
-        kind == BF16
-        and cols % 32 == 0
-        and (codec == Cast(torch.bfloat16) or (isinstance(codec, Affine) and not min(codec.group, cols) % 32))
-    ):
-        # The last rank's values need not go into the sums to come out again.
-        _decode(codec, after, _IN, _Values(_OUT, kind, False, _SUMS))
-        return _ready(each, after, times=ranks - 1)
-    after.add(ops.narrow, _SUMS, cols, _OUT, kind, 1)
-    return _ready(each, after, times=ranks)
-
-
-@_remembered
-def reducer(codec: Codec, out_codec: Codec, cols: int, ranks: int) -> Run:
-    sums, each, after = _Values(_SUMS, FP32, True), _Program(cols), _Program(cols)
-    _decode(codec, each, _IN, sums)
-    _encode(out_codec, after, sums, _OUT)
-    return _ready(each, after, times=ranks)
-
-
-def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last):
-    operands = np.empty(simd.MAX_OPERANDS, np.int64)
-    registers = np.zeros(6, np.int64)
-    registers[_SCRATCH] = scratch.ctypes.data
-    for r in range(first, last):
-        # Inside the loop: numba frees an array after the last line that names it.
-        at = operands.ctypes.data
-        registers[_TARGET] = target + r * target_stride
-        for rank in range(ranks + 1):
-            table = each if rank < ranks else after
-            registers[_SOURCE] = source + rank * rank_stride + r * source_stride
-            registers[_NEXT] = registers[_SOURCE] + rank_stride
-            registers[_ADD] = registers[_SCRATCH] if rank > 0 else 0
-            for s in range(table.shape[0]):
-                count = table[s, 1]
-                for i in range(count):
-                    operands[i] = registers[table[s, 2 + i]] + table[s, 2 + simd.MAX_OPERANDS + i]
-                simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
-
-
-run_rows = ops.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))
-"""Run the programs on rows `first` to `last`: `each` for every rank, then `after`. `scratch` is a uint8 array."""
-
-
 def supports(codec: Codec) -> bool:
-    """Whether there are steps for `codec` and all that it wraps."""
+    """Whether `codec` and every codec that it wraps have steps."""
     # By its very type: a subclass may mean other bytes.
-    return type(codec) in _encode.registry and (not isinstance(codec, Hadamard | Keep) or supports(codec.base))
-
-
-@cache
-def pool(threads):
-    """The threads that share the rows of a large message."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="flashcomm-cpu")
-
-
-# Below this many values a second thread costs more than it saves (measured 2026-11-20, 2 cores: 20 us to hand over).
-_VALUES_PER_THREAD = 1 << 16
-
-
-def _over_rows(run: Run, ranks, rank_stride, source: torch.Tensor, target: torch.Tensor, cols: int):
-    """Run over all rows of `target`, on as many threads as torch is set to use."""
-    rows = target.shape[0]
-    from_stride, to_stride = (t.stride(-2) * t.element_size() for t in (source, target))
-    fixed = (run.each, run.times, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
-    threads = max(1, min(torch.get_num_threads(), rows, rows * cols * ranks // _VALUES_PER_THREAD))
-    over = lambda first, last: run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), first, last)  # noqa: E731
-    if threads == 1:
-        over(0, rows)
-        return
-    edges = [rows * t // threads for t in range(threads + 1)]
-    list(pool(threads).map(over, edges[:-1], edges[1:]))
-
-
-def encode(x, codec, out):
-    """[rows, cols] bf16, fp16 or fp32 with unit stride in a row -> out[rows, payload_bytes(cols)] uint8."""
-    cols = x.shape[1]
-    _over_rows(encoder(codec, cols, KINDS[x.dtype]), 1, 0, x, out, cols)
-
-
-def decode_sum(payloads, codec, out):
-    """payloads[ranks, rows, payload_bytes(cols)] -> out[rows, cols], summed in fp32 in rank order."""
-    ranks, cols = payloads.shape[0], out.shape[1]
-    run = decoder(codec, cols, KINDS[out.dtype], ranks)
-    _over_rows(run, ranks, payloads.stride(0), payloads, out, cols)
-
-
-def decode_sum_encode(payloads, codec, out_codec, cols, out):
-    """payloads[ranks, rows, bytes] in `codec` -> out[rows, bytes] in `out_codec`; the sum itself stays in fp32."""
-    ranks = payloads.shape[0]
-    _over_rows(reducer(codec, out_codec, cols, ranks), ranks, payloads.stride(0), payloads, out, cols)
+    return type(codec) in append_encode.registry and (not isinstance(codec, Hadamard | Keep) or supports(codec.base))

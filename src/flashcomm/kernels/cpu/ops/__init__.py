@@ -22,7 +22,7 @@ Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit split
 """
 
 from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise
-from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, Step, compiled
+from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, Op, compiled
 from flashcomm.kernels.cpu.ops.blocks import (
     meta_e4m3,
     meta_e5m0,

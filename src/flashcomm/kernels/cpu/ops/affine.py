@@ -1,10 +1,10 @@
 """Integer codes: `codecs.affine`."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, clean, f32, inline
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Op, clean, f32, inline
 
 
-@Step
+@Op
 def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, meta):
     """Ranges -> zero points, reciprocals of the scales, and the bytes of both.
 
@@ -48,7 +48,7 @@ def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, m
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def affine_meta(meta, count, symmetric, last_bits, zero, scale):
     """The bytes of `affine_scales` -> scales and zero points."""
     minus_half = simd.splat(simd.from_bits(last_bits) * f32(-0.5))
@@ -72,7 +72,7 @@ def _quantise(x, zeros, inverses, highest, limited):
     return simd.as_words(v)
 
 
-@Step
+@Op
 def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
     """round((x - zero) * inverse), one byte each, kept within 0 and the limit unless that is 0."""
     highest, limited = simd.splat(ROUND + simd.from_bits(limit_bits)), limit_bits != 0
@@ -99,7 +99,7 @@ def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
         simd.store_words_u8(codes + i, _quantise(simd.load_fp32(src + i * 4), zeros, inverses, highest, limited))
 
 
-@Step
+@Op
 def dequantise(codes, n, unit, scale, zero, add, dst, kind):
     """Code * scale + zero as bf16 or fp32; the fp32 at `add`, unless that is 0, plus it."""
     if kind == BF16 and add:

@@ -1,4 +1,4 @@
-"""What a step is, and the numbers that steps share."""
+"""Ops: functions that become machine code with an address, and the numbers that they share."""
 
 import inspect
 import threading
@@ -33,7 +33,7 @@ def clean(v):
     return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
 
 
-class Step:
+class Op:
     """A function of int64 operands that becomes machine code when its address is first asked for."""
 
     def __init__(self, function):

@@ -1,13 +1,13 @@
 """Small floats and their scales: `codecs.blocks`."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Step, f32, inline
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Op, f32, inline
 
 # 2.0**127: a block whose element times scale might not be finite.
 _TOO_LARGE = 0x7F000000
 
 
-@Step
+@Op
 def scales_e8m0(amax, count, limit_bits, inverse, flag, meta):
     """Largest magnitudes -> reciprocals of the scales and their bytes, as `affine_scales`."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -24,7 +24,7 @@ def scales_e8m0(amax, count, limit_bits, inverse, flag, meta):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_e5m0(amax, count, limit_bits, inverse, flag, codes, row):
     """Like `scales_e8m0`: five-bit codes, a byte each, and the byte of the row."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -51,7 +51,7 @@ def scales_e5m0(amax, count, limit_bits, inverse, flag, codes, row):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_fp32(amax, count, limit_bits, inverse, flag, meta):
     """Like `scales_e8m0` with fp32 scales."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -67,7 +67,7 @@ def scales_fp32(amax, count, limit_bits, inverse, flag, meta):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_e4m3(amax, count, limit_bits, inverse, flag, meta, row):
     """Like `scales_e8m0` with one FP8 byte per group and an fp32 per row."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -102,7 +102,7 @@ def scales_e4m3(amax, count, limit_bits, inverse, flag, meta, row):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def meta_e8m0(meta, count, scale):
     """The bytes of `scales_e8m0` -> scales, NaN for a group that is."""
     for j in range(0, count, 16):
@@ -111,7 +111,7 @@ def meta_e8m0(meta, count, scale):
         simd.store_words(scale + j * 4, bits)
 
 
-@Step
+@Op
 def meta_e5m0(codes, row, count, scale):
     """The codes and the byte of `scales_e5m0` -> scales."""
     tops = simd.splat_words(simd.load_byte(row) & 255)
@@ -122,7 +122,7 @@ def meta_e5m0(codes, row, count, scale):
         simd.store_words(scale + j * 4, bits)
 
 
-@Step
+@Op
 def meta_e4m3(meta, row, count, scale):
     """The bytes of `scales_e4m3` -> scales."""
     rows, smallest = simd.splat(simd.load1_fp32(row)), simd.splat(f32(2.0**-6))
@@ -148,7 +148,7 @@ def _round_float(x, inverses, form):
     return code | word >> sign_shift & sign_bit
 
 
-@Step
+@Op
 def round_floats(src, kind, n, unit, inverse, bits, mantissa, lowest, last, codes):
     """X * inverse to the nearest small float, one byte each: see `codecs.elements`."""
     drop = 23 - mantissa
@@ -184,7 +184,7 @@ def _read_float(code, scales, form):
     return simd.as_lanes(simd.as_words(value) | code << sign_shift & 0x80000000) * scales
 
 
-@Step
+@Op
 def read_floats(codes, n, unit, scale, bits, mantissa, lowest, add, dst, kind):
     """Element * scale as bf16, or as fp32, added to what is there if `add`."""
     smallest = simd.splat(simd.from_bits(lowest + 127 << 23))

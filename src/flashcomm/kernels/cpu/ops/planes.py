@@ -1,10 +1,10 @@
 """Codes of one byte each as bit planes, and back: `codecs.bits`."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import AHEAD, Step
+from flashcomm.kernels.cpu.ops.base import AHEAD, Op
 
 
-@Step
+@Op
 def pack(codes, n, bits, dst):
     """N codes of one byte each, n a multiple of 128 -> bit planes."""
     for i in range(0, n, 128):
@@ -22,7 +22,7 @@ def pack(codes, n, bits, dst):
             dst += 16
 
 
-@Step
+@Op
 def pack_rest(codes, n, width, shift, dst):
     """One plane of n < 128 codes."""
     m = (n * width + 7) >> 3
@@ -35,7 +35,7 @@ def pack_rest(codes, n, width, shift, dst):
         simd.store_byte(dst + i, byte)
 
 
-@Step
+@Op
 def unpack(src, n, bits, codes):
     """Inverse of `pack`."""
     for i in range(0, n, 128):
@@ -60,7 +60,7 @@ def unpack(src, n, bits, codes):
             src += 16
 
 
-@Step
+@Op
 def unpack_rest(src, n, width, shift, codes):
     """Inverse of `pack_rest`; planes from the lowest bits on."""
     m = (n * width + 7) >> 3

@@ -1,10 +1,10 @@
 """The smallest and the largest of each group, or the largest magnitude."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import MAGNITUDE, Step
+from flashcomm.kernels.cpu.ops.base import MAGNITUDE, Op
 
 
-@Step
+@Op
 def shrink_bf16(src, n, group, least, most):
     """Eight candidates for the smallest and the largest of each group of bf16: a multiple of 32, or 16, or 8 itself.
 
@@ -48,7 +48,7 @@ def shrink_bf16(src, n, group, least, most):
         simd.store_halves(most + j * 16, most0)
 
 
-@Step
+@Op
 def shrink_magnitudes(src, n, group, most):
     """Like `shrink_bf16`, for the largest magnitude alone."""
     count = n // group
@@ -77,7 +77,7 @@ def shrink_magnitudes(src, n, group, most):
         simd.store_halves(most + j * 16, simd.fold16_max(simd.fold32_max(most0, most1), simd.fold32_max(most2, most3)))
 
 
-@Step
+@Op
 def magnitudes_bf16(most, count, amax):
     """What `shrink_magnitudes` left -> the bits of the largest magnitude of each group as fp32."""
     for j in range(0, count, 32):
@@ -90,7 +90,7 @@ def magnitudes_bf16(most, count, amax):
     simd.store_words(amax + count * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def magnitudes_fp32(src, n, group, amax):
     """The bits of the largest magnitude of each group of fp32, of any size; the last group may be short."""
     full = n // group
@@ -113,7 +113,7 @@ def magnitudes_fp32(src, n, group, amax):
     simd.store_words(amax + done * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def ranges_bf16(least, most, count, keys, low, high):
     """What `shrink_bf16` left -> the smallest and the largest of each group: fp32, or `keys` as they are."""
     for j in range(0, count, 32):
@@ -136,7 +136,7 @@ def ranges_bf16(least, most, count, keys, low, high):
     simd.store_words(high + count * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def shrink_fp32(src, n, group, least, most):
     """Like `shrink_bf16`, of fp32 in groups that are a multiple of 16: four candidates of each."""
     count = n // group
@@ -162,7 +162,7 @@ def shrink_fp32(src, n, group, least, most):
         simd.store_words(most + j * 16, simd.words_fold8_max(most0, most2))
 
 
-@Step
+@Op
 def ranges_fp32(least, most, src, n, group, low, high):
     """What `shrink_fp32` left, and groups that it did not see: the short last one, or all of an unusual size."""
     done = n // group if group % 16 == 0 else 0

@@ -1,10 +1,10 @@
 """Rows in and out: widening, narrowing, copying, and what all formats need."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import AHEAD, BF16, FP16, NAN, Step, clean, f32
+from flashcomm.kernels.cpu.ops.base import AHEAD, BF16, FP16, NAN, Op, clean, f32
 
 
-@Step
+@Op
 def widen(src, kind, n, dst):
     """N values of any kind as fp32; up to fifteen zeros behind them."""
     full = n & ~15
@@ -30,7 +30,7 @@ def widen(src, kind, n, dst):
             simd.store1_fp32(dst + i * 4, v)
 
 
-@Step
+@Op
 def narrow(src, n, dst, kind, cleaning):
     """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `cleaning`."""
     full = n & ~31
@@ -58,7 +58,7 @@ def narrow(src, n, dst, kind, cleaning):
             simd.store1_fp32(dst + i * 4, x)
 
 
-@Step
+@Op
 def accumulate(src, n, add, dst):
     """N fp32 values to another place, or added to what is there if `add`."""
     if add:
@@ -69,7 +69,7 @@ def accumulate(src, n, add, dst):
             simd.store_fp32(dst + i * 4, simd.load_fp32(src + i * 4))
 
 
-@Step
+@Op
 def add_wide(src, kind, n, add, dst):
     """N values of any kind as fp32; the fp32 at `add`, unless that is 0, plus them."""
     full = n & ~15
@@ -95,7 +95,7 @@ def add_wide(src, kind, n, add, dst):
         simd.store1_fp32(dst + i * 4, x)
 
 
-@Step
+@Op
 def add_bf16(src, n, add, dst):
     """N bf16, n a multiple of 32: the fp32 at `add` plus those at `src`."""
     for i in range(0, n, 32):
@@ -105,7 +105,7 @@ def add_bf16(src, n, add, dst):
         simd.store_bf16_twice(dst + i * 2, clean(first), clean(second))
 
 
-@Step
+@Op
 def add_two(first, second, kind, n, dst):
     """N bf16 or fp32, n a multiple of 32: the sums of two rows of the same kind."""
     for i in range(0, n, 32):
@@ -124,7 +124,7 @@ def add_two(first, second, kind, n, dst):
             simd.store_fp32(dst + i * 4 + 64, clean(w))
 
 
-@Step
+@Op
 def clean_bf16(src, n, dst):
     """N bf16, n a multiple of 32, as they are; every NaN the one quiet NaN."""
     infinity, nan = simd.splat_halves(0x7F80), simd.splat_halves(NAN >> 16)
@@ -134,7 +134,7 @@ def clean_bf16(src, n, dst):
         simd.store_halves(dst + i * 2, simd.halves_where_less(infinity, simd.halves_magnitude(v), nan, v))
 
 
-@Step
+@Op
 def copy_bytes(src, n, dst):
     """N bytes from here to there."""
     full = n & ~63
@@ -144,7 +144,7 @@ def copy_bytes(src, n, dst):
         simd.store_byte(dst + i, simd.load_byte(src + i))
 
 
-@Step
+@Op
 def spread(per_group, times, n, out):
     """Each fp32 so many times, until there are n."""
     count = (n + times - 1) // times
@@ -167,7 +167,7 @@ def spread(per_group, times, n, out):
             simd.store_fp32(out + i * 4, v)
 
 
-@Step
+@Op
 def forget(flag, inverse, n, group, codes):
     """Codes of NaN groups become 0."""
     if simd.load_word(flag) == 0:
@@ -180,7 +180,7 @@ def forget(flag, inverse, n, group, codes):
                 simd.store_byte(codes + i, 0)
 
 
-@Step
+@Op
 def put_byte(value, dst):
     """One byte."""
     simd.store_byte(dst, value)

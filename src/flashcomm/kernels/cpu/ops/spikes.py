@@ -1,7 +1,7 @@
 """Each group's extremes kept: `codecs.spike`."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Op, f32, inline
 
 # 1.25 * 2.0**126.
 _TOO_LARGE = 0x7EA00000
@@ -28,7 +28,7 @@ def _up(key):
     return (simd.word_min(key, simd.splat_words(0x7FFF0000)) + 0xFFFF) & _DOWN
 
 
-@Step
+@Op
 def shrink_spikes(src, n, group, smallest, second, largest, before):
     """Four candidates for the two smallest and the two largest of each group of fp32, a multiple of 16.
 
@@ -72,7 +72,7 @@ def shrink_spikes(src, n, group, smallest, second, largest, before):
         simd.store_words(largest + j * 16, simd.words_fold8_max(most_a, most_b))
 
 
-@Step
+@Op
 def two_smallest(smallest, second, count):
     """What `shrink_spikes` left -> the smallest and the second smallest of each group, in place."""
     for j in range(0, count, 16):
@@ -86,7 +86,7 @@ def two_smallest(smallest, second, count):
         simd.store_words(smallest + j * 4, simd.words_fold2_min(ab, cd))
 
 
-@Step
+@Op
 def two_largest(largest, before, count):
     """What `shrink_spikes` left -> the largest and the second largest of each group, in place."""
     for j in range(0, count, 16):
@@ -100,7 +100,7 @@ def two_largest(largest, before, count):
         simd.store_words(largest + j * 4, simd.words_fold2_max(ab, cd))
 
 
-@Step
+@Op
 def find_spikes(src, n, group, places, low, high, a, b):
     """Places (two bytes per group) and values of the smallest and the largest of each group.
 
@@ -166,7 +166,7 @@ def _first_and_others(at, group, smallest, largest):
     return first, last, least, most
 
 
-@Step
+@Op
 def find_spikes_bf16(src, n, group, places, low, high, least, most):
     """The places of the smallest and the largest of each group of bf16, which are known, and eight candidates, as in
     `shrink_bf16`, for those of all others. Groups are multiples of 32, none is short.
@@ -218,7 +218,7 @@ def _anchor(low, high):
     return simd.where_less(nothing, low, low, simd.where_less(high, nothing, high, nothing))
 
 
-@Step
+@Op
 def spike_scales(low, high, a, b, count, bits, symmetric, zero, inverse, flag, spikes, meta):
     """What `find_spikes` found -> zero points, reciprocals and bytes: spikes[], then in meta[] scales and centres."""
     nothing, one, half = simd.splat(f32(0)), simd.splat(f32(1)), simd.splat(f32(0.5))
@@ -267,7 +267,7 @@ def spike_scales(low, high, a, b, count, bits, symmetric, zero, inverse, flag, s
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low, high):
     """The bytes of `spike_scales` -> scales, zero points and spikes."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -292,7 +292,7 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
         simd.store_words(high + j * 4, simd.words_where_equal(bad, nan, nan, simd.as_words(highs)))
 
 
-@Step
+@Op
 def put_spikes(places, low, high, n, group, dst, kind):
     """The spikes of each group, in bf16 or fp32, into their places; none beyond the group's last value."""
     for j in range((n + group - 1) // group):

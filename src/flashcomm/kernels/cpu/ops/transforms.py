@@ -3,10 +3,10 @@
 import numpy as np
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import NAN, Step, f32
+from flashcomm.kernels.cpu.ops.base import NAN, Op, f32
 
 
-@Step
+@Op
 def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
     """Each of `blocks` runs of `size` fp32, a power of two, times a factor and then transformed in place.
 
@@ -65,7 +65,7 @@ def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
             apart *= 2
 
 
-@Step
+@Op
 def adapt(row, n, group, alpha):
     """TACO's alpha of each group: see `codecs.hadamard`."""
     for start in range(0, n, group):
@@ -91,7 +91,7 @@ def adapt(row, n, group, alpha):
         alpha += 4
 
 
-@Step
+@Op
 def invert(numbers, count):
     """1 over each fp32, in place."""
     one = simd.splat(f32(1))
