@@ -141,10 +141,10 @@ def _over_rows(run: Run, ranks, rank_stride, source: torch.Tensor, target: torch
     from_stride, to_stride = (t.stride(-2) * t.element_size() for t in (source, target))
     fixed = (run.each, run.times, rank_stride, source.data_ptr(), from_stride, run.after, target.data_ptr(), to_stride)
     threads = max(1, min(torch.get_num_threads(), rows, rows * cols * ranks // _VALUES_PER_THREAD))
-    over = lambda first, last: run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), first, last)  # noqa: E731
     if threads == 1:
-        over(0, rows)
+        run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), 0, rows)
         return
+    over = lambda first, last: run_rows(*fixed, np.empty(run.scratch_bytes, np.uint8), first, last)  # noqa: E731
     edges = [rows * t // threads for t in range(threads + 1)]
     list(pool(threads).map(over, edges[:-1], edges[1:]))
 
