@@ -2,10 +2,10 @@
 
 import torch
 
-from flashcomm.bench.codec import ALL
 from flashcomm.codecs import Codec, Features, parse
+from flashcomm.codecs.registry import ALL
 
-#: Those of `flashcomm bench codec --all`, and sizes and combinations that nobody should use.
+# Those of the registry, and sizes and combinations that nobody should use.
 SPECS = (
     *ALL,
     *("int4g100", "int1g1", "int7g8", "int5sg7", "int3g48", "int8g4096"),

@@ -7,7 +7,8 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.names import name_of, named
-from flashcomm.codecs.spec import Levels, Pair, parse
+from flashcomm.codecs.several import Levels, Pair
+from flashcomm.codecs.spec import parse
 from flashcomm.codecs.spike import Spike
 
 __all__ = [

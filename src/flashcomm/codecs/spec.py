@@ -19,7 +19,6 @@ and whatever installed packages add under the entry point ``flashcomm.codecs``.
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
@@ -29,11 +28,12 @@ import torch
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import NAMES, Block
-from flashcomm.codecs.calibrated import Features, Keep, Static
+from flashcomm.codecs.calibrated import Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.scales import SCALES
+from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
 from flashcomm.words import did_you_mean
 
@@ -59,88 +59,6 @@ _COMMON = [
     "fp8g128",
     "int4static",
 ]
-
-
-class _Several(Codec):
-    """Formats for several transfers: it cannot encode one tensor; take `steps` apart for that."""
-
-    def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        raise self._refusal()
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        raise self._refusal()
-
-    def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        raise self._refusal()
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        raise self._refusal()
-
-    def check(self, cols: int, ranks: int | None = None):
-        for step in self.steps:
-            step.check(cols, ranks)
-
-    def _refusal(self) -> ValueError:
-        steps = " and ".join(dict.fromkeys(str(step) for step in self.steps))
-        return ValueError(
-            f"codec {self} is several formats, one for each step of an all-reduce. To encode a tensor, "
-            f"use one of its steps, {steps}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pair(_Several):
-    """``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
-
-    Source: Flash Communication (arXiv 2412.04964) sends 4 bits, then 8, and calls the mix INT6.
-    """
-
-    first: Codec
-    second: Codec
-
-    def __str__(self) -> str:
-        return f"{self.first}:{self.second}"
-
-    @property
-    def steps(self) -> tuple[Codec, ...]:
-        return self.first, self.second
-
-    @property
-    def identity(self) -> str:
-        return f"{self.first.identity}:{self.second.identity}"
-
-    @property
-    def unbound(self) -> bool:
-        return self.first.unbound or self.second.unbound
-
-    def bind(self, features: Features, rank: int) -> "Pair":
-        return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))
-
-    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        return (self.first.bits_per_value(cols, dtype) + self.second.bits_per_value(cols, dtype)) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Levels(_Several):
-    """``INSIDE/BETWEEN``: formats for the steps inside of a host and between hosts of a hierarchical all-reduce.
-
-    Each may be a pair. Inside, where links are fast, ``bf16`` costs little; bits count between hosts.
-    Source: FlashCommunication V2 (arXiv 2508.03760), hierarchical all-reduce; two formats are our own.
-    """
-
-    inside: Codec
-    between: Codec
-
-    def __str__(self) -> str:
-        return f"{self.inside}/{self.between}"
-
-    @property
-    def steps(self) -> tuple[Codec, ...]:
-        return *self.inside.steps, *self.between.steps
-
-    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Bits between hosts, where they matter."""
-        return self.between.bits_per_value(cols, dtype)
 
 
 def parse(spec: "str | Codec") -> Codec:
