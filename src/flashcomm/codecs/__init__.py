@@ -1,4 +1,4 @@
-"""The wire formats: pure torch, any device. This is the specification that every fast kernel must equal."""
+"""The wire formats, in plain torch on any device: the specification that every fast kernel must equal byte for byte."""
 
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import FLOAT_DTYPES, Codec, decode_sum, decode_sum_encode

@@ -15,7 +15,7 @@ from flashcomm.codecs.calibrated import Features
 
 
 class _Several(Codec):
-    """Formats for several transfers: it cannot encode one tensor; take `steps` apart for that."""
+    """A codec of several formats, which cannot encode one tensor; each of its `steps` can."""
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
         raise self._refusal()
@@ -34,16 +34,16 @@ class _Several(Codec):
             step.check(cols, ranks)
 
     def _refusal(self) -> ValueError:
-        steps = " and ".join(dict.fromkeys(str(step) for step in self.steps))
+        formats = " and ".join(dict.fromkeys(str(step) for step in self.steps))
         return ValueError(
-            f"codec {self} is several formats, one for each step of an all-reduce. To encode a tensor, "
-            f"use one of its steps, {steps}"
+            f"codec {self} is several formats, one for each transfer of an all-reduce. To encode a tensor, "
+            f"use one of them: {formats}"
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Pair(_Several):
-    """``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
+    """A pair, ``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
 
     Source: Flash Communication (arXiv 2412.04964) sends 4 bits, then 8, and calls the mix INT6.
     """
@@ -75,9 +75,9 @@ class Pair(_Several):
 
 @dataclass(frozen=True, slots=True)
 class Levels(_Several):
-    """``INSIDE/BETWEEN``: formats for the steps inside of a host and between hosts of a hierarchical all-reduce.
+    """Levels, ``INSIDE/BETWEEN``: formats inside a host and between hosts, for a hierarchical all-reduce.
 
-    Each may be a pair. Inside, where links are fast, ``bf16`` costs little; bits count between hosts.
+    Each may be a pair. Inside a host links are fast and ``bf16`` costs little; between hosts each bit counts.
     Source: FlashCommunication V2 (arXiv 2508.03760), hierarchical all-reduce; two formats are our own.
     """
 
@@ -92,5 +92,5 @@ class Levels(_Several):
         return *self.inside.steps, *self.between.steps
 
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Bits between hosts, where they matter."""
+        """Average bits per value between hosts, where they matter."""
         return self.between.bits_per_value(cols, dtype)

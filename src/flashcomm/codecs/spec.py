@@ -1,18 +1,18 @@
-"""The one spelling of a codec, and the errors for every other.
+"""Spellings of codecs: one for each codec, and an error that helps for any other string.
 
-none                              the plain collective, in the tensor's own dtype
-bf16, fp32                        values cast
+none                              uncompressed, by the plain collective, in the tensor's own dtype
+bf16, fp32                        values cast to that type
 int4g128, int8                    1 to 8 bits, asymmetric, groups of 128 (the default)
 int4sg32                          symmetric
 mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
-int4sg16_e5m0                     integers that share such a scale
+int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
 BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
-int4g128:int8g128                 the reduce-scatter's format, then the all-gather's
-bf16/int4g128                     inside of a host, then between hosts
+int4g128:int8g128                 a pair: the reduce-scatter's format, then the all-gather's
+bf16/int4g128                     levels: inside a host, then between hosts
 
 and whatever installed packages add under the entry point ``flashcomm.codecs``.
 """
@@ -62,7 +62,7 @@ _COMMON = [
 
 
 def parse(spec: "str | Codec") -> Codec:
-    """The codec that `spec` names.
+    """Find the codec that `spec` names.
 
     Args:
         spec: a spelling as in the module's docstring, or a codec, which is returned unchanged.
@@ -86,7 +86,7 @@ def _parse(spec: str) -> Codec:
         parts = spec.split("/")
         if len(parts) != 2 or "none" in parts:
             raise ValueError(
-                f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; use bf16 or fp32 for one as it is"
+                f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         inside, between = (parse(part) for part in parts)
         if any(isinstance(step, Keep | Static) for step in (*inside.steps, *between.steps)):
@@ -98,7 +98,7 @@ def _parse(spec: str) -> Codec:
         parts = spec.split(":")
         if len(parts) != 2 or "none" in parts:
             raise ValueError(
-                f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none' (use bf16 or fp32 for a step as it is)"
+                f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         return Pair(parse(parts[0]), parse(parts[1]))
     base, *suffixes = spec.split("+")
@@ -154,7 +154,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 
 def _installed(name: str) -> Codec:
-    """The codec of an installed package: what its entry point names, a codec or a class that needs no arguments."""
+    """Load the codec of an installed package: its entry point names a codec, or a class that needs no arguments."""
     loaded = _entry_points()[name].load()
     codec = loaded if isinstance(loaded, Codec) else loaded()
     if not isinstance(codec, Codec) or str(codec) != name:
@@ -171,7 +171,7 @@ def _unknown(spec: str, where: str) -> ValueError:
 
 
 def allowed() -> str:
-    """What a codec may be called, in one sentence."""
+    """All spellings that are allowed, in one sentence."""
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "

@@ -1,8 +1,10 @@
-"""`encode` and `decode` as operators of torch: what a compiled graph calls.
+"""`encode` and `decode` as operators of torch, for compiled graphs.
 
 `torch.compile` cannot look into kernels that are not torch's. It sees one operator, with the shape of its result and
-nothing else. Hidden sizes become constants of the graph, numbers of rows need not. Imported when a function is first
-compiled, because the compiler takes seconds to load.
+nothing else. Hidden sizes become constants of the graph, numbers of rows need not.
+
+Imported when a function is first compiled, because the compiler takes seconds to load. The operators call `eager`,
+which knows nothing of graphs.
 """
 
 from typing import Any
@@ -18,19 +20,19 @@ name_of = torch.compiler.assume_constant_result(codecs.name_of)
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:
-    """`kernels.encode` in a graph."""
+    """Call `kernels.encode` in a graph."""
     return into(out, torch.ops.flashcomm.encode(x, name_of(codec)))
 
 
 def decode(
     payload: torch.Tensor, codec: "str | Codec", cols: int, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """`kernels.decode` in a graph."""
+    """Call `kernels.decode` in a graph."""
     return into(out, torch.ops.flashcomm.decode(payload, name_of(codec), cols, dtype))
 
 
 def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """`result`, in `out` if there is one: the operators write into nothing that they are given.
+    """Copy `result` to `out` if there is one, since the operators themselves write to none of their arguments.
 
     Raises:
         ValueError: `out` is not like the result.
@@ -43,14 +45,14 @@ def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_out_unlike_the_result(out: torch.Tensor, result: torch.Tensor):
-    """Raise what `out` should be."""
+    """Raise an error that says what `out` should be."""
     raise ValueError(
         f"out must be {result.dtype} {list(result.shape)} on {result.device}, "
         f"not {out.dtype} {list(out.shape)} on {out.device}"
     )
 
 
-# With ``fullgraph=True`` torch says its name; raised inside of a graph, it would send the compiler into `encode`.
+# With ``fullgraph=True`` torch prints its name. An error raised inside a graph would send the compiler into `encode`.
 _refuse: Any = torch.compiler.disable(refuse_out_unlike_the_result)
 
 

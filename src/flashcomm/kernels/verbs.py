@@ -54,14 +54,14 @@ def decode(
         payload: uint8 [rows, payload_bytes(cols)].
         codec: the codec that encoded it.
         cols: values in a row.
-        dtype: of the result: bf16, fp16 or fp32; rounded once, half to even.
+        dtype: type of the result: bf16, fp16 or fp32; rounded once, half to even.
         out: optional [rows, cols] of `dtype` with contiguous rows to write into.
 
     Returns:
         [rows, cols] of `dtype` on the device of `payload`.
 
     Raises:
-        ValueError: payload of another shape or type than `codec` and `cols` need.
+        ValueError: a payload whose shape or type does not fit `codec` and `cols`.
 
     >>> payload = torch.tensor([[228, 128, 63, 0, 0]], dtype=torch.uint8)
     >>> decode(payload, "int2g4", cols=4, dtype=torch.float32).tolist()
@@ -101,8 +101,8 @@ def decode_sum_encode(
 
     Args:
         payloads: uint8 [ranks, rows, payload_bytes(cols)] in `codec`.
-        codec: of the payloads.
-        out_codec: of the result; may differ in everything.
+        codec: format of the payloads.
+        out_codec: format of the result; may differ in everything.
         cols: values in a row.
         out: optional uint8 [rows, payload_bytes(cols)] of `out_codec` to write into.
 
@@ -143,14 +143,14 @@ def decode_sum_add_norm(
 
     Args:
         payloads: uint8 [ranks, rows, payload_bytes(H)].
-        codec: of the payloads.
+        codec: format of the payloads.
         residual: [rows, H] bf16, fp16 or fp32.
         weight: [H] of the residual's type.
-        epsilon: of the norm.
+        epsilon: added to the mean square before the root.
 
     Returns:
         The normed rows and the total, which is the next residual: both [rows, H] of the residual's type. The total's
-        bits are those of the lines above; the mean is added up in another order.
+        bits are those of the lines above; the mean is summed in another order.
 
     Raises:
         ValueError: tensors that do not fit together.

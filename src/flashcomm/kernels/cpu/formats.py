@@ -22,7 +22,7 @@ from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import Block
 from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
-from flashcomm.codecs.hadamard import Hadamard, pieces
+from flashcomm.codecs.hadamard import Hadamard, blocks_of
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import ops
 from flashcomm.kernels.cpu.ops import BF16, FP32
@@ -319,7 +319,7 @@ def _transform(p: Program, row: Row, group: int, factors: "Operand | int", ahead
     """Transform `row` in place; `ahead` is the address to prefetch: the next row to read, or the one to write."""
     full, rest = p.cols // group, p.cols % group
     for n, blocks, first in ((group, full, 0), (rest, 1, full)):
-        for start, size in pieces(n) if blocks else ():
+        for start, size in blocks_of(n) if blocks else ():
             at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
             p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
 

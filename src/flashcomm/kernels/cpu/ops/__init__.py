@@ -1,20 +1,20 @@
-"""What the CPU kernels do to one row, step by step, sixteen lanes at a time; `cpu` strings steps into programs.
+"""Ops: functions that work on one row, sixteen lanes at a time. `formats` strings them into programs.
 
     affine   ranges | affine_scales | quantise | pack          unpack | affine_meta | dequantise
     block    ranges | block_scales | round_floats | pack       unpack | block_meta | read_floats
 
-Every step works on arrays that stay in the cache: a row is some thousand values. A step is one function for all formats
-of its kind, so a new format compiles nothing, and a step is compiled when a program first needs it, in about 0.1 s.
+An op works on arrays that stay in the cache: a row is some thousand values. It is one function for all formats of its
+kind, so a new format compiles nothing. It is compiled when a program first needs it, in about 0.1 s.
 
-Hazard: a step gets addresses and counts, all of them int64, and checks nothing. It reads and writes whole vectors, up
-to 512 bytes beyond the end of what it is given, which each of `cpu`'s scratch arrays has room for; a tensor's own row
-is used only where that cannot happen. What a payload says is believed, except for places in memory.
+Hazard: an op gets addresses and counts, all of them int64, and checks nothing. It reads and writes whole vectors, up to
+512 bytes beyond the end of its arrays. Scratch arrays of a program have room for that; a tensor's own row is used only
+where it cannot happen. Ops believe what a payload says, except for places in memory.
 
-Scales and zero points come as one fp32 per group, and `spread` repeats them so that a loop needs no groups: one per 32
-values of bf16 or per 16 of fp32 where groups are multiples of that, else one per 2 or per value. That is the `unit`.
+Scales and zero points come as one fp32 per group. `spread` repeats them to one per `unit`, so that a loop needs no
+groups: a unit is 32 values of bf16 or 16 of fp32 where groups are multiples of that, otherwise 2 values or 1.
 
-Names: src, dst and other arrays are addresses; n values of a row in groups of `group`, `count` groups in all; fp32
-operands arrive as their bits, `..._bits`.
+Names: src, dst and other arrays are addresses; a row has n values in `count` groups of `group`; fp32 operands arrive as
+their bits, `..._bits`; `flag` is the address of an int32 that is not 0 if a group decodes to NaN.
 
 One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks`, `spikes`, `transforms`, `calibrated`.
 

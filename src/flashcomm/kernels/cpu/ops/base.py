@@ -21,13 +21,13 @@ MAGNITUDE, NAN = 0x7FFFFFFF, 0x7FC00000
 AHEAD = 2048
 
 _compiling = threading.Lock()
-# Part of a step: compiled into it.
+# A part of an op, compiled into it.
 inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
 
 
 @inline
 def clean(v):
-    """Sixteen fp32 with every NaN the one quiet NaN."""
+    """Make every NaN of sixteen fp32 the one quiet NaN."""
     bits = simd.as_words(v)
     nan = simd.splat_words(NAN)
     return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
@@ -43,7 +43,7 @@ class Op:
 
     @property
     def address(self) -> int:
-        """Where the machine code is."""
+        """Address of the machine code."""
         with _compiling:
             if self._compiled is None:
                 self._compiled = compiled(
@@ -56,7 +56,7 @@ class Op:
 
 
 def compiled(compile):
-    """`compile(cache)` with the result kept on disk, or in this process where no folder can be written to."""
+    """Call `compile(cache)` so that numba keeps the result on disk, or in this process if no folder is writable."""
     try:
         return compile(True)
     except RuntimeError:

@@ -6,7 +6,7 @@ from flashcomm.kernels.cpu.ops.base import AHEAD, Op
 
 @Op
 def pack(codes, n, bits, dst):
-    """N codes of one byte each, n a multiple of 128 -> bit planes."""
+    """Pack n codes of one byte each, n a multiple of 128, into bit planes."""
     for i in range(0, n, 128):
         shift = 0
         if bits & 4:
@@ -24,7 +24,7 @@ def pack(codes, n, bits, dst):
 
 @Op
 def pack_rest(codes, n, width, shift, dst):
-    """One plane of n < 128 codes."""
+    """Pack one plane of n < 128 codes."""
     m = (n * width + 7) >> 3
     for i in range(m):
         byte = 0
@@ -62,7 +62,7 @@ def unpack(src, n, bits, codes):
 
 @Op
 def unpack_rest(src, n, width, shift, codes):
-    """Inverse of `pack_rest`; planes from the lowest bits on."""
+    """Inverse of `pack_rest`; must be called for the plane of the lowest bits first."""
     m = (n * width + 7) >> 3
     for i in range(m):
         byte = simd.load_byte(src + i)
