@@ -2,10 +2,10 @@
 
 import torch
 
-from flashcomm.bench.codec import ALL
 from flashcomm.codecs import Codec, Features, parse
+from flashcomm.codecs.registry import ALL
 
-#: Those of `flashcomm bench codec --all`, and sizes and combinations that nobody should use.
+# Those of the registry, and sizes and combinations that are not worth using.
 SPECS = (
     *ALL,
     *("int4g100", "int1g1", "int7g8", "int5sg7", "int3g48", "int8g4096"),
@@ -17,7 +17,7 @@ SPECS = (
 
 
 def bound(spec: str, cols: int, rank: int = 0) -> Codec:
-    """The codec with a calibration of three ranks, some of whose features are never used."""
+    """Bind a codec to a calibration of three ranks, in which every eleventh feature is always 0."""
     reach = 3 * torch.rand(4, cols, generator=torch.Generator().manual_seed(cols))
     reach[:, ::11] = 0
     return parse(spec).bind(Features(reach), rank)

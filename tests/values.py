@@ -58,7 +58,7 @@ def matrices(draw, max_rows: int = 4, max_cols: int = 300) -> torch.Tensor:
 
 
 def allowed_error(step: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What one encode and decode may change: half a step, fp32 rounding, and the final rounding to `dtype`."""
+    """Error that one encode and decode may make: half a spacing, fp32 rounding, and the final rounding to `dtype`."""
     magnitude = x.float().abs() + step
     return step * (0.5 + 2**-14) + 2**-23 * magnitude + last_rounding(magnitude, dtype)
 

@@ -1,9 +1,9 @@
-"""What calibration found in a model, in a file: per sum, how far each feature reaches on each rank and in total.
+"""Calibrations: the reach of each feature, for every sum of one model, on each rank and in total; kept in a file.
 
     flashcomm calibrate MODEL --tp 4 --out model.calibration
     compress(model, "int4g128+keep64", calibration="model.calibration")
 
-`flashcomm.integrations.transformers.calibrate` makes one; codecs that need it are in `flashcomm.codecs.calibrated`.
+`flashcomm.integrations.transformers.calibrate` makes one; the codecs that need it are in `flashcomm.codecs.calibrated`.
 
 Source: Towards Low-bit Communication for TP LLM Inference (arXiv 2411.07942): moving averages over real text.
 """
@@ -22,7 +22,7 @@ class MovingReach:
     """Moving averages of the smallest and the largest value of each feature, over batches of one sum's input.
 
     Args:
-        gamma: weight of a new batch; the first one starts the averages.
+        gamma: weight of a new batch; the first batch starts the averages.
 
     >>> reach = MovingReach(gamma=0.5)
     >>> reach.add(torch.tensor([[1.0, -4.0], [3.0, 0.0]]))
@@ -36,7 +36,7 @@ class MovingReach:
         self._low_and_high: torch.Tensor | None = None
 
     def add(self, x: torch.Tensor):
-        """Take note of a batch, [tokens, features]."""
+        """Add a batch, [tokens, features]."""
         new = torch.stack([x.amin(0), x.amax(0)]).float()
         old = self._low_and_high
         self._low_and_high = new if old is None else (1 - self.gamma) * old + self.gamma * new
@@ -51,8 +51,8 @@ class Calibration:
     """The `Features` of every sum of one model, by the name of the module whose output is summed.
 
     Args:
-        features: by module.
-        origin: what was calibrated, in words; kept in the file.
+        features: those of each sum, by the name of its module.
+        origin: model and text that were calibrated, in words; kept in the file.
 
     >>> calibration = Calibration({"mlp": Features(torch.ones(3, 64))})
     >>> str(calibration.bind("int4g32+keep64", "mlp", rank=1, ranks=2))
@@ -63,10 +63,10 @@ class Calibration:
         self.features, self.origin = dict(features), origin
 
     def bind(self, codec: "str | Codec", module: str, *, rank: int, ranks: int) -> Codec:
-        """`codec` for the sum of one module, as `rank` encodes it. Codecs that need no calibration are not changed.
+        """Bind `codec` to the sum of one module, as `rank` encodes it. Codecs that need no calibration are not changed.
 
         Raises:
-            ValueError: no such module, or calibrated on another number of ranks.
+            ValueError: a module that was not calibrated, or a calibration on another number of ranks.
         """
         codec = parse(codec)
         if not codec.unbound:
@@ -85,7 +85,7 @@ class Calibration:
         """Write a safetensors file, bf16: about 2 bytes per module, rank and feature."""
         from safetensors.torch import save_file
 
-        # One entry of metadata, since their order would differ from process to process.
+        # One entry of metadata: the order of several would differ from process to process.
         tensors = {name: features.reach.to(torch.bfloat16) for name, features in self.features.items()}
         save_file(tensors, str(path), metadata={_FORMAT: self.origin})
 
@@ -94,7 +94,7 @@ class Calibration:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: no such file, or another kind of file.
+            ValueError: a file that cannot be read or is not a calibration.
         """
         from safetensors import SafetensorError, safe_open
 

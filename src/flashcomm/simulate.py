@@ -1,4 +1,4 @@
-"""The collectives of N ranks in one process: the very bits that the ranks would get, without a network.
+"""The collectives of N ranks in one process, bit for bit as the ranks would get them, without a network.
 
 For tests, and to learn what a codec costs a model before a cluster is touched.
 """
@@ -19,12 +19,12 @@ def all_reduce(
     batch_invariant: bool = False,
     hosts: int = 0,
 ) -> torch.Tensor:
-    """What `flashcomm.all_reduce` returns on every rank when rank r holds ``xs[r]``.
+    """Compute the result of `flashcomm.all_reduce` on every rank if rank r holds ``xs[r]``.
 
     Args:
-        xs: one tensor per rank, all of one shape, dtype and device.
+        xs: one tensor per rank, all of the same shape, dtype and device.
         codec, algorithm, batch_invariant: as for `flashcomm.all_reduce`.
-        hosts: number of hosts with as many ranks each, in order; 0 for one rank on each.
+        hosts: number of hosts, among which the ranks divide evenly and in order; 0 for one rank per host.
 
     Returns:
         Tensor of the same shape and dtype.
@@ -38,11 +38,11 @@ def all_reduce(
     """
     codec = codecs.parse(codec)
     if not xs or any(x.shape != xs[0].shape or x.dtype != xs[0].dtype for x in xs):
-        raise ValueError("simulate.all_reduce needs one tensor per rank, all of one shape and dtype")
+        raise ValueError("simulate.all_reduce needs one tensor per rank, all of the same shape and dtype")
     x, ranks = xs[0], len(xs)
     size = x.numel() * x.element_size()
     if hosts and ranks % hosts:
-        raise ValueError(f"{ranks} ranks are no {hosts} hosts with as many ranks each")
+        raise ValueError(f"{ranks} ranks do not divide evenly among {hosts} hosts: give a divisor of {ranks}")
     group = planner.Group(ranks=ranks, hosts=hosts or ranks)
     exact = "bf16" if x.dtype == torch.bfloat16 else "fp32"
     plan = planner.choose(size, group, codec, algorithm=algorithm, batch_invariant=batch_invariant, exact=exact)
@@ -59,12 +59,12 @@ def all_reduce(
     first, second = codec.steps
     cols = x.shape[-1] if x.dim() else 1
     features = getattr(first, "features", None)
-    # Each rank of a calibrated codec encodes in its own way; the payload says whose it is.
+    # Each rank encodes with its own row of a calibration; the payload says which.
     senders = [first if features is None else first.bind(features, rank) for rank in range(ranks)]
     payloads = torch.stack([kernels.encode(r.reshape(-1, cols), c) for r, c in zip(xs, senders, strict=True)])
     if plan.algorithm == "one_step":
         return kernels.decode_sum(payloads, first, cols=cols, dtype=x.dtype).view(x.shape)
-    # Rows are independent, so owning them all is the same as owning a stripe.
+    # Rows are independent, so one reduction of all rows gives the bits of one stripe per rank.
     reduced = kernels.decode_sum_encode(payloads, first, second, cols=cols)
     return kernels.decode(reduced, second, cols=cols, dtype=x.dtype).view(x.shape)
 

@@ -1,4 +1,4 @@
-"""What holds for all formats: spelling, size, the published bound, and that specification and kernels give the same."""
+"""Properties of all formats: spelling, size, the published bound, and kernels that equal the specification."""
 
 import os
 
@@ -65,7 +65,7 @@ def test_kernels_equal_specification_anywhere(x, spec):
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("spec", formats.SPECS)
 def test_sums_are_the_specifications(spec, ranks):
-    """Decode, add, encode, over payloads of several ranks; for a calibrated codec each of its own table."""
+    """Decode, add, encode, over payloads of several ranks; with a calibrated codec each rank has its own table."""
     for cols in (300, 256):
         mine = [formats.bound(spec, cols, rank) for rank in range(ranks)]
         x = torch.randn(ranks, 4, cols, generator=torch.Generator().manual_seed(cols))

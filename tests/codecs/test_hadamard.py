@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from flashcomm.codecs import parse
-from flashcomm.codecs.hadamard import Hadamard, _butterflies, pieces
+from flashcomm.codecs.hadamard import Hadamard, _butterflies, blocks_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64])
@@ -15,9 +15,9 @@ def test_the_transform_is_sylvesters_matrix_and_its_own_inverse(n):
     assert torch.equal(_butterflies(_butterflies(x)), n * x)
 
 
-def test_pieces_are_powers_of_two_that_add_up():
+def test_blocks_are_powers_of_two_that_add_up():
     for n in range(1, 300):
-        found = pieces(n)
+        found = blocks_of(n)
         assert sum(size for _, size in found) == n
         assert all(size & (size - 1) == 0 for _, size in found)
 

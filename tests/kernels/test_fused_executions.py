@@ -82,7 +82,7 @@ class Program:
         return ENDED + self.rank * self.blocks + block
 
     def _result(self, call, offset, row):
-        """What must have been read when a row of the result is written."""
+        """The payloads that must have been read when a row of the result is written."""
         owner = row // -(-call.rows // self.ranks)
         reader = self.rank if call.name == "one_step" else owner
         payloads = []
@@ -165,7 +165,7 @@ def _compile(source):
 
 
 def programs_that(ranks: int, blocks: int, calls, faults=(), in_order=True) -> list[list]:
-    """What every program does for these calls, one launch after the other."""
+    """Operations of every program for these calls, one launch after the other."""
     made = [
         Program(rank, ranks, block, blocks, faults) for rank, block in itertools.product(range(ranks), range(blocks))
     ]

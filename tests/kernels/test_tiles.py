@@ -151,7 +151,7 @@ def test_prompts_of_any_length_share_a_kernel():
     from triton.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    from flashcomm.kernels.tiles.move import move
+    from flashcomm.kernels.gpu.tiles.move import move
 
     kernel = JITFunction(move.fn, do_not_specialize=["ranks"])
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))

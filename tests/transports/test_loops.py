@@ -117,7 +117,7 @@ class Log:
     ):
         # Operands are numbers and registers; a program that never names its source reads nothing.
         named = after[:, 2 : 2 + cpu.simd.MAX_OPERANDS]
-        reads_after = sum(bool((named == register).any()) for register in (cpu._SOURCE, cpu._NEXT))
+        reads_after = sum(bool((named == register).any()) for register in (cpu.program.SOURCE, cpu.program.NEXT))
         strides = int(rank_stride), int(source), int(source_stride), int(target), int(target_stride)
         self.add(Rows(int(ranks) + reads_after, *strides, int(first), int(last)))
 

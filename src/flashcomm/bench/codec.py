@@ -9,19 +9,7 @@ import torch
 from flashcomm import codecs, kernels
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Features
-
-#: What `--all` measures: every kind of format, at the sizes that people use.
-ALL = (
-    *("int8g128", "int6g128", "int5g128", "int4g128", "int4g32", "int3g32", "int2g32", "int1g32"),
-    *("int8sg128", "int4sg32"),
-    *("mxfp8_e4m3", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4", "nvfp4", "fp8g128"),
-    *("fp5_e2m2g32", "fp5_e2m2g16_e5m0", "fp5_e2m2g8_e5m0"),
-    *("fp4_e2m1g16_e5m0", "fp4_e2m1g8_e5m0", "fp3_e1m1g32", "fp3_e1m1g16_e5m0", "fp3_e1m1g8_e5m0"),
-    *("int5sg32_e8m0", "int4sg32_e8m0", "int4sg16_e5m0", "int3sg32_e8m0"),
-    *("int4g32+spike", "int3g32+spike", "int2g32+spike", "int2g64+spike"),
-    *("int4g128+keep64", "int4g32+keep64", "int4static+keep64", "int4static"),
-    *("int4g128+hadamard", "int4g32+hadamard", "mxfp4+hadamard", "int4g128+taco", "fp8g128+taco"),
-)
+from flashcomm.codecs.registry import ALL as ALL
 
 _CHECKED_ROWS = 256
 _ROW = 4096

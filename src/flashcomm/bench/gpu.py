@@ -293,7 +293,7 @@ def compiled(
 
 def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
     from flashcomm.kernels import gpu
-    from flashcomm.kernels.tiles import move, norm
+    from flashcomm.kernels.gpu.tiles import move, norm
     from flashcomm.transports.symmetric import exchange, launch
 
     form, values = gpu.describe(codec, _COLS), gpu.VALUES[torch.bfloat16]

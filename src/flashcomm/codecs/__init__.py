@@ -1,4 +1,4 @@
-"""The wire formats: pure torch, any device. This is the specification that every fast kernel must equal."""
+"""The wire formats, in plain torch on any device: the specification that every fast kernel must equal byte for byte."""
 
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import FLOAT_DTYPES, Codec, decode_sum, decode_sum_encode
@@ -7,7 +7,8 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.names import name_of, named
-from flashcomm.codecs.spec import Levels, Pair, parse
+from flashcomm.codecs.several import Levels, Pair
+from flashcomm.codecs.spec import parse
 from flashcomm.codecs.spike import Spike
 
 __all__ = [

@@ -1,7 +1,7 @@
-"""What every wire format is: rows of values in, rows of bytes out.
+"""The interface of a wire format: rows of values in, rows of bytes out.
 
-A codec knows no rank, no group of ranks and no algorithm; an algorithm knows no format. Rows are independent, so a
-message may be cut between rows (and, see `segment`, at some places inside a row) without changing a bit of the result.
+A codec knows of no rank, group or algorithm; an algorithm knows of no format. Rows are independent, so a message may be
+cut between rows (and, see `segment`, at some places inside a row) without changing a bit of the result.
 
 Shape legend: R ranks, T rows (tokens), H columns (hidden size), P = payload_bytes(H) bytes of one encoded row.
 """
@@ -26,7 +26,7 @@ class Codec(ABC):
 
     @abstractmethod
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of one encoded row of `cols` values. `dtype` matters only to ``none``, which keeps the input's."""
+        """Bytes of one encoded row of `cols` values. `dtype`, the input's, matters only to ``none``, which keeps it."""
 
     @abstractmethod
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ class Codec(ABC):
 
     @abstractmethod
     def step(self, x: torch.Tensor) -> torch.Tensor:
-        """[T, H] -> fp32 [T, H]: the distance between neighbouring representable values around each x.
+        """[T, H] -> fp32 [T, H]: the spacing, or distance between neighbouring representable values, around each x.
 
         The published bound of one encode and decode is |error| <= step / 2, plus fp32 rounding
         (2**-14 * step + 2**-23 * (|x| + step); see docs/wire-format.md).
@@ -46,12 +46,12 @@ class Codec(ABC):
 
     @property
     def identity(self) -> str:
-        """What ranks compare before they communicate: the spelling, and whatever else changes the bytes."""
+        """The string that ranks compare before they communicate: the spelling, and whatever else changes the bytes."""
         return str(self)
 
     @property
     def unbound(self) -> bool:
-        """Whether this codec needs a calibration and has none yet; see `bind`."""
+        """Whether this codec still needs a calibration; see `bind`."""
         return False
 
     def check(self, cols: int, ranks: int | None = None):
@@ -63,7 +63,7 @@ class Codec(ABC):
         return
 
     def bind(self, features: Any, rank: int) -> "Codec":
-        """This codec for one sum of a calibrated model, as `rank` encodes it; formats without calibration are the same.
+        """Bind this codec to one sum of a calibrated model, as `rank` encodes it. Other formats return themselves.
 
         Args:
             features: a `flashcomm.codecs.Features`.
@@ -72,14 +72,14 @@ class Codec(ABC):
         return self
 
     def segment(self, cols: int) -> int:
-        """The shortest divisor of `cols` at whose multiples a row may be cut without changing the decoded values."""
+        """The shortest length, a divisor of `cols`, into which a row may be cut without changing the decoded values."""
         return cols
 
     @property
     def steps(self) -> tuple["Codec", ...]:
-        """The formats of the two steps of an all-reduce: the reduce-scatter's and the all-gather's.
+        """The formats of the two transfers of an all-reduce: the reduce-scatter's and the all-gather's.
 
-        Of levels four: those inside of a host, then those between hosts.
+        A `Levels` codec has four: two inside a host, then two between hosts.
         """
         return self, self
 
@@ -102,10 +102,10 @@ def decode_sum(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dty
 
 
 def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int) -> torch.Tensor:
-    """[R, T, P] uint8 in `codec` -> [T, P'] uint8 in `out_codec`: where the reduction happens; the sum stays fp32."""
+    """[R, T, P] uint8 in `codec` -> [T, P'] uint8 in `out_codec`: encode the fp32 of `decode_sum`."""
     return out_codec.encode(decode_sum(payloads, codec, cols, torch.float32))
 
 
 def canonical_nan(x: torch.Tensor) -> torch.Tensor:
-    """`x` with every NaN made the same quiet NaN: torch's vectorised bf16 cast gives another than its scalar one."""
+    """Make every NaN of `x` the same quiet NaN: torch's vectorised bf16 cast gives another NaN than its scalar one."""
     return x.masked_fill_(x.isnan(), float("nan")) if x.is_floating_point() else x

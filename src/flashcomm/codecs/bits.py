@@ -16,7 +16,7 @@ PLANES = {bits: tuple(w for w in (8, 4, 2, 1) if bits & w) for bits in range(1, 
 
 
 def code_bytes(n: int, bits: int) -> int:
-    """Bytes of n codes.
+    """Bytes that n codes take.
 
     >>> code_bytes(5, 3)  # two for the 2-bit plane, one for the 1-bit plane
     3
@@ -50,7 +50,7 @@ def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
         per_byte, m = 8 // width, (n * width + 7) // 8
         plane = F.pad((codes >> shift) & ((1 << width) - 1), (0, per_byte * m - n))
         slots = plane.unflatten(-1, (per_byte, m)).to(torch.int32)
-        # Made on the device: copying them there would wait for it.
+        # Made on the device: a copy from the host would wait for the device.
         shifts = torch.arange(0, 8, width, dtype=torch.int32, device=codes.device)
         planes.append((slots << shifts[:, None]).sum(-2).to(torch.uint8))
         shift += width

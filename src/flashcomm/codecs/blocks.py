@@ -1,9 +1,9 @@
 """Block floating point: small floats that share a scale per group, ``mxfp4``, ``nvfp4``, ``fp8g128`` and relatives.
 
-A format is an element (`elements.ELEMENTS`), a group size and a kind of scale (`scales.SCALES`); `NAMES` has those that
-go by a name of their own. Per group, all in fp32:
+A format is an element (`elements.ELEMENTS`), a group size and a kind of scale (`scales.SCALES`); `NAMES` has those with
+a short name. Per group, all in fp32:
 
-    scale  see `scales`: what brings the group's largest magnitude to the largest element
+    scale  brings the group's largest magnitude to the largest element: see `scales`
     code   the element nearest to x * (1 / scale), half to even
     value  element * scale
 
@@ -53,12 +53,12 @@ class Block(Codec):
 
     @property
     def parts(self) -> tuple[Element, Scale]:
-        """What the names stand for."""
+        """The element and the kind of scale."""
         return ELEMENTS[self.element], SCALES[self.scale]
 
     @property
     def limit(self) -> float:
-        """What a group's largest magnitude may be, in units of its scale."""
+        """Largest magnitude that a group may have, in units of its scale."""
         element, scale = self.parts
         return element.top + element.half_step * scale.power_of_two
 
@@ -71,7 +71,7 @@ class Block(Codec):
         return self.group if cols % self.group == 0 and not self.parts[1].whole_rows else cols
 
     def _scales(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 groups [T, G, S] -> the scales' bytes [T, B], and the scales [T, G], NaN for a group that is."""
+        """fp32 groups [T, G, S] -> the scales' bytes [T, B], and the scales [T, G], which are NaN for a NaN group."""
         _, scale = self.parts
         amax = x.abs().amax(-1)
         bad = ~(amax < 2.0**127)
@@ -108,7 +108,7 @@ class Block(Codec):
 
 
 def spelling(element: str, group: int, scale: str) -> str:
-    """The systematic name, for example ``fp4_e2m1g32_e5m0``; scales of e8m0 go without saying, save for integers."""
+    """The systematic name, for example ``fp4_e2m1g32_e5m0``. It leaves out the scale e8m0, except for integers."""
     if (element, scale) == ("fp8_e4m3", "fp32"):
         return f"fp8g{group}"
     return f"{element}g{group}" + (f"_{scale}" if scale != "e8m0" or element.startswith("int") else "")

@@ -1,20 +1,20 @@
 """Formats that know the features of one sum: ``+keep64`` and ``int4static``.
 
-The features (columns) that are hard to send are the same for every token, so they can be found once, on real text:
-`flashcomm calibrate` records how far each feature reaches, on each rank and in the sum (`Features`), and
+The features (columns) that are hard to send are the same for every token, so they can be found once, on real text.
+`flashcomm calibrate` records the reach (largest magnitude) of each feature, on each rank and in the sum (`Features`);
 `flashcomm.calibration` binds a codec to one module's record. Unbound, these codecs have a name and a size, and refuse
 to encode.
 
-    BASE+keepN   the 1/N features of the largest reach, summed over ranks, travel as bf16, all others in the base
-    intBstatic   codes of one scale per rank and feature, known to everybody, so that no scale is sent: per row one
-                 byte, the number of the table, and
+    BASE+keepN   the 1/N features of the largest reach, summed over ranks, are sent as bf16, all others in the base
+    intBstatic   one scale per rank and feature, which all ranks know, so no scale is sent: per row one byte, the number
+                 of the sender's table of scales, and
 
                      scale = reach / (last / 2)        last = 2**B - 2
-                     code  = round((x + reach') / scale), kept within 0 and last; last + 1 for NaN and Inf
+                     code  = round((x + reach') / scale), clamped to 0 and last; last + 1 for NaN and Inf
                      value = code * scale - reach'     reach' = last / 2 * scale
 
-The base of ``+keep`` sees the other features closed up, as one row. What exceeds the calibrated reach of ``static`` is
-cut off there, and `step` says so.
+The base of ``+keep`` sees the other features closed up, as one row. ``static`` clamps values beyond the calibrated
+reach to it, and `step` says so.
 
 Source: Towards Low-bit Communication for TP LLM Inference (arXiv 2411.07942); the NaN code and the byte are our own.
 
@@ -33,10 +33,10 @@ from flashcomm.codecs.groups import TINY, from_bits, from_bytes, like
 
 
 class Features:
-    """What calibration learned about one sum.
+    """The calibration of one sum.
 
     Args:
-        reach: fp32 [R + 1, H], the largest magnitude of each feature on each rank, and in the last row of the sum.
+        reach: fp32 [R + 1, H], the largest magnitude of each feature on each rank; in the last row, of the sum.
     """
 
     def __init__(self, reach: torch.Tensor):
@@ -53,16 +53,16 @@ class Features:
 
     @property
     def ranks(self) -> int:
-        """R."""
+        """Number of ranks, R."""
         return self.reach.shape[0] - 1
 
     @property
     def cols(self) -> int:
-        """H."""
+        """Number of features, H."""
         return self.reach.shape[1]
 
     def worst(self, count: int) -> tuple[int, ...]:
-        """The `count` features that reach furthest, added up over ranks; ascending, the first among equals.
+        """The `count` features of the largest reach, summed over ranks; ascending, the first among equals.
 
         >>> Features(torch.tensor([[1.0, 5.0, 2.0], [1.0, 0.0, 3.0], [2.0, 5.0, 5.0]])).worst(2)
         (1, 2)
@@ -71,7 +71,7 @@ class Features:
         return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
 
     def without(self, kept: tuple[int, ...]) -> "Features":
-        """The record of all other features."""
+        """The calibration of all other features."""
         mask = torch.ones(self.cols, dtype=torch.bool)
         mask[list(kept)] = False
         return Features(self.reach[:, mask])
@@ -140,7 +140,7 @@ class Keep(Codec):
         return self.base.payload_bytes(cols - count, dtype) + 2 * count
 
     def _mask(self, cols: int, device: torch.device) -> torch.Tensor:
-        """Which features are kept, [cols] bool."""
+        """[cols] bool: whether each feature is kept."""
         self.check(cols)
         mask = torch.zeros(cols, dtype=torch.bool, device=device)
         mask[list(self.kept)] = True
@@ -192,7 +192,7 @@ class Static(Codec):
 
     @property
     def last(self) -> float:
-        """The largest code of a number; the next one means NaN."""
+        """The largest code of a number; the code after it means NaN."""
         return float(2**self.bits - 2)
 
     def check(self, cols: int, ranks: int | None = None):
@@ -245,7 +245,7 @@ class Static(Codec):
 
 
 def _check(codec: "Keep | Static", cols: int, ranks: int | None):
-    """Refuse a codec that is not bound, or bound to another number of features or ranks.
+    """Refuse a codec that is unbound, or bound to another number of features or ranks.
 
     Raises:
         ValueError: says which and what to do.

@@ -1,7 +1,7 @@
 """Formats without codes: the tensor's own bytes (``none``), or its values as bf16 or fp32.
 
-``none`` stands for the plain collective of `torch.distributed`; the other two are what one step of an all-reduce sends
-when only its other step is compressed (``bf16:int8g128``), and the uncompressed baseline with fp32 accumulation.
+``none`` stands for the plain collective of `torch.distributed`. The other two serve an all-reduce of which only one
+transfer is compressed (``bf16:int8g128``), and are the uncompressed baseline with fp32 accumulation.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from flashcomm.codecs.base import Codec, canonical_nan
 
 @dataclass(frozen=True, slots=True)
 class Plain(Codec):
-    """``none``: the tensor as it is."""
+    """``none``: the tensor, unchanged."""
 
     def __str__(self) -> str:
         return "none"
@@ -36,7 +36,7 @@ class Plain(Codec):
 
 @dataclass(frozen=True, slots=True)
 class Cast(Codec):
-    """``bf16`` or ``fp32``: each value rounded half to even to that type; exact where the input's type is narrower."""
+    """``bf16`` or ``fp32``: each value rounded half to even to that type; exact if the input's type is narrower."""
 
     wire: torch.dtype
 
@@ -68,12 +68,12 @@ class Cast(Codec):
 def bf16_spacing(x: torch.Tensor) -> torch.Tensor:
     """fp32: the distance between neighbouring bf16 numbers around each x; 0 for a tensor that is bf16 itself.
 
-    NaN where x is beyond them.
+    NaN where x rounds to Inf.
     """
     if x.dtype == torch.bfloat16:
         return torch.zeros_like(x, dtype=torch.float32)
     # frexp gives |x| = m * 2**e with m in [1/2, 1); bf16 keeps eight significant bits, down to 2**-133.
     exponent = (torch.frexp(x.float())[1] - 8).masked_fill(x == 0, -133).clamp_min(-133)
     spacing = torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent)
-    # What rounds to Inf has no neighbour.
+    # A number that rounds to Inf has no neighbour above.
     return spacing.masked_fill(x.to(torch.bfloat16).isinf(), float("nan"))

@@ -4,7 +4,7 @@ A code is sign, exponent, mantissa, highest bit first. With e exponent bits and 
 2**(e - 1) - 1, the exponent field 0 holds subnormals, and there are no infinities. The integers of a block format are
 the same thing with one exponent bit: e1m2 has the values 0 to 7 half-units, so `int4` is a sign and three bits.
 
-Separate from the blocks because an FP8 number is also what a scale of NVFP4 is.
+Separate from `blocks` because a scale of NVFP4 is an FP8 number, too.
 
 Source: OCP Microscaling Formats (MX) v1.0, section 5.3, for E4M3, E5M2, E3M2, E2M3 and E2M1; arXiv 2411.09510 for the
 rest.
@@ -19,7 +19,7 @@ from flashcomm.codecs.groups import from_bits
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """A sign, `exponent` bits and `mantissa` bits; the largest magnitude is the code `last`.
+    """A number of a sign, `exponent` bits and `mantissa` bits; the code of the largest magnitude is `last`.
 
     >>> ELEMENTS["fp4_e2m1"].values().tolist()
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -55,14 +55,14 @@ class Element:
         return (first - second) / 2
 
     def spacing(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 -> the distance between neighbours around each x, an exact power of two."""
+        """fp32 -> fp32: the distance between neighbouring elements around each x, an exact power of two."""
         exponent = torch.frexp(x.abs())[1] - 1
         highest = self.lowest + max(self.last >> self.mantissa, 1) - 1
         exponent = torch.where(x == 0, self.lowest, exponent).clamp(self.lowest, highest)
         return from_bits(exponent.to(torch.int32) - self.mantissa + 127 << 23)
 
     def encode(self, x: torch.Tensor, *, up: bool = False) -> torch.Tensor:
-        """fp32 -> int32 codes: half to even, or away from zero if `up`; beyond the largest, the largest."""
+        """fp32 -> int32 codes, rounded half to even, or away from zero if `up`; at most the largest element."""
         spacing = self.spacing(x)
         count = x.abs().clamp_max(2 * self.top) / spacing
         count = torch.ceil(count) if up else torch.round(count)

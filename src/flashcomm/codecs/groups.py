@@ -1,4 +1,4 @@
-"""What the formats with groups share: rows seen as groups, and one number per group seen as bytes.
+"""Helpers of the formats with groups: rows as groups, and one number per group as bytes.
 
 Shape legend: T rows, H columns, G = ceil(H / group) groups of a row, S values of a group.
 """
@@ -6,11 +6,11 @@ Shape legend: T rows, H columns, G = ceil(H / group) groups of a row, S values o
 import torch
 
 TINY = 2.0**-126
-"""The smallest scale other than zero: its reciprocal is finite."""
+"""Smallest scale other than zero: its reciprocal is finite."""
 
 
 def check(group: int):
-    """Refuse a group size that no format has.
+    """Refuse a group size out of range.
 
     Raises:
         ValueError: fewer than 1 or more than 2**20 values.
@@ -20,7 +20,7 @@ def check(group: int):
 
 
 def count(cols: int, group: int) -> int:
-    """Groups of a row; the last one may be short.
+    """Number of groups of a row; the last one may be short.
 
     >>> count(300, 128)
     3
@@ -39,7 +39,7 @@ def by_group(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def by_value(per_group: torch.Tensor, group: int, cols: int) -> torch.Tensor:
-    """[T, G] -> [T, H]: each group's number next to each of its values."""
+    """[T, G] -> [T, H]: repeat each group's number for each of its values."""
     return per_group.repeat_interleave(max(1, min(group, cols)), 1)[:, :cols]
 
 
@@ -68,5 +68,5 @@ def from_bytes(payload: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def like(x: torch.Tensor, value: float) -> torch.Tensor:
-    """`value` in the shape of `x`: torch divides a CUDA tensor by a Python number with a rounded reciprocal."""
+    """Fill the shape of `x` with `value`: torch divides a CUDA tensor by a Python number with a rounded reciprocal."""
     return torch.full_like(x, value)

@@ -1,19 +1,19 @@
-"""``+hadamard`` and ``+taco``: spread every value over its group before it is quantised.
+"""``+hadamard`` and ``+taco``: every value is spread over its group before it is quantised.
 
 The Walsh-Hadamard transform H of n = 2**k values has entries +1 and -1 and H H = n. A group is transformed to
 z = H (x / n), the base encodes z, and x = H z comes back; both scalings are powers of two, so only sums and differences
 round. An outlier becomes small everywhere, which suits formats with few levels and data with few large values.
 
-A group whose size is no power of two is transformed in pieces that are, largest first: 100 = 64 + 32 + 4. So is a short
-last group. The k steps run over neighbours first: values 1 apart, then 2, 4, ...; each step is a + b, a - b in fp32.
+A group of any other size is transformed in blocks of powers of two, largest first: 100 = 64 + 32 + 4. So is a short
+last group. The k stages run over neighbours first: values 1 apart, then 2, 4, ...; each stage is a + b, a - b in fp32.
 
-``+taco`` multiplies each group by alpha before that (x * (alpha / n) is one product) and by 1 / alpha before the way
-back: alpha = 448 / sqrt(mean(x**2) + 1e-6), kept within 1e-3 and 1e3, sent as fp32 behind the base's bytes. The sum of
-squares is sixteen running sums, of every sixteenth value, whose neighbours are then added pairwise.
+``+taco`` multiplies each group by alpha before the transform (x * (alpha / n) is one product) and by 1 / alpha before
+the transform back. alpha = 448 / sqrt(mean(x**2) + 1e-6), clamped to 1e-3 and 1e3, is sent as fp32 behind the base's
+bytes. The sum of squares is sixteen running sums, of every sixteenth value, whose neighbours are then added pairwise.
 ``fp8g128+taco`` has TACO's two scales, 8.5 bits. In exact arithmetic alpha cancels against the base's own scale; it
-only keeps what follows in a safe range.
+only keeps the coefficients in a safe range.
 
-Source: TACO (arXiv 2604.24088); the pieces and the exact scalings are our own.
+Source: TACO (arXiv 2604.24088); the blocks and the exact scalings are our own.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ class Hadamard(Codec):
 
     @property
     def group(self) -> int:
-        """Values that are transformed together, and quantised together."""
+        """Number of values that are transformed together, and quantised together."""
         return self.base.group  # pyright: ignore[reportAttributeAccessIssue]
 
     @property
@@ -71,13 +71,13 @@ class Hadamard(Codec):
         return self.base.segment(cols)
 
     def transform(self, x: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """fp32 [T, H] -> H (x * (alpha / n)) in each piece; alpha [T, H] is 1 if not given."""
+        """fp32 [T, H] -> H (x * (alpha / n)) in each block; alpha [T, H] is 1 if not given."""
         if alpha is None:
-            return self._pieces(lambda x: _butterflies(x * (1.0 / x.shape[-1])), x)
-        return self._pieces(lambda x, alpha: _butterflies(x * (alpha * (1.0 / x.shape[-1]))), x, alpha)
+            return self._by_block(lambda x: _butterflies(x * (1.0 / x.shape[-1])), x)
+        return self._by_block(lambda x, alpha: _butterflies(x * (alpha * (1.0 / x.shape[-1]))), x, alpha)
 
-    def _pieces(self, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
-        """A function of the pieces of rows, put together again."""
+    def _by_block(self, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+        """Apply a function to the blocks of rows, and put its results together to rows."""
         cols = rows[0].shape[1]
         full = cols // self.group * self.group
         parts = []
@@ -85,12 +85,12 @@ class Hadamard(Codec):
             if start == stop:
                 continue
             grouped = [x[:, start:stop].unflatten(1, (-1, n)) for x in rows]
-            done = [function(*(x[..., at : at + size] for x in grouped)) for at, size in pieces(n)]
+            done = [function(*(x[..., at : at + size] for x in grouped)) for at, size in blocks_of(n)]
             parts.append(torch.cat(done, -1).flatten(1))
         return torch.cat(parts, 1)
 
     def _alpha(self, x: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, H] -> [T, G]."""
+        """fp32 [T, H] -> each group's alpha, [T, G]."""
         cols = x.shape[1]
         size = min(self.group, cols)
         count = groups.count(cols, size)
@@ -103,7 +103,7 @@ class Hadamard(Codec):
             total = total[..., ::2] + total[..., 1::2]
         n = torch.full((count,), float(size), device=x.device)
         n[-1] = cols - (count - 1) * size
-        # The square root through float64: torch's own of fp32 is not correctly rounded on every CPU.
+        # The square root in float64: that of fp32 in torch is not correctly rounded on every CPU.
         root = (total[..., 0] / n + 1e-6).double().sqrt().float()
         return (like(root, _TARGET) / root).clamp(1e-3, 1e3)
 
@@ -126,7 +126,7 @@ class Hadamard(Codec):
         if self.adaptive:
             alpha = from_bits(groups.from_bytes(payload[:, cut:], 4))
             value = value * groups.by_value(like(alpha, 1.0) / alpha, self.group, cols)
-        return canonical_nan(self._pieces(_butterflies, value).to(dtype))
+        return canonical_nan(self._by_block(_butterflies, value).to(dtype))
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         cols = x.shape[1]
@@ -137,22 +137,22 @@ class Hadamard(Codec):
         z = self.transform(x, alpha)
         step = self.base.step(z)
 
-        def total(piece: torch.Tensor) -> torch.Tensor:
-            return piece.sum(-1, keepdim=True).expand_as(piece)
+        def total(block: torch.Tensor) -> torch.Tensor:
+            return block.sum(-1, keepdim=True).expand_as(block)
 
         # The errors of all coefficients may add up. Rounding: k + 4 operations on at most these magnitudes, both ways.
         log = self.group.bit_length() + 4
         rounding = log * 2.0**-22 * ((x * alpha).abs() + z.abs() + step) + 2.0**-140
-        bound = self._pieces(total, step * (1 + 2.0**-13) + rounding)
+        bound = self._by_block(total, step * (1 + 2.0**-13) + rounding)
         # Decoded values, and the sums on the way to them, may leave fp32; then the group becomes NaN.
-        largest = self._pieces(lambda piece: piece.abs().amax(-1, keepdim=True).expand_as(piece), x)
+        largest = self._by_block(lambda block: block.abs().amax(-1, keepdim=True).expand_as(block), x)
         return (bound / alpha).masked_fill(~(largest + bound / alpha / 2 < 3e38), float("nan"))
 
 
-def pieces(n: int) -> list[tuple[int, int]]:
-    """(start, size) of the powers of two that make up n, largest first.
+def blocks_of(n: int) -> list[tuple[int, int]]:
+    """(start, size) of each block: the powers of two that add up to n, largest first.
 
-    >>> pieces(100)
+    >>> blocks_of(100)
     [(0, 64), (64, 32), (96, 4)]
     """
     found, start = [], 0

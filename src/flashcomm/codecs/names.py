@@ -1,20 +1,20 @@
-"""A codec as a string and back: what a compiled graph holds in place of the object.
+"""Codecs as strings and back, for compiled graphs, which hold the string in place of the object.
 
-A codec whose spelling parses back goes by its spelling. Others, bound to a calibration or of a class that no entry
-point names, are kept for as long as the process lives and go by their identity, which holds a digest of what they were
-bound to: a graph that torch keeps on disk finds the same codec in the next process, or none.
+The name of a codec is its spelling, if that parses back. Other codecs, bound to a calibration or of a class without an
+entry point, are kept for as long as the process lives; their name is their identity. It holds a digest of the
+calibration, so a graph that torch keeps on disk finds the same codec in the next process, or none.
 """
 
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.spec import parse
 
-# No spelling starts with it.
+# No spelling starts with this.
 _MARK = "="
 _kept: dict[str, Codec] = {}
 
 
 def name_of(codec: "str | Codec") -> str:
-    """The string by which `named` finds `codec` again in this process.
+    """Give `codec` a string by which `named` finds it again in this process.
 
     Raises:
         ValueError: no such codec, or another one has the same identity.
@@ -35,7 +35,7 @@ def name_of(codec: "str | Codec") -> str:
 
 
 def named(name: str) -> Codec:
-    """The codec that `name_of` gave this name.
+    """Find the codec that `name_of` gave this name.
 
     Raises:
         ValueError: no such codec in this process.

@@ -1,20 +1,20 @@
-"""How a block's scale travels: one row of `SCALES` per kind.
+"""Scales of block floats and their bytes: one row of `SCALES` per kind.
 
 The scale of a group is the smallest representable one for which `limit * scale` reaches the group's largest magnitude.
-A power of two has a coarse choice, so there the limit is half a step beyond the largest element: what lies between the
-two rounds down to the largest element and is still within half a step. The finer scales aim at the largest element.
+Powers of two are coarse, so for them the limit is half a spacing beyond the largest element: values between the two
+round down to the largest element, and that is within half a spacing. For finer scales the limit is the largest element.
 
     e8m0   one byte, 2**(code - 127), code 255 is NaN (OCP MX, section 5.4)
     e5m0   five bits, exponents below the row's largest e8m0 code, which is one more byte; code 31 is NaN
     fp32   four bytes, rounded half to even
     e4m3   one FP8 byte, times the row's fp32, which is four more bytes; code 127 is NaN (NVFP4's two levels)
 
-The two kinds that share something over a row (`whole_rows`) do not allow a row to be cut.
+Rows of the two kinds that share something over a row (`whole_rows`) cannot be cut.
 
 Hazard: scales below 2**-126 do not occur, so that their reciprocals are finite.
 
 Source: OCP Microscaling Formats (MX) v1.0; arXiv 2411.09510 for exponents of 5 bits; NVFP4 for two levels. The limit
-half a step further out and the row's byte of e5m0 are our own.
+half a spacing further out and the row's byte of e5m0 are our own.
 
 Shape legend: T rows, G groups of a row.
 """

@@ -1,25 +1,24 @@
-"""The one spelling of a codec, and the errors for every other.
+"""Spellings of codecs: one for each codec, and an error that helps for any other string.
 
-none                              the plain collective, in the tensor's own dtype
-bf16, fp32                        values cast
+none                              uncompressed, by the plain collective, in the tensor's own dtype
+bf16, fp32                        values cast to that type
 int4g128, int8                    1 to 8 bits, asymmetric, groups of 128 (the default)
 int4sg32                          symmetric
 mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
-int4sg16_e5m0                     integers that share such a scale
+int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
 BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
-int4g128:int8g128                 the reduce-scatter's format, then the all-gather's
-bf16/int4g128                     inside of a host, then between hosts
+int4g128:int8g128                 a pair: the reduce-scatter's format, then the all-gather's
+bf16/int4g128                     levels: inside a host, then between hosts
 
 and whatever installed packages add under the entry point ``flashcomm.codecs``.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
@@ -29,11 +28,12 @@ import torch
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import NAMES, Block
-from flashcomm.codecs.calibrated import Features, Keep, Static
+from flashcomm.codecs.calibrated import Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.scales import SCALES
+from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
 from flashcomm.errors import did_you_mean
 
@@ -61,90 +61,8 @@ _COMMON = [
 ]
 
 
-class _Several(Codec):
-    """Formats for several transfers: it cannot encode one tensor; take `steps` apart for that."""
-
-    def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
-        raise self._refusal()
-
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
-        raise self._refusal()
-
-    def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        raise self._refusal()
-
-    def step(self, x: torch.Tensor) -> torch.Tensor:
-        raise self._refusal()
-
-    def check(self, cols: int, ranks: int | None = None):
-        for step in self.steps:
-            step.check(cols, ranks)
-
-    def _refusal(self) -> ValueError:
-        steps = " and ".join(dict.fromkeys(str(step) for step in self.steps))
-        return ValueError(
-            f"codec {self} is several formats, one for each step of an all-reduce. To encode a tensor, "
-            f"use one of its steps, {steps}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Pair(_Several):
-    """``FIRST:SECOND``: one format for the reduce-scatter of an all-reduce, another for its all-gather.
-
-    Source: Flash Communication (arXiv 2412.04964) sends 4 bits, then 8, and calls the mix INT6.
-    """
-
-    first: Codec
-    second: Codec
-
-    def __str__(self) -> str:
-        return f"{self.first}:{self.second}"
-
-    @property
-    def steps(self) -> tuple[Codec, ...]:
-        return self.first, self.second
-
-    @property
-    def identity(self) -> str:
-        return f"{self.first.identity}:{self.second.identity}"
-
-    @property
-    def unbound(self) -> bool:
-        return self.first.unbound or self.second.unbound
-
-    def bind(self, features: Features, rank: int) -> "Pair":
-        return Pair(self.first.bind(features, rank), self.second.bind(features, features.ranks))
-
-    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        return (self.first.bits_per_value(cols, dtype) + self.second.bits_per_value(cols, dtype)) / 2
-
-
-@dataclass(frozen=True, slots=True)
-class Levels(_Several):
-    """``INSIDE/BETWEEN``: formats for the steps inside of a host and between hosts of a hierarchical all-reduce.
-
-    Each may be a pair. Inside, where links are fast, ``bf16`` costs little; bits count between hosts.
-    Source: FlashCommunication V2 (arXiv 2508.03760), hierarchical all-reduce; two formats are our own.
-    """
-
-    inside: Codec
-    between: Codec
-
-    def __str__(self) -> str:
-        return f"{self.inside}/{self.between}"
-
-    @property
-    def steps(self) -> tuple[Codec, ...]:
-        return *self.inside.steps, *self.between.steps
-
-    def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
-        """Bits between hosts, where they matter."""
-        return self.between.bits_per_value(cols, dtype)
-
-
 def parse(spec: "str | Codec") -> Codec:
-    """The codec that `spec` names.
+    """Find the codec that `spec` names.
 
     Args:
         spec: a spelling as in the module's docstring, or a codec, which is returned unchanged.
@@ -168,7 +86,7 @@ def _parse(spec: str) -> Codec:
         parts = spec.split("/")
         if len(parts) != 2 or "none" in parts:
             raise ValueError(
-                f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; use bf16 or fp32 for one as it is"
+                f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         inside, between = (parse(part) for part in parts)
         if any(isinstance(step, Keep | Static) for step in (*inside.steps, *between.steps)):
@@ -180,7 +98,7 @@ def _parse(spec: str) -> Codec:
         parts = spec.split(":")
         if len(parts) != 2 or "none" in parts:
             raise ValueError(
-                f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none' (use bf16 or fp32 for a step as it is)"
+                f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         return Pair(parse(parts[0]), parse(parts[1]))
     base, *suffixes = spec.split("+")
@@ -236,7 +154,7 @@ def _entry_points() -> dict[str, metadata.EntryPoint]:
 
 
 def _installed(name: str) -> Codec:
-    """The codec of an installed package: what its entry point names, a codec or a class that needs no arguments."""
+    """Load the codec of an installed package: its entry point names a codec, or a class that needs no arguments."""
     loaded = _entry_points()[name].load()
     codec = loaded if isinstance(loaded, Codec) else loaded()
     if not isinstance(codec, Codec) or str(codec) != name:
@@ -253,7 +171,7 @@ def _unknown(spec: str, where: str) -> ValueError:
 
 
 def allowed() -> str:
-    """What a codec may be called, in one sentence."""
+    """All spellings that are allowed, in one sentence."""
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "

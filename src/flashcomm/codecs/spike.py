@@ -1,28 +1,29 @@
-"""Spike reserving: ``+spike`` keeps the smallest and the largest value of each group as they are.
+"""Spike reserving: ``+spike`` sends the smallest and the largest value of each group as bf16.
 
-What remains spans a shorter range, which is what makes 2 bits usable. Per group, all in fp32:
+The other values span a shorter range, which makes 2 bits usable. Per group, all in fp32:
 
     low, high   the first smallest and the first largest value, compared by their bf16 rounded down and up; sent as bf16
-    a, b        the smallest of the others rounded down to bf16, the largest rounded up
+    a, b        the smallest of the other values rounded down to bf16, the largest rounded up
     anchor      of [low, high], the number nearest to 0
     middle      (a / 2 + b / 2) - anchor
     scale       the larger of (b - a) / (63/64 * 2**bits) and |middle| / (127/64 * 2**bits), rounded up to three bits
                 behind the leading one
     centre      middle in units of 2**bits * scale / 64, half to even: -127 to 127
     zero        (anchor + centre * unit) - last / 2 * scale
-    code        as in `affine`, brought back to 0 to last where it lies up to half a step outside
+    code        as in `affine`, clamped to 0 and last, as it may lie half a spacing outside
 
 A symmetric base has the anchor and the centre 0 and the scale 2 * max(|a|, |b|) / (last + 1).
 
-The scale travels as one byte: 0 for a scale of 0 (all others equal the anchor), else 1 + its eighths of a binade above
-2**-30 of the larger spike's binade. The centre is a byte too, offset by 128. A place takes ceil(log2(group)) bits. So
-``int2g32+spike`` has 2 + (2 * 16 + 8 + 8 + 2 * 5) / 32 = 3.8125 bits. After the codes of a row come low and high of
-each group, then all scales, all centres, and the places (low's, high's) as codes of their own.
+The scale is sent as one byte: 0 for a scale of 0 (all other values equal the anchor), else 1 + its eighths of a binade
+above 2**-30 of the larger spike's binade. The centre is one byte, offset by 128. A place takes ceil(log2(group)) bits.
+So ``int2g32+spike`` has 2 + (2 * 16 + 8 + 8 + 2 * 5) / 32 = 3.8125 bits. After the codes of a row come low and high of
+each group, then all scales, all centres, and the places (low's, high's), packed like codes.
 
 A group with a NaN, an Inf or a magnitude above 1.25 * 2**126 has a NaN as `low` and decodes to NaN.
 
-Source: FlashCommunication V2 (arXiv 2508.03760) for the spikes and for integer metadata; its coding here is our own, as
-is that the levels are the middles of equal parts: the ends of the range need none, for the spikes lie beyond them.
+Source: FlashCommunication V2 (arXiv 2508.03760) for the spikes and for integer metadata. The coding of the metadata is
+our own, and so are the levels: the middles of equal parts of the range, whose ends need no level, as the spikes lie
+beyond them.
 """
 
 from dataclasses import dataclass
@@ -45,8 +46,8 @@ _SMALLEST, _LARGEST = -(1 << 31), (1 << 31) - 1
 class Spike(Codec):
     """``{base}+spike`` on any affine base with groups of at most 256: see the module's docstring.
 
-    By hand: the smallest is -100 and the largest 64; the others, -63 to 63, need 126 / (63/64 * 4) = 32 per step around
-    the centre 0, so their values are -48, -16, 16 and 48.
+    By hand: the smallest is -100 and the largest 64; the others, -63 to 63, need a scale of 126 / (63/64 * 4) = 32
+    around the centre 0, so their values are -48, -16, 16 and 48.
 
     >>> codec = Spike(Affine(bits=2, symmetric=False, group=8))
     >>> codec.decode(codec.encode(torch.tensor([[-100.0, -63.0, -20.0, 20.0, 63.0, 64.0]])), 6, torch.float32).tolist()
@@ -89,7 +90,7 @@ class Spike(Codec):
         return self.base.segment(cols)
 
     def _describe(self, x: torch.Tensor) -> "_Groups":
-        """The metadata of fp32 rows [T, H], per group."""
+        """fp32 rows [T, H] -> the extremes of each group, and their places."""
         cols = x.shape[1]
         x = groups.by_group(x, self.group)
         index = torch.arange(x.shape[2], dtype=torch.int32, device=x.device)
@@ -179,7 +180,7 @@ class Spike(Codec):
         start = min(self.group, cols) * torch.arange(count, dtype=torch.int32, device=payload.device)
         # A place beyond the group can only come from a broken payload; it must not reach another group.
         places = torch.minimum(places, (cols - 1 - start).clamp_max(self.group - 1)[:, None])
-        # High last: where both spikes are the one value of a group they are equal.
+        # A group of one value has two equal spikes at one place, so either may be written last.
         value.scatter_(1, (start + places[..., 0]).long(), low)
         value.scatter_(1, (start + places[..., 1]).long(), torch.where(low.isnan(), low, high))
         return canonical_nan(value.to(dtype))
@@ -198,7 +199,7 @@ class Spike(Codec):
 
 @dataclass(frozen=True, slots=True)
 class _Groups:
-    """What is known of each group, [T, G]; `places` is [T, 2G], `spike` [T, G, S]."""
+    """Extremes of each group, [T, G]; `places` is [T, 2G], `spike` [T, G, S], true for the two spikes."""
 
     low: torch.Tensor
     high: torch.Tensor
@@ -208,11 +209,11 @@ class _Groups:
     spike: torch.Tensor
     bad: torch.Tensor
     alone: torch.Tensor
-    """Whether the group has no other values."""
+    """Whether the group has no values but its spikes."""
 
 
 def _key(x: torch.Tensor) -> torch.Tensor:
-    """int32 that order like the fp32 numbers: magnitudes' patterns, negative ones below 0."""
+    """int32 that order like the fp32 numbers: patterns of the magnitudes, negated for negative numbers."""
     pattern = bits_of(x)
     return torch.where(pattern < 0, -(pattern & 0x7FFFFFFF), pattern)
 

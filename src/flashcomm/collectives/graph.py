@@ -29,7 +29,7 @@ from flashcomm.collectives import arguments
 from flashcomm.collectives.call import start
 from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, Verb
 from flashcomm.collectives.topology import process_group
-from flashcomm.kernels.compiled import into, name_of
+from flashcomm.kernels.graph import into, name_of
 
 Group = dist.ProcessGroup | DeviceMesh | None
 

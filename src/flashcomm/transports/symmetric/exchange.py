@@ -20,9 +20,9 @@ Source: Flash Communication (arXiv 2412.04964), section 3.2; the epochs are thos
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.blocks import largest_magnitude
-from flashcomm.kernels.tiles.move import read, read_sum, write
-from flashcomm.kernels.tiles.values import read_values, write_values
+from flashcomm.kernels.gpu.tiles.blocks import largest_magnitude
+from flashcomm.kernels.gpu.tiles.move import read, read_sum, write
+from flashcomm.kernels.gpu.tiles.values import read_values, write_values
 from flashcomm.transports.symmetric.flags import signal, wait
 
 

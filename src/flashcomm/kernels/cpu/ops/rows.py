@@ -1,12 +1,12 @@
-"""Rows in and out: widening, narrowing, copying, and what all formats need."""
+"""Rows in and out: widen, narrow, copy, add; and two ops that all formats need, `spread` and `forget`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import AHEAD, BF16, FP16, NAN, Step, clean, f32
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import AHEAD, BF16, FP16, NAN, Op, clean, f32
 
 
-@Step
+@Op
 def widen(src, kind, n, dst):
-    """N values of any kind as fp32; up to fifteen zeros behind them."""
+    """Widen n values of any kind to fp32; up to fifteen zeros follow them."""
     full = n & ~15
     if kind == BF16:
         for i in range(0, full, 16):
@@ -30,9 +30,9 @@ def widen(src, kind, n, dst):
             simd.store1_fp32(dst + i * 4, v)
 
 
-@Step
+@Op
 def narrow(src, n, dst, kind, cleaning):
-    """Values of fp32 as any kind, each rounded half to even; every NaN the one quiet NaN if `cleaning`."""
+    """Round n fp32 half to even to any kind; every NaN becomes the one quiet NaN if `cleaning`."""
     full = n & ~31
     for i in range(0, full, 32):
         v, w = simd.load_fp32(src + i * 4), simd.load_fp32(src + i * 4 + 64)
@@ -58,9 +58,9 @@ def narrow(src, n, dst, kind, cleaning):
             simd.store1_fp32(dst + i * 4, x)
 
 
-@Step
+@Op
 def accumulate(src, n, add, dst):
-    """N fp32 values to another place, or added to what is there if `add`."""
+    """Copy n fp32 to `dst`, or add them to the fp32 there if `add` is not 0."""
     if add:
         for i in range(0, n, 16):
             simd.store_fp32(dst + i * 4, simd.load_fp32(dst + i * 4) + simd.load_fp32(src + i * 4))
@@ -69,9 +69,9 @@ def accumulate(src, n, add, dst):
             simd.store_fp32(dst + i * 4, simd.load_fp32(src + i * 4))
 
 
-@Step
+@Op
 def add_wide(src, kind, n, add, dst):
-    """N values of any kind as fp32; the fp32 at `add`, unless that is 0, plus them."""
+    """Widen n values of any kind to fp32, and add them to the fp32 at `add` unless `add` is 0."""
     full = n & ~15
     for i in range(0, full, 16):
         if kind == BF16:
@@ -95,9 +95,9 @@ def add_wide(src, kind, n, add, dst):
         simd.store1_fp32(dst + i * 4, x)
 
 
-@Step
+@Op
 def add_bf16(src, n, add, dst):
-    """N bf16, n a multiple of 32: the fp32 at `add` plus those at `src`."""
+    """The fp32 at `add` plus the bf16 at `src`, as bf16; n is a multiple of 32."""
     for i in range(0, n, 32):
         simd.prefetch(src + AHEAD + i * 2)
         first = simd.load_fp32(add + i * 4) + simd.load_bf16(src + i * 2)
@@ -105,14 +105,14 @@ def add_bf16(src, n, add, dst):
         simd.store_bf16_twice(dst + i * 2, clean(first), clean(second))
 
 
-@Step
+@Op
 def add_two(first, second, kind, n, dst):
-    """N bf16 or fp32, n a multiple of 32: the sums of two rows of the same kind."""
+    """Add two rows of n bf16 or fp32; n is a multiple of 32."""
     for i in range(0, n, 32):
         if kind == BF16:
             simd.prefetch(first + AHEAD + i * 2)
             simd.prefetch(second + AHEAD + i * 2)
-            # Even and odd ones: shifting is cheaper than spreading.
+            # Even and odd values apart: shifting is cheaper than widening.
             a, b = simd.load_words(first + i * 2), simd.load_words(second + i * 2)
             even = simd.as_lanes(a << 16) + simd.as_lanes(b << 16)
             odd = simd.as_lanes(a & 0xFFFF0000) + simd.as_lanes(b & 0xFFFF0000)
@@ -124,9 +124,9 @@ def add_two(first, second, kind, n, dst):
             simd.store_fp32(dst + i * 4 + 64, clean(w))
 
 
-@Step
+@Op
 def clean_bf16(src, n, dst):
-    """N bf16, n a multiple of 32, as they are; every NaN the one quiet NaN."""
+    """Copy n bf16, and make every NaN the one quiet NaN; n is a multiple of 32."""
     infinity, nan = simd.splat_halves(0x7F80), simd.splat_halves(NAN >> 16)
     for i in range(0, n, 32):
         simd.prefetch(src + AHEAD + i * 2)
@@ -134,9 +134,9 @@ def clean_bf16(src, n, dst):
         simd.store_halves(dst + i * 2, simd.halves_where_less(infinity, simd.halves_magnitude(v), nan, v))
 
 
-@Step
+@Op
 def copy_bytes(src, n, dst):
-    """N bytes from here to there."""
+    """Copy n bytes."""
     full = n & ~63
     for i in range(0, full, 64):
         simd.store_words(dst + i, simd.load_words(src + i))
@@ -144,9 +144,9 @@ def copy_bytes(src, n, dst):
         simd.store_byte(dst + i, simd.load_byte(src + i))
 
 
-@Step
+@Op
 def spread(per_group, times, n, out):
-    """Each fp32 so many times, until there are n."""
+    """Repeat each fp32 `times` times, n values in all."""
     count = (n + times - 1) // times
     if times == 2:
         for j in range(0, count, 8):
@@ -162,14 +162,14 @@ def spread(per_group, times, n, out):
         return
     for j in range(count):
         v = simd.splat(simd.load1_fp32(per_group + j * 4))
-        # What goes too far is overwritten by the next.
+        # A vector that reaches too far is overwritten by the next.
         for i in range(j * times, min(j * times + times, n), 16):
             simd.store_fp32(out + i * 4, v)
 
 
-@Step
+@Op
 def forget(flag, inverse, n, group, codes):
-    """Codes of NaN groups become 0."""
+    """Set the codes of NaN groups to 0."""
     if simd.load_word(flag) == 0:
         return
     for start in range(0, n, group):
@@ -180,7 +180,7 @@ def forget(flag, inverse, n, group, codes):
                 simd.store_byte(codes + i, 0)
 
 
-@Step
+@Op
 def put_byte(value, dst):
-    """One byte."""
+    """Store one byte."""
     simd.store_byte(dst, value)

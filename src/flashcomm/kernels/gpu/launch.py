@@ -1,11 +1,11 @@
-"""The codecs' verbs on GPUs: which constants and tiles `tiles.move` runs with.
+"""The verbs on GPUs: launches of `tiles.move`, with the constants and the tiles that suit a format.
 
-All three are one kernel: encode reads values and writes a payload, decode_sum reads payloads and writes values,
+All three verbs are one kernel: encode reads values and writes a payload, decode_sum reads payloads and writes values,
 decode_sum_encode reads payloads and writes one. It is compiled for a pair of formats and a kind of row, never for a
 number of rows, so prompts of any length share it.
 
-Not served, and left to the specification: groups that are no power of two unless a row has only one, transformed and
-calibrated formats, and rows whose groups do not fit into a tile.
+Left to the specification: groups that are not a power of two (unless a row has only one), transformed and calibrated
+formats, and groups that do not fit into a tile.
 """
 
 from functools import lru_cache
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from flashcomm.codecs import FLOAT_DTYPES, Affine, Block, Cast, Codec, Spike
-from flashcomm.kernels.tiles.base import Format
-from flashcomm.kernels.tiles.move import move
-from flashcomm.kernels.tiles.norm import add_norm
+from flashcomm.kernels.gpu.tiles.base import Format
+from flashcomm.kernels.gpu.tiles.move import move
+from flashcomm.kernels.gpu.tiles.norm import add_norm
 
-# Values of a tile, and of it per warp: 16 per thread. Not measured yet: no GPU has run these kernels.
+# Values of a tile, and values per warp (16 per thread). Not measured: no GPU has run these kernels yet.
 TILE = 2048
 LARGEST_TILE = 16384
 _PER_WARP = 512
@@ -29,8 +29,8 @@ VALUES = {dtype: Format("values", dtype=_NAMES[dtype]) for dtype in FLOAT_DTYPES
 
 @lru_cache(maxsize=4096)
 def why_not(codec: Codec, cols: int | None = None) -> str | None:
-    """Why the kernel does not serve `codec`, in rows of `cols` values if they are given; None where it does."""
-    # By its very type: a subclass may mean other bytes.
+    """Why the kernel does not serve `codec`, in rows of `cols` values if given; None if it does."""
+    # Its type itself counts: a subclass may mean other bytes.
     if type(codec) is Cast:
         return None
     if type(codec) not in (Affine, Block, Spike):
@@ -76,21 +76,21 @@ def describe(codec: Codec, cols: int) -> Format:
 
 
 def least_tile(form: Format) -> int:
-    """Values of the shortest tile: what is packed beside the codes, places or exponents, fills packs of 128 as well."""
+    """Values of the shortest tile: places of spikes and exponents are packed as codes are, and must fill packs, too."""
     groups = {"spike": 64, "block": 128 if form.scale == "e5m0" else 1}
     return max(128, groups.get(form.kind, 1) * form.group)
 
 
 def tile(*formats: Format, cols: int) -> int:
-    """Values of a tile that suits these formats in rows of `cols`."""
-    # Tiles that end with the row need no masks, if that does not make them too short.
+    """Values of the tile that suits these formats in rows of `cols` values."""
+    # Tiles that end with the row need no masks; they are used unless they are too short.
     divisor = cols & -cols
     usual = min(TILE, divisor if divisor >= TILE // 4 else _power_of_two(max(cols, 128)))
     return max(usual, *map(least_tile, formats))
 
 
 def edge(cols: int, size: int) -> str:
-    """How rows end in tiles of `size`: with a tile (``none``), a whole pack (``packs``) or a short one (``codes``)."""
+    """End of rows in tiles of `size`: with a tile (``none``), a whole pack (``packs``) or a short one (``codes``)."""
     return "none" if cols % size == 0 else "codes" if cols % 128 else "packs"
 
 
@@ -162,22 +162,22 @@ def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, tar
 
 
 def constants_of(source: Format, target: Format, cols: int) -> dict[str, Any]:
-    """What `move` is compiled for, to bring rows of `cols` values from one format to another."""
+    """Constants that `move` is compiled for, to bring rows of `cols` values from one format to another."""
     size = tile(source, target, cols=cols)
     whole_rows = target.scale in ("e4m3", "e5m0")
     return {"SOURCE": source, "TARGET": target, "V": size, "EDGE": edge(cols, size), "WHOLE_ROWS": whole_rows}
 
 
 def options(size: int, *formats: Format) -> dict[str, Any]:
-    """How a kernel that turns tiles of `size` values between these formats is compiled."""
-    # Spikes and small groups need so many numbers at once that more values to a thread would be spilled to memory.
+    """Compiler options of a kernel that works on tiles of `size` values in these formats."""
+    # Spikes and small groups need many registers; with more values per thread some would be spilled to memory.
     group = min((16 if form.kind == "spike" else form.group for form in formats if form.group > 1), default=32)
     per_warp = _PER_WARP * min(group, 32) // 32
     return {"num_warps": min(32, max(4, size // per_warp)), "enable_fp_fusion": False}
 
 
 def typed(rows: torch.Tensor, form: Format) -> torch.Tensor:
-    """`rows` as the integers that a kernel moves."""
+    """View `rows` as the integers that a kernel moves."""
     if form.kind != "values":
         return rows
     return rows.view(torch.int32 if form.dtype == "fp32" else torch.int16)

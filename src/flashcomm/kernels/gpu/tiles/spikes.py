@@ -1,9 +1,9 @@
-"""`codecs.spike` for a tile. Its places are codes of their own, so a tile has at least 64 groups."""
+"""Tiles of `codecs.spike`. Places are packed like codes, two per group, so a tile has at least 64 groups."""
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import (
+from flashcomm.kernels.gpu.tiles.base import (
     bits_of,
     from_bits,
     from_key,
@@ -14,7 +14,7 @@ from flashcomm.kernels.tiles.base import (
     to_bf16,
     within,
 )
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _HIGH_HALF = tl.constexpr(-0x10000)
 _SMALLEST = tl.constexpr(-0x80000000)
@@ -48,7 +48,7 @@ def _scale_and_zero(low, high, scale_code, centre_code, F: tl.constexpr):
 
 @triton.jit
 def _sections(ptr, cols, F: tl.constexpr):
-    """Where the spikes, scales, centres and places of a row begin, and how many groups it has."""
+    """Addresses of the spikes, scales, centres and places of a row, and its number of groups."""
     count = (cols + F.group - 1) // F.group
     spikes = ptr + code_bytes(cols, F.bits)
     scales = spikes + 4 * count
@@ -59,13 +59,13 @@ def _sections(ptr, cols, F: tl.constexpr):
 
 @triton.jit
 def write_spike(ptr, x, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Encode x [V] fp32, the columns `start` and on of a row of `cols`, into the row's payload at `ptr`."""
+    """Encode x [V] fp32, the columns from `start` on of a row of `cols`, into the row's payload at `ptr`."""
     G: tl.constexpr = V // F.group
     x = tl.reshape(x, [G, F.group])
     index = tl.arange(0, F.group)[None, :]
     inside = within(start + tl.arange(0, G)[:, None] * F.group + index, cols, EDGE)
     key = key_of(x)
-    # The place rides in the lower half, so that of equal values the first one wins.
+    # The lower half of a key is the place, so that of equal values the first one wins.
     down = tl.where(inside, (key & _HIGH_HALF) | index, _LARGEST)
     up = tl.where(inside, ((tl.minimum(key, 0x7FFF0000) + 0xFFFF) & _HIGH_HALF) | (0xFFFF - index), _SMALLEST)
     low_place = tl.min(down, axis=1) & 0xFFFF
@@ -142,6 +142,6 @@ def read_spike(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.cons
     last = tl.minimum(cols - 1 - ordinal * F.group, F.group - 1)
     index = tl.arange(0, F.group)[None, :]
     x = tl.where(index == tl.minimum(low_place, last)[:, None], low[:, None], x)
-    # High last: where both spikes are the one value of a group they are equal.
+    # A group of one value has two equal spikes at one place, so either may be written last.
     x = tl.where(index == tl.minimum(high_place, last)[:, None], tl.where(bad, low, high)[:, None], x)
     return tl.reshape(x, [V])

@@ -1,8 +1,8 @@
 """Sixteen lanes as a numba value, with the loads, stores and bit operations that the wire formats need.
 
-Separate from the kernels because it is the only place that speaks LLVM. numba's own vectoriser leaves loops of fewer
-than 64 trips scalar, which makes groups of 32 four times slower than groups of 128; a value that *is* a vector has no
-such cliff, and LLVM splits it into whatever registers the CPU has (AVX-512, AVX2, NEON).
+Separate from the ops because it is the only place that speaks LLVM. numba's own vectoriser leaves loops of fewer than
+64 trips scalar, which makes groups of 32 four times slower than groups of 128. A value that *is* a vector has no such
+cliff: LLVM splits it into whatever registers the CPU has (AVX-512, AVX2, NEON).
 
 There are `lanes` (sixteen fp32) and `words` (sixteen int32), with Python's operators between two of them or with a
 scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist to find ranges of bf16.
@@ -199,7 +199,7 @@ def _bf16_in_upper_halves(builder, value):
 
 @intrinsic
 def store_bf16_twice(typingctx, address, first, second):
-    """32 bf16, rounded half to even: sixteen, and the sixteen behind them."""
+    """Round two vectors half to even to bf16 and store them one behind the other, 32 bf16."""
 
     def codegen(context, builder, sig, args):
         parts = [builder.bitcast(_bf16_in_upper_halves(builder, value), halves.ir_type) for value in args[1:]]
@@ -212,7 +212,7 @@ def store_bf16_twice(typingctx, address, first, second):
 
 @intrinsic
 def store_bf16_pairs(typingctx, address, even, odd):
-    """32 bf16, rounded half to even: the even and the odd ones."""
+    """Round the even and the odd values of a row half to even to bf16 and store them interleaved, 32 bf16."""
 
     def codegen(context, builder, sig, args):
         rounded = [_bf16_in_upper_halves(builder, value) for value in args[1:]]
@@ -225,7 +225,7 @@ def store_bf16_pairs(typingctx, address, even, odd):
 
 @intrinsic
 def splat(typingctx, scalar):
-    """All sixteen lanes equal to one fp32."""
+    """Set all sixteen lanes to one fp32."""
 
     def codegen(context, builder, sig, args):
         return _splat(builder, args[0], lanes.ir_type)
@@ -235,7 +235,7 @@ def splat(typingctx, scalar):
 
 @intrinsic
 def splat_halves(typingctx, scalar):
-    """All 32 int16 equal to one integer."""
+    """Set all 32 int16 to one integer."""
 
     def codegen(context, builder, sig, args):
         return _splat(builder, builder.trunc(args[0], _I16), halves.ir_type)
@@ -258,13 +258,13 @@ def _make_repeat(times):
     return repeat
 
 
-# The fp32 at an address, each so many times, until sixteen lanes are full.
+# Load the first fp32 at an address, and repeat each 2, 4 or 8 times to fill sixteen lanes.
 repeat2, repeat4, repeat8 = (_make_repeat(times) for times in (2, 4, 8))
 
 
 @intrinsic
 def splat_words(typingctx, scalar):
-    """All sixteen words equal to one integer."""
+    """Set all sixteen words to one integer."""
 
     def codegen(context, builder, sig, args):
         return _splat(builder, builder.trunc(args[0], _I32), words.ir_type)
@@ -349,7 +349,7 @@ def _make_extreme(vector, less):
     return extreme
 
 
-# On lanes, `a < b ? a : b` is one instruction everywhere; it gives b where either is a NaN.
+# On lanes, `a < b ? a : b` is one instruction on every CPU; it gives b where either is a NaN.
 lane_min, lane_max = (_make_extreme(lanes, less) for less in (True, False))
 word_min, word_max = (_make_extreme(words, less) for less in (True, False))
 half_min, half_max = (_make_extreme(halves, less) for less in (True, False))
@@ -375,9 +375,9 @@ words_max = _make_reduce(words, "smax")
 
 
 def _make_fold(vector, block, less):
-    """Two vectors in blocks of one size -> one in blocks of half of it, the first's before the second's.
+    """Fold two vectors of blocks into one vector of blocks of half the size, the first vector's before the second's.
 
-    The smaller (or larger) of every block's two halves stays.
+    Of every block's two halves the smaller values (or the larger ones) stay.
     """
     count = vector.ir_type.count
 
@@ -408,9 +408,9 @@ words_fold16_max, words_fold8_max, words_fold4_max, words_fold2_max = (
 
 
 def _make_fold_second(block, less):
-    """The second smallest (or largest) of every block's two halves, from the smallest and the second smallest of each.
+    """Fold like `_make_fold`, for the second smallest (or largest) values.
 
-    Takes the two vectors of the smallest, then the two of the second smallest.
+    The result takes the two vectors of the smallest, then the two of the second smallest.
     """
 
     def halves_of(builder, a, b):
@@ -441,7 +441,7 @@ second16_max, second8_max, second4_max, second2_max = (_make_fold_second(n, Fals
 
 @intrinsic
 def store_halves(typingctx, address, value):
-    """All 32 int16."""
+    """Store all 32 int16."""
 
     def codegen(context, builder, sig, args):
         _store_raw(builder, args[1], args[0], _I16, 32)
@@ -452,7 +452,7 @@ def store_halves(typingctx, address, value):
 
 @intrinsic
 def store_halves_wide(typingctx, address, value):
-    """All 32 int16 as the upper halves of int32, whose lower halves are 0: fp32 from bf16."""
+    """Store all 32 int16 as the upper halves of int32 with lower halves of 0: fp32 from bf16."""
 
     def codegen(context, builder, sig, args):
         wide = ir.VectorType(_I32, 32)
@@ -464,7 +464,7 @@ def store_halves_wide(typingctx, address, value):
 
 @intrinsic
 def twice_minus(typingctx, v, w):
-    """2 v - w where that is exact."""
+    """2 v - w, for values where that is exact."""
 
     def codegen(context, builder, sig, args):
         two = ir.Constant(lanes.ir_type, [ir.Constant(_F32, 2.0)] * LANES)
@@ -490,7 +490,7 @@ def _make_key(vector):
 
 @intrinsic
 def halves_magnitude(typingctx, v):
-    """The patterns without their signs."""
+    """Patterns of bf16 without their signs."""
 
     def codegen(context, builder, sig, args):
         return builder.and_(args[0], _constant(halves.ir_type, 0x7FFF))
@@ -500,7 +500,7 @@ def halves_magnitude(typingctx, v):
 
 @intrinsic
 def halves_signed(typingctx, v):
-    """Integers that order like the numbers: magnitudes, negative ones below 0, and one zero."""
+    """Patterns of bf16 -> integers that order like the numbers: magnitudes, negative ones below 0, and one zero."""
 
     def codegen(context, builder, sig, args):
         sign = builder.ashr(args[0], _constant(halves.ir_type, 15))
@@ -512,7 +512,7 @@ def halves_signed(typingctx, v):
 
 @intrinsic
 def halves_equal(typingctx, v, scalar):
-    """A bit per lane: whether it equals the lowest 16 bits of an integer."""
+    """Compare each lane with the lowest 16 bits of an integer; one bit per lane."""
 
     def codegen(context, builder, sig, args):
         same = builder.icmp_signed("==", args[0], _splat(builder, builder.trunc(args[1], _I16), halves.ir_type))
@@ -523,7 +523,7 @@ def halves_equal(typingctx, v, scalar):
 
 @intrinsic
 def halves_replace(typingctx, v, mask, scalar):
-    """The lowest 16 bits of an integer in the lanes whose bit is set."""
+    """Put the lowest 16 bits of an integer into each lane whose bit is set in `mask`."""
 
     def codegen(context, builder, sig, args):
         chosen = builder.bitcast(builder.trunc(args[1], _I32), ir.VectorType(ir.IntType(1), 32))
@@ -534,7 +534,7 @@ def halves_replace(typingctx, v, mask, scalar):
 
 @intrinsic
 def lowest_bit(typingctx, mask):
-    """The place of the lowest bit that is set."""
+    """Position of the lowest bit that is set."""
 
     def codegen(context, builder, sig, args):
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -558,7 +558,7 @@ def bits_of(typingctx, value):
 
 @intrinsic
 def from_bits(typingctx, pattern):
-    """The fp32 with a 32-bit pattern, of which the lower 32 bits of an integer are taken."""
+    """The fp32 whose pattern is the lower 32 bits of an integer."""
 
     def codegen(context, builder, sig, args):
         return builder.bitcast(builder.trunc(args[0], _I32), _F32)
@@ -595,7 +595,7 @@ load_long, _ = _make_word(64)
 
 
 def _make_planes(width):
-    """Pack and unpack one plane of 128 codes: byte i of its 16 * width bytes holds codes i, i + 16 * width, ..."""
+    """Make pack and unpack of a plane of 128 codes: byte i of 16 * width bytes holds codes i, i + 16 * width, ..."""
     size = 16 * width
     vector = ir.VectorType(_I32, size // 4)
     mask = _constant(vector, int.from_bytes(bytes([(1 << width) - 1]) * 4, "little"))
@@ -640,22 +640,22 @@ def _make_planes(width):
     return pack, make_unpack(True), make_unpack(False)
 
 
-# pack(codes, shift, plane) takes the bits from `shift` on; unpack_first(plane, shift, codes) writes the codes, and
-# unpack_more adds bits from `shift` on to what is there.
+# pack(codes, shift, plane) takes the codes' bits from `shift` on; unpack_first(plane, shift, codes) writes the codes,
+# and unpack_more adds bits from `shift` on to the codes that are there.
 pack4, unpack4_first, _ = _make_planes(4)
 pack2, unpack2_first, unpack2_more = _make_planes(2)
 pack1, unpack1_first, unpack1_more = _make_planes(1)
 
 
 def _fmuladd(builder, a, b, c):
-    """A * b + c as one operation where the CPU has it: only for products that are exact, so that both are the same."""
+    """Compute a * b + c, fused where the CPU can: only for products that are exact, so that fusing changes no bit."""
     kind = ir.FunctionType(lanes.ir_type, [lanes.ir_type] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
     return builder.call(function, [a, b, c])
 
 
 def _butterfly(builder, v, apart):
-    """One step of a Walsh-Hadamard transform inside sixteen lanes: a + b, a - b for values `apart` lanes apart."""
+    """Apply one stage of a Walsh-Hadamard transform to sixteen lanes: a + b, a - b for values `apart` lanes apart."""
     index = ir.VectorType(_I32, LANES)
     partners = ir.Constant(index, [ir.Constant(_I32, i ^ apart) for i in range(LANES)])
     signs = ir.Constant(lanes.ir_type, [ir.Constant(_F32, -1.0 if i & apart else 1.0) for i in range(LANES)])
@@ -664,7 +664,7 @@ def _butterfly(builder, v, apart):
 
 
 def _make_hadamard(size):
-    """Multiply `size` fp32 by a factor and transform them in place; below sixteen, sixteen values at once."""
+    """Make a function that multiplies `size` fp32 by a factor and transforms them in place; sixteen values at least."""
 
     @intrinsic
     def transform(typingctx, address, factor):
@@ -699,7 +699,7 @@ hadamard16, hadamard32, hadamard64, hadamard128 = (_make_hadamard(size) for size
 
 @intrinsic
 def pairwise_sum(typingctx, v):
-    """The sum of sixteen lanes: of neighbours, then of neighbouring sums, and so on."""
+    """Sum of sixteen lanes: neighbours are added, then neighbouring sums, and so on."""
 
     def codegen(context, builder, sig, args):
         v, width = args[0], LANES
@@ -721,7 +721,7 @@ def pairwise_sum(typingctx, v):
 
 @intrinsic
 def prefetch(typingctx, address):
-    """Ask for the cache line at `address`, which may lie outside any buffer: a prefetch never faults."""
+    """Prefetch the cache line at `address`, which may lie outside any buffer: a prefetch never faults."""
 
     def codegen(context, builder, sig, args):
         pointer = builder.inttoptr(args[0], ir.PointerType(_I8))
@@ -738,7 +738,7 @@ MAX_OPERANDS = 12
 
 @intrinsic
 def call(typingctx, function, operands, count):
-    """Call the compiled step at an address with the first `count` integers at another."""
+    """Call the compiled op at the address `function` with the first `count` integers at `operands`."""
 
     def codegen(context, builder, sig, args):
         function, operands, count = args

@@ -1,34 +1,38 @@
-"""`encode` and `decode` as operators of torch: what a compiled graph calls.
+"""`encode` and `decode` as operators of torch, for compiled graphs.
 
 `torch.compile` cannot look into kernels that are not torch's. It sees one operator, with the shape of its result and
-nothing else. Hidden sizes become constants of the graph, numbers of rows need not. Imported when a function is first
-compiled, because the compiler takes seconds to load.
+nothing else. Hidden sizes become constants of the graph, numbers of rows need not.
+
+Imported when a function is first compiled, because the compiler takes seconds to load. The operators call `eager`,
+which knows nothing of graphs.
 """
 
 from typing import Any
 
 import torch
 
-from flashcomm import codecs, kernels
+from flashcomm import codecs
 from flashcomm.codecs import Codec
+from flashcomm.kernels import eager
+from flashcomm.kernels.arguments import check_payloads, check_values
 
 name_of = torch.compiler.assume_constant_result(codecs.name_of)
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:
-    """`kernels.encode` in a graph."""
+    """Call `kernels.encode` in a graph."""
     return into(out, torch.ops.flashcomm.encode(x, name_of(codec)))
 
 
 def decode(
     payload: torch.Tensor, codec: "str | Codec", cols: int, dtype: torch.dtype, out: torch.Tensor | None
 ) -> torch.Tensor:
-    """`kernels.decode` in a graph."""
+    """Call `kernels.decode` in a graph."""
     return into(out, torch.ops.flashcomm.decode(payload, name_of(codec), cols, dtype))
 
 
 def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
-    """`result`, in `out` if there is one: the operators write into nothing that they are given.
+    """Copy `result` to `out` if there is one, since the operators themselves write to none of their arguments.
 
     Raises:
         ValueError: `out` is not like the result.
@@ -41,35 +45,35 @@ def into(out: torch.Tensor | None, result: torch.Tensor) -> torch.Tensor:
 
 
 def refuse_out_unlike_the_result(out: torch.Tensor, result: torch.Tensor):
-    """Raise what `out` should be."""
+    """Raise an error that says what `out` should be."""
     raise ValueError(
         f"out must be {result.dtype} {list(result.shape)} on {result.device}, "
         f"not {out.dtype} {list(out.shape)} on {out.device}"
     )
 
 
-# With ``fullgraph=True`` torch says its name; raised inside of a graph, it would send the compiler into `encode`.
+# With ``fullgraph=True`` torch prints its name. An error raised inside a graph would send the compiler into `encode`.
 _refuse: Any = torch.compiler.disable(refuse_out_unlike_the_result)
 
 
 @torch.library.custom_op("flashcomm::encode", mutates_args=())
 def _encode(x: torch.Tensor, codec: str) -> torch.Tensor:
-    return kernels.encode(x, codecs.named(codec))
+    return eager.encode(x, codecs.named(codec), None)
 
 
 @_encode.register_fake
 def _(x: torch.Tensor, codec: str) -> torch.Tensor:
-    kernels.check_values(x, "encode")
+    check_values(x, "encode")
     width = codecs.named(codec).payload_bytes(int(x.shape[1]), x.dtype)
     return x.new_empty(x.shape[0], width, dtype=torch.uint8)
 
 
 @torch.library.custom_op("flashcomm::decode", mutates_args=())
 def _decode(payload: torch.Tensor, codec: str, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    return kernels.decode(payload, codecs.named(codec), cols=cols, dtype=dtype)
+    return eager.decode_sum(payload[None], codecs.named(codec), cols, dtype, None)
 
 
 @_decode.register_fake
 def _(payload: torch.Tensor, codec: str, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    kernels.check_payloads(payload[None], codecs.named(codec), int(cols), dtype)
+    check_payloads(payload[None], codecs.named(codec), int(cols), dtype)
     return payload.new_empty(payload.shape[0], int(cols), dtype=dtype)

@@ -1,15 +1,15 @@
-"""Rows of bf16, fp16 or fp32 as tiles of fp32, and back. Addresses are those of integers as wide as the values."""
+"""Tiles of values: rows of bf16, fp16 or fp32 to fp32 and back. Pointers are to integers as wide as the values."""
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import bits_of, from_bits, to_bf16, within
+from flashcomm.kernels.gpu.tiles.base import bits_of, from_bits, to_bf16, within
 
 
 @triton.jit
 def numbers_at(ptr, F: tl.constexpr):
-    """The address of a payload of values, a multiple of 16, as that of integers as wide as they are."""
-    # By way of an integer, as Triton's interpreter refuses to make one pointer of another.
+    """Pointer to a payload of values, a multiple of 16, as a pointer to integers as wide as the values."""
+    # Through an integer, as Triton's interpreter refuses to cast a pointer to another pointer.
     if F.dtype == "fp32":
         return tl.multiple_of(ptr.to(tl.int64).to(tl.pointer_type(tl.int32)), 16)
     else:
@@ -41,7 +41,7 @@ def narrow(x, F: tl.constexpr):
 
 @triton.jit
 def read_values(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """[V] fp32; 0 beyond the end of the row."""
+    """Load [V] fp32; 0 beyond the end of the row."""
     column = start + tl.arange(0, V)
     return widen(tl.load(ptr + column, mask=within(column, cols, EDGE), other=0), F)
 

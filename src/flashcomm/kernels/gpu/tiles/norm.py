@@ -1,10 +1,10 @@
-"""What follows an all-reduce in a transformer's layer, in the kernel that decodes: add the residual, normalise."""
+"""The end of an all-reduce in a transformer's layer, in one kernel: decode, add the residual, normalise."""
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.move import read_sum
-from flashcomm.kernels.tiles.values import narrow, read_values, widen, write_values
+from flashcomm.kernels.gpu.tiles.move import read_sum
+from flashcomm.kernels.gpu.tiles.values import narrow, read_values, widen, write_values
 
 
 @triton.jit(do_not_specialize=["ranks"])
@@ -27,14 +27,14 @@ def add_norm(
 ):
     """total = decoded sum + residual; out = total / sqrt(mean(total**2) + epsilon) * weight. One program for each row.
 
-    Rounded to the values' type where a model without this kernel rounds: the sum, the total, the norm, the product.
+    The sum, the total, the norm and the product are rounded to the values' type, as in a model without this kernel.
     """
     row = tl.program_id(0).to(tl.int64)
     x = read_sum(payload_ptr + row * row_stride, rank_stride, ranks, 0, cols, SOURCE, V, EDGE)
     residual = read_values(residual_ptr + row * residual_stride, 0, cols, VALUES, V, EDGE)
     total = widen(narrow(widen(narrow(x, VALUES), VALUES) + residual, VALUES), VALUES)
     write_values(total_ptr + row * cols, total, 0, cols, VALUES, V, EDGE)
-    # What lies beyond the row may be anything by now.
+    # Beyond the row there may be any values.
     squares = tl.where(tl.arange(0, V) < cols, total * total, 0.0)
     mean = tl.div_rn(tl.sum(squares, axis=0), cols.to(tl.float32))
     normed = total * tl.div_rn(1.0, tl.sqrt_rn(mean + epsilon))

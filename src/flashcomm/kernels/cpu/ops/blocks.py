@@ -1,15 +1,15 @@
 """Small floats and their scales: `codecs.blocks`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, TINY, Step, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Op, f32, inline
 
 # 2.0**127: a block whose element times scale might not be finite.
 _TOO_LARGE = 0x7F000000
 
 
-@Step
+@Op
 def scales_e8m0(amax, count, limit_bits, inverse, flag, meta):
-    """Largest magnitudes -> reciprocals of the scales and their bytes, as `affine_scales`."""
+    """Largest magnitudes -> reciprocals of the scales, NaN as in `affine_scales`, and the scales' bytes."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
     offset = 0x7FFFFF + (127 << 23) - limit_bits
     all_bad = none
@@ -24,9 +24,9 @@ def scales_e8m0(amax, count, limit_bits, inverse, flag, meta):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_e5m0(amax, count, limit_bits, inverse, flag, codes, row):
-    """Like `scales_e8m0`: five-bit codes, a byte each, and the byte of the row."""
+    """Like `scales_e8m0` with five-bit codes, a byte each, and one byte per row."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
     offset = 0x7FFFFF + (127 << 23) - limit_bits
     all_bad, tops = none, simd.splat_words(1)
@@ -51,7 +51,7 @@ def scales_e5m0(amax, count, limit_bits, inverse, flag, codes, row):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_fp32(amax, count, limit_bits, inverse, flag, meta):
     """Like `scales_e8m0` with fp32 scales."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -67,7 +67,7 @@ def scales_fp32(amax, count, limit_bits, inverse, flag, meta):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def scales_e4m3(amax, count, limit_bits, inverse, flag, meta, row):
     """Like `scales_e8m0` with one FP8 byte per group and an fp32 per row."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -88,7 +88,7 @@ def scales_e4m3(amax, count, limit_bits, inverse, flag, meta, row):
     for j in range(0, count, 16):
         largest = simd.load_words(inverse + j * 4)
         ratio = simd.as_lanes(largest) / limits / rows
-        # Up to three bits behind the leading one; below 2**-6 up to a multiple of 2**-9.
+        # Rounded up to three bits behind the leading one; below 2**-6, up to a multiple of 2**-9.
         normal = ((simd.as_words(ratio) + 0xFFFFF) >> 20) - (120 << 3)
         scaled = ratio * f32(512)
         floor = simd.to_words(scaled)
@@ -102,16 +102,16 @@ def scales_e4m3(amax, count, limit_bits, inverse, flag, meta, row):
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def meta_e8m0(meta, count, scale):
-    """The bytes of `scales_e8m0` -> scales, NaN for a group that is."""
+    """The bytes of `scales_e8m0` -> scales, NaN for a group that decodes to NaN."""
     for j in range(0, count, 16):
         code = simd.load_words_u8(meta + j)
         bits = simd.words_where_equal(code, simd.splat_words(255), simd.splat_words(NAN), code << 23)
         simd.store_words(scale + j * 4, bits)
 
 
-@Step
+@Op
 def meta_e5m0(codes, row, count, scale):
     """The codes and the byte of `scales_e5m0` -> scales."""
     tops = simd.splat_words(simd.load_byte(row) & 255)
@@ -122,7 +122,7 @@ def meta_e5m0(codes, row, count, scale):
         simd.store_words(scale + j * 4, bits)
 
 
-@Step
+@Op
 def meta_e4m3(meta, row, count, scale):
     """The bytes of `scales_e4m3` -> scales."""
     rows, smallest = simd.splat(simd.load1_fp32(row)), simd.splat(f32(2.0**-6))
@@ -136,11 +136,11 @@ def meta_e4m3(meta, row, count, scale):
 
 @inline
 def _round_float(x, inverses, form):
-    """One code per lane."""
+    """Sixteen fp32 -> one code per lane."""
     drop, up, lowest, offset, lasts, sign_shift, sign_bit = form
     word = simd.as_words(x * inverses)
-    # The power of two at which x's binade starts, and the one whose last bit is worth a step in that binade: the sum
-    # of that and |x| is rounded half to even to a whole number of steps, which are its lowest bits.
+    # The power of two at which x's binade starts, and `grid`, whose last bit is worth one spacing of that binade:
+    # grid + |x| is rounded half to even to a whole number of spacings, which is in its lowest bits.
     binade = simd.word_max(word & 0x7F800000, lowest)
     grid = binade + up
     steps = simd.as_words(simd.as_lanes(word & MAGNITUDE) + simd.as_lanes(grid)) - grid
@@ -148,9 +148,9 @@ def _round_float(x, inverses, form):
     return code | word >> sign_shift & sign_bit
 
 
-@Step
+@Op
 def round_floats(src, kind, n, unit, inverse, bits, mantissa, lowest, last, codes):
-    """X * inverse to the nearest small float, one byte each: see `codecs.elements`."""
+    """Round x * inverse to the nearest small float, one byte each: see `codecs.elements`."""
     drop = 23 - mantissa
     binade = lowest + 127 << 23
     form = (
@@ -177,16 +177,16 @@ def round_floats(src, kind, n, unit, inverse, bits, mantissa, lowest, last, code
 def _read_float(code, scales, form):
     """The fp32 of one code per lane."""
     magnitude, up, binade, smallest, sign_shift = form
-    # Read as if the exponent field 0 were a binade of its own; for it, twice that less the smallest normal number is
-    # right, and for all others that is larger.
+    # Read as if the exponent field 0 were a binade like the others. For that field the right value is twice the value
+    # minus the smallest normal number; for all others this is larger, so the minimum of both is right.
     value = simd.as_lanes(((code & magnitude) << up) + binade)
     value = simd.lane_min(value, simd.twice_minus(value, smallest))
     return simd.as_lanes(simd.as_words(value) | code << sign_shift & 0x80000000) * scales
 
 
-@Step
+@Op
 def read_floats(codes, n, unit, scale, bits, mantissa, lowest, add, dst, kind):
-    """Element * scale as bf16, or as fp32, added to what is there if `add`."""
+    """Element * scale as bf16 or fp32; as fp32, added to the values at `dst` if `add` is not 0."""
     smallest = simd.splat(simd.from_bits(lowest + 127 << 23))
     form = ((1 << bits - 1) - 1, 23 - mantissa, lowest + 126 << 23, smallest, 32 - bits)
     if kind == BF16:

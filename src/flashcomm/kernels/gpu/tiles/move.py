@@ -1,17 +1,17 @@
-"""The one kernel of the codecs: tiles of R rows of values or payloads, added up in fp32, as values or a payload."""
+"""The one kernel of the codecs: read tiles of values or payloads of R ranks, add in fp32, write values or a payload."""
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.affine import read_affine, write_affine
-from flashcomm.kernels.tiles.blocks import largest_magnitude, read_block, write_block
-from flashcomm.kernels.tiles.spikes import read_spike, write_spike
-from flashcomm.kernels.tiles.values import numbers_at, read_values, write_values
+from flashcomm.kernels.gpu.tiles.affine import read_affine, write_affine
+from flashcomm.kernels.gpu.tiles.blocks import largest_magnitude, read_block, write_block
+from flashcomm.kernels.gpu.tiles.spikes import read_spike, write_spike
+from flashcomm.kernels.gpu.tiles.values import numbers_at, read_values, write_values
 
 
 @triton.jit
 def read(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """[V] fp32: the columns `start` and on of the row at `ptr`, which is in format `F` and has `cols`."""
+    """[V] fp32: the columns from `start` on of the row at `ptr`, which has `cols` values in the format `F`."""
     if F.kind == "values":
         return read_values(ptr, start, cols, F, V, EDGE)
     elif F.kind == "cast":
@@ -26,7 +26,7 @@ def read(ptr, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr)
 
 @triton.jit
 def write(ptr, x, start, cols, largest, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Inverse of `read`. `largest` is needed by formats of whole rows, see `blocks.largest_magnitude`."""
+    """Inverse of `read`. Formats that share something over a row need `largest`: see `blocks.largest_magnitude`."""
     if F.kind == "values":
         write_values(ptr, x, start, cols, F, V, EDGE)
     elif F.kind == "cast":
@@ -41,7 +41,7 @@ def write(ptr, x, start, cols, largest, F: tl.constexpr, V: tl.constexpr, EDGE: 
 
 @triton.jit
 def read_sum(ptr, rank_stride, ranks, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """[V] fp32: the same columns of that row of all ranks, which lie `rank_stride` apart, rank 0 first."""
+    """[V] fp32: the sum of `read` over ranks, whose rows lie `rank_stride` apart, rank 0 first."""
     total = read(ptr, start, cols, F, V, EDGE)
     for rank in range(1, ranks):
         total += read(ptr + rank * rank_stride, start, cols, F, V, EDGE)
@@ -63,7 +63,7 @@ def move(
     EDGE: tl.constexpr,
     WHOLE_ROWS: tl.constexpr,
 ):
-    """Target row t = the sum over ranks of their source rows t, by one program for each tile, or for each row.
+    """Target row t = the sum over ranks of their source rows t; one program for each tile, or for each row.
 
     Strides count elements of the pointers, which are bytes of a payload.
     """

@@ -1,4 +1,4 @@
-"""What a step is, and the numbers that steps share."""
+"""Ops: functions that become machine code with an address, and the numbers that they share."""
 
 import inspect
 import threading
@@ -6,7 +6,7 @@ import threading
 import numpy as np
 from numba import cfunc, njit, types
 
-from flashcomm.kernels import simd
+from flashcomm.kernels.cpu import simd
 
 BF16, FP16, FP32 = 0, 1, 2
 
@@ -21,19 +21,19 @@ MAGNITUDE, NAN = 0x7FFFFFFF, 0x7FC00000
 AHEAD = 2048
 
 _compiling = threading.Lock()
-# Part of a step: compiled into it.
+# A part of an op, compiled into it.
 inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
 
 
 @inline
 def clean(v):
-    """Sixteen fp32 with every NaN the one quiet NaN."""
+    """Make every NaN of sixteen fp32 the one quiet NaN."""
     bits = simd.as_words(v)
     nan = simd.splat_words(NAN)
     return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
 
 
-class Step:
+class Op:
     """A function of int64 operands that becomes machine code when its address is first asked for."""
 
     def __init__(self, function):
@@ -43,7 +43,7 @@ class Step:
 
     @property
     def address(self) -> int:
-        """Where the machine code is."""
+        """Address of the machine code."""
         with _compiling:
             if self._compiled is None:
                 self._compiled = compiled(
@@ -56,7 +56,7 @@ class Step:
 
 
 def compiled(compile):
-    """`compile(cache)` with the result kept on disk, or in this process where no folder can be written to."""
+    """Call `compile(cache)` so that numba keeps the result on disk, or in this process if no folder is writable."""
     try:
         return compile(True)
     except RuntimeError:

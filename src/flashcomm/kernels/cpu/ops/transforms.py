@@ -2,19 +2,19 @@
 
 import numpy as np
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import NAN, Step, f32
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import NAN, Op, f32
 
 
-@Step
+@Op
 def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
-    """Each of `blocks` runs of `size` fp32, a power of two, times a factor and then transformed in place.
+    """Multiply each of `blocks` runs of `size` fp32, a power of two, by a factor and transform it in place.
 
-    The factor is also multiplied by the run's own in factors[], if that is not 0. Memory that is needed next, two bytes
-    per value, is fetched meanwhile, if `ahead` is not 0.
+    If `factors` is not 0, the factor is multiplied by the run's own in factors[]. If `ahead` is not 0, memory at that
+    address, two bytes per value, is prefetched meanwhile.
     """
     inner = min(size, 128)
-    # Below sixteen values a vector holds several runs, if they follow each other.
+    # Below sixteen values a vector holds several runs if they lie one behind the other.
     at_once = 1 if size >= 16 else 16 // size if stride == size and factors == 0 else 0
     block = 0
     while block < blocks:
@@ -65,7 +65,7 @@ def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
             apart *= 2
 
 
-@Step
+@Op
 def adapt(row, n, group, alpha):
     """TACO's alpha of each group: see `codecs.hadamard`."""
     for start in range(0, n, group):
@@ -91,9 +91,9 @@ def adapt(row, n, group, alpha):
         alpha += 4
 
 
-@Step
+@Op
 def invert(numbers, count):
-    """1 over each fp32, in place."""
+    """Replace each fp32 by 1 over it."""
     one = simd.splat(f32(1))
     for i in range(0, count, 16):
         simd.store_fp32(numbers + i * 4, one / simd.load_fp32(numbers + i * 4))

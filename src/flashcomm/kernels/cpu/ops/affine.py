@@ -1,14 +1,14 @@
 """Integer codes: `codecs.affine`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, clean, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Op, clean, f32, inline
 
 
-@Step
+@Op
 def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, meta):
-    """Ranges -> zero points, reciprocals of the scales, and the bytes of both.
+    """Ranges -> zero points, reciprocals of the scales, and the bytes of zero points and scales.
 
-    The reciprocal is NaN for a group that decodes to NaN; `flag` is not 0 if there is one.
+    The reciprocal is NaN for a group that decodes to NaN.
     """
     last = simd.from_bits(last_bits)
     nothing, one, tiny = simd.splat(f32(0)), simd.splat(f32(1)), simd.splat(TINY)
@@ -22,7 +22,7 @@ def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, m
             zeros = nothing
             span = simd.lane_max(nothing - least, most)
         else:
-            # Down to bf16; + 0 turns -0 into +0, so that the order of equal values leaves no trace in the bytes.
+            # Round down to bf16; + 0 turns -0 into +0, so that the order of equal values leaves no trace in the bytes.
             up = simd.where_less_words(least, nothing, simd.splat_words(0xFFFF), none)
             zeros = simd.as_lanes((simd.as_words(least) + up) & 0xFFFF0000) + nothing
             span = most - zeros
@@ -48,7 +48,7 @@ def affine_scales(low, high, count, symmetric, last_bits, zero, inverse, flag, m
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def affine_meta(meta, count, symmetric, last_bits, zero, scale):
     """The bytes of `affine_scales` -> scales and zero points."""
     minus_half = simd.splat(simd.from_bits(last_bits) * f32(-0.5))
@@ -65,16 +65,16 @@ def affine_meta(meta, count, symmetric, last_bits, zero, scale):
 
 @inline
 def _quantise(x, zeros, inverses, highest, limited):
-    """One code per lane, in the lowest byte; the next is 0."""
+    """Sixteen codes, each in the lowest byte of its lane; the next byte is 0."""
     v = (x - zeros) * inverses + simd.splat(ROUND)
     if limited:
         v = simd.lane_max(simd.lane_min(v, highest), simd.splat(ROUND))
     return simd.as_words(v)
 
 
-@Step
+@Op
 def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
-    """round((x - zero) * inverse), one byte each, kept within 0 and the limit unless that is 0."""
+    """round((x - zero) * inverse), one byte each, clamped to 0 and the limit unless the limit is 0."""
     highest, limited = simd.splat(ROUND + simd.from_bits(limit_bits)), limit_bits != 0
     if kind == BF16:
         for i in range(0, n, 32):
@@ -99,11 +99,11 @@ def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
         simd.store_words_u8(codes + i, _quantise(simd.load_fp32(src + i * 4), zeros, inverses, highest, limited))
 
 
-@Step
+@Op
 def dequantise(codes, n, unit, scale, zero, add, dst, kind):
-    """Code * scale + zero as bf16 or fp32; the fp32 at `add`, unless that is 0, plus it."""
+    """Code * scale + zero as bf16 or fp32, added to the fp32 at `add` unless `add` is 0."""
     if kind == BF16 and add:
-        # Of units of 32.
+        # Only units of 32 come here.
         for i in range(0, n, 32):
             simd.prefetch(codes + n + i)
             scales = simd.splat(simd.load1_fp32(scale + i // 8))

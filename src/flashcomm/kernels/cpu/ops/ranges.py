@@ -1,15 +1,16 @@
-"""The smallest and the largest of each group, or the largest magnitude."""
+"""The smallest and the largest value of each group, or the largest magnitude."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import MAGNITUDE, Step
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import MAGNITUDE, Op
 
 
-@Step
+@Op
 def shrink_bf16(src, n, group, least, most):
-    """Eight candidates for the smallest and the largest of each group of bf16: a multiple of 32, or 16, or 8 itself.
+    """Eight candidates for the smallest and eight for the largest value of each group of bf16.
 
-    They are integer keys, which order like the numbers and have no NaN that a comparison could lose: it lies beyond the
-    infinities. Four groups go into one vector; room for three more than there are is needed.
+    A group has 8, 16 or a multiple of 32 values. Candidates are integer keys, which order like the numbers; they cannot
+    lose a NaN, whose key lies beyond the infinities. Four groups go into one vector, so least[] and most[] need room
+    for three groups more than there are.
     """
     count = n // group
     if group == 8:
@@ -27,7 +28,7 @@ def shrink_bf16(src, n, group, least, most):
         return
     for j in range(0, count, 4):
         at0 = src + j * group * 2
-        # Fewer than four left: take the last one several times.
+        # If fewer than four are left, take the last one several times.
         at1 = at0 + (group * 2 if j + 1 < count else 0)
         at2 = at1 + (group * 2 if j + 2 < count else 0)
         at3 = at2 + (group * 2 if j + 3 < count else 0)
@@ -48,7 +49,7 @@ def shrink_bf16(src, n, group, least, most):
         simd.store_halves(most + j * 16, most0)
 
 
-@Step
+@Op
 def shrink_magnitudes(src, n, group, most):
     """Like `shrink_bf16`, for the largest magnitude alone."""
     count = n // group
@@ -77,9 +78,9 @@ def shrink_magnitudes(src, n, group, most):
         simd.store_halves(most + j * 16, simd.fold16_max(simd.fold32_max(most0, most1), simd.fold32_max(most2, most3)))
 
 
-@Step
+@Op
 def magnitudes_bf16(most, count, amax):
-    """What `shrink_magnitudes` left -> the bits of the largest magnitude of each group as fp32."""
+    """Candidates of `shrink_magnitudes` -> the fp32 bits of the largest magnitude of each group."""
     for j in range(0, count, 32):
         at = most + j * 16
         a = simd.fold8_max(simd.load_halves(at), simd.load_halves(at + 64))
@@ -90,9 +91,9 @@ def magnitudes_bf16(most, count, amax):
     simd.store_words(amax + count * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def magnitudes_fp32(src, n, group, amax):
-    """The bits of the largest magnitude of each group of fp32, of any size; the last group may be short."""
+    """The bits of the largest magnitude of each group of fp32. Groups have any size; the last may be short."""
     full = n // group
     if group % 16 == 0:
         for j in range(full):
@@ -113,9 +114,9 @@ def magnitudes_fp32(src, n, group, amax):
     simd.store_words(amax + done * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def ranges_bf16(least, most, count, keys, low, high):
-    """What `shrink_bf16` left -> the smallest and the largest of each group: fp32, or `keys` as they are."""
+    """Candidates of `shrink_bf16` -> the smallest and the largest of each group: as keys if `keys`, else as fp32."""
     for j in range(0, count, 32):
         at = least + j * 16
         a = simd.fold8_min(simd.load_halves(at), simd.load_halves(at + 64))
@@ -131,14 +132,14 @@ def ranges_bf16(least, most, count, keys, low, high):
         d = simd.fold8_max(simd.load_halves(at + 384), simd.load_halves(at + 448))
         most_of_all = simd.fold2_max(simd.fold4_max(a, b), simd.fold4_max(c, d))
         simd.store_halves_wide(high + j * 4, most_of_all if keys else simd.halves_key(most_of_all))
-    # Scales are made sixteen at a time; the last of them may belong to no group.
+    # Scales are made sixteen at a time, also where fewer groups are left.
     simd.store_words(low + count * 4, simd.splat_words(0))
     simd.store_words(high + count * 4, simd.splat_words(0))
 
 
-@Step
+@Op
 def shrink_fp32(src, n, group, least, most):
-    """Like `shrink_bf16`, of fp32 in groups that are a multiple of 16: four candidates of each."""
+    """Like `shrink_bf16` for fp32 in groups of a multiple of 16, with four candidates of each kind."""
     count = n // group
     for j in range(0, count, 4):
         at0 = src + j * group * 4
@@ -162,9 +163,12 @@ def shrink_fp32(src, n, group, least, most):
         simd.store_words(most + j * 16, simd.words_fold8_max(most0, most2))
 
 
-@Step
+@Op
 def ranges_fp32(least, most, src, n, group, low, high):
-    """What `shrink_fp32` left, and groups that it did not see: the short last one, or all of an unusual size."""
+    """Candidates of `shrink_fp32` -> the smallest and the largest of each group.
+
+    Groups that it did not see are read here: the short last one, or all if their size is no multiple of 16.
+    """
     done = n // group if group % 16 == 0 else 0
     for j in range(0, done, 16):
         at = least + j * 16

@@ -1,12 +1,12 @@
 """Codes of one byte each as bit planes, and back: `codecs.bits`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import AHEAD, Step
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import AHEAD, Op
 
 
-@Step
+@Op
 def pack(codes, n, bits, dst):
-    """N codes of one byte each, n a multiple of 128 -> bit planes."""
+    """Pack n codes of one byte each, n a multiple of 128, into bit planes."""
     for i in range(0, n, 128):
         shift = 0
         if bits & 4:
@@ -22,9 +22,9 @@ def pack(codes, n, bits, dst):
             dst += 16
 
 
-@Step
+@Op
 def pack_rest(codes, n, width, shift, dst):
-    """One plane of n < 128 codes."""
+    """Pack one plane of n < 128 codes."""
     m = (n * width + 7) >> 3
     for i in range(m):
         byte = 0
@@ -35,7 +35,7 @@ def pack_rest(codes, n, width, shift, dst):
         simd.store_byte(dst + i, byte)
 
 
-@Step
+@Op
 def unpack(src, n, bits, codes):
     """Inverse of `pack`."""
     for i in range(0, n, 128):
@@ -60,9 +60,9 @@ def unpack(src, n, bits, codes):
             src += 16
 
 
-@Step
+@Op
 def unpack_rest(src, n, width, shift, codes):
-    """Inverse of `pack_rest`; planes from the lowest bits on."""
+    """Inverse of `pack_rest`; must be called for the plane of the lowest bits first."""
     m = (n * width + 7) >> 3
     for i in range(m):
         byte = simd.load_byte(src + i)

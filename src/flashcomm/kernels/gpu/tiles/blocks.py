@@ -1,14 +1,14 @@
-"""`codecs.blocks` for a tile: small floats, and the four kinds of scales.
+"""Tiles of `codecs.blocks`: small floats, and the four kinds of scales.
 
-Two kinds of scales share something over a row; their writer is told the row's largest magnitude, which
+Two kinds of scales share something over a row; their writer needs the row's largest magnitude, which
 `largest_magnitude` finds tile by tile.
 """
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import bits_of, from_bits, load_number, store_number, within
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.base import bits_of, from_bits, load_number, store_number, within
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _TOO_LARGE = tl.constexpr(0x7F000000)
 _NAN = tl.constexpr(0x7FC00000)
@@ -19,7 +19,7 @@ _TINY = tl.constexpr(2.0**-126)
 def encode_element(
     x, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr, LAST: tl.constexpr, TOP: tl.constexpr, UP: tl.constexpr
 ):
-    """fp32 -> int32 codes of an element without their sign: half to even, or up; beyond the largest, the largest."""
+    """fp32 -> int32 codes of an element without their sign, rounded half to even or `UP`, at most the largest."""
     LOWEST: tl.constexpr = 2 - 2 ** (EXPONENT - 1) + 127
     BINADES: tl.constexpr = (LAST >> MANTISSA) if (LAST >> MANTISSA) > 1 else 1
     x = tl.minimum(tl.abs(x), 2 * TOP)
@@ -27,7 +27,7 @@ def encode_element(
     if UP:
         count = tl.ceil(x * from_bits((254 + MANTISSA - exponent) << 23)).to(tl.int32)
     else:
-        # A number whose last place is worth one step of the element: what is added to it is rounded to such steps.
+        # The last place of `magic` is worth one spacing of the element, so a sum with it is rounded to that spacing.
         magic = ((exponent - MANTISSA + 23) << 23) | 0x400000
         count = bits_of(x + from_bits(magic)) - magic
     return tl.minimum(((exponent - LOWEST) << MANTISSA) + count, LAST)
@@ -35,7 +35,7 @@ def encode_element(
 
 @triton.jit
 def decode_element(code, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
-    """int32 codes -> fp32: as the fields of an fp32 number, whose exponent is then shifted to where it belongs."""
+    """int32 codes -> fp32: placed as the fields of an fp32 number, then multiplied by a power of two for the bias."""
     magnitude = (code & ((1 << (EXPONENT + MANTISSA)) - 1)) << (23 - MANTISSA)
     value = from_bits(magnitude) * 2.0 ** (128 - 2 ** (EXPONENT - 1))
     return from_bits(bits_of(value) | ((code >> (EXPONENT + MANTISSA)) << 31))
@@ -43,7 +43,7 @@ def decode_element(code, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 @triton.jit
 def _magnitudes(x, inside):
-    """[G, S] -> [G]: the pattern of each group's largest magnitude, and whether it is too large; then 0."""
+    """[G, S] -> [G]: the pattern of each group's largest magnitude, 0 if it is too large, and whether it is."""
     largest = tl.max(tl.where(inside, bits_of(x) & 0x7FFFFFFF, 0), axis=1)
     bad = largest >= _TOO_LARGE
     return tl.where(bad, 0, largest), bad
@@ -51,7 +51,7 @@ def _magnitudes(x, inside):
 
 @triton.jit
 def largest_magnitude(x, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """x [V] -> the pattern of the largest magnitude of all groups that are not too large."""
+    """x [V] -> the pattern of the largest magnitude of all groups, less those that are too large."""
     G: tl.constexpr = V // F.group
     column = start + tl.arange(0, G)[:, None] * F.group + tl.arange(0, F.group)[None, :]
     largest, _ = _magnitudes(tl.reshape(x, [G, F.group]), within(column, cols, EDGE))
@@ -67,9 +67,9 @@ def _exponents(magnitude, F: tl.constexpr):
 
 @triton.jit
 def write_block(ptr, x, start, cols, largest, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Encode x [V] fp32, the columns `start` and on of a row of `cols`, into the row's payload at `ptr`.
+    """Encode x [V] fp32, the columns from `start` on of a row of `cols`, into the row's payload at `ptr`.
 
-    `largest` is that of `largest_magnitude` over the whole row, for scales that share something over it.
+    `largest` is the largest result of `largest_magnitude` over the row, for scales that share something over it.
     """
     G: tl.constexpr = V // F.group
     x = tl.reshape(x, [G, F.group])

@@ -1,14 +1,14 @@
-"""Codes of 1 to 8 bits as bytes, and back: `codecs.bits` for a tile.
+"""Tiles of `codecs.bits`: codes of 1 to 8 bits as bytes, and back.
 
 In a pack of 128 codes, seen as [8 / w, 16 w], a plane of width w is the sum over the first axis of the shifted codes.
-The last pack of a row may be shorter (`EDGE` is "codes"): there a byte's codes lie elsewhere, and are looked up one by
-one.
+The last pack of a row may be shorter (`EDGE` is "codes"): its codes share bytes in another way, and are looked up one
+by one.
 """
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import within
+from flashcomm.kernels.gpu.tiles.base import within
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def code_bytes(n, BITS: tl.constexpr):
 
 @triton.jit
 def store_codes(ptr, codes, start, n, BITS: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Write codes [V] int32, those of the places `start` (a multiple of 128) and on, of n that lie at `ptr`."""
+    """Write codes [V] int32 at the places from `start` on, a multiple of 128, of the n codes at `ptr`."""
     packs = start // 128 + tl.arange(0, V // 128)[:, None]
     left = tl.maximum(n - packs * 128, 0)
     plane = packs * (16 * BITS)
@@ -35,7 +35,7 @@ def store_codes(ptr, codes, start, n, BITS: tl.constexpr, V: tl.constexpr, EDGE:
 
 @triton.jit
 def _store_plane(ptr, codes, plane, left, BITS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Write the plane that begins at `plane` [V / 128, 1], of packs with so many codes `left`; gives its end."""
+    """Write one plane of packs with `left` codes each, at `plane` [V / 128, 1]; returns where the plane ends."""
     SLOTS: tl.constexpr = 8 // WIDTH
     codes = (codes >> (BITS & ~(2 * WIDTH - 1))) & ((1 << WIDTH) - 1)
     if EDGE == "codes":
@@ -50,7 +50,7 @@ def _store_plane(ptr, codes, plane, left, BITS: tl.constexpr, WIDTH: tl.constexp
         tl.store(ptr + plane + byte, packed.to(tl.uint8), mask=byte < size)
         return plane + size
     else:
-        # Four neighbours make a word within a thread before words of several threads are added.
+        # Four neighbours become a word within a thread before words of several threads are added.
         lane = 8 * tl.arange(0, 4)
         words = tl.sum(tl.reshape(codes, [V // 128, SLOTS, 4 * WIDTH, 4]) << lane[None, None, None, :], axis=3)
         words = tl.sum(words << (WIDTH * tl.arange(0, SLOTS))[None, :, None], axis=1)
@@ -62,7 +62,7 @@ def _store_plane(ptr, codes, plane, left, BITS: tl.constexpr, WIDTH: tl.constexp
 
 @triton.jit
 def load_codes(ptr, start, n, BITS: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Inverse of `store_codes`: [V] int32; beyond n anything."""
+    """Inverse of `store_codes`: [V] int32, undefined beyond n."""
     packs = start // 128 + tl.arange(0, V // 128)[:, None, None]
     left = tl.maximum(n - packs * 128, 0)
     plane = packs * (16 * BITS)
@@ -76,7 +76,7 @@ def load_codes(ptr, start, n, BITS: tl.constexpr, V: tl.constexpr, EDGE: tl.cons
 
 @triton.jit
 def _load_plane(ptr, plane, left, BITS: tl.constexpr, WIDTH: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Inverse of `_store_plane`: this plane's part of the codes [V], and where it ends."""
+    """Inverse of `_store_plane`: this plane's part of the codes [V], and where the plane ends."""
     if EDGE == "codes":
         size = (tl.minimum(left, 128) * WIDTH + 7) // 8
         place = tl.arange(0, 128)[None, None, :]

@@ -1,9 +1,9 @@
-"""`codecs.affine` for a tile."""
+"""Tiles of `codecs.affine`."""
 
 import triton
 import triton.language as tl
 
-from flashcomm.kernels.tiles.base import (
+from flashcomm.kernels.gpu.tiles.base import (
     bits_of,
     from_bits,
     is_finite,
@@ -14,14 +14,14 @@ from flashcomm.kernels.tiles.base import (
     up_to_bf16,
     within,
 )
-from flashcomm.kernels.tiles.planes import code_bytes, load_codes, store_codes
+from flashcomm.kernels.gpu.tiles.planes import code_bytes, load_codes, store_codes
 
 _TINY = tl.constexpr(2.0**-126)
 
 
 @triton.jit
 def quantise_affine(x, inside, F: tl.constexpr):
-    """[G, S] fp32, those `inside` the row -> codes [G, S] int32 and the scales' and zero points' bf16 patterns [G]."""
+    """[G, S] fp32, of which some are `inside` the row -> codes [G, S], bf16 patterns of scales and zero points [G]."""
     low = smallest(tl.where(inside, x, float("inf")))
     high = largest(tl.where(inside, x, float("-inf")))
     if F.symmetric:
@@ -38,7 +38,7 @@ def quantise_affine(x, inside, F: tl.constexpr):
     top = F.last * scale
     finite = is_finite(low) & is_finite(high) & is_finite(top) & is_finite(top + zero) & is_finite(zero)
     inverse = tl.where(scale > 0, tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale), 0.0)
-    # As `round_even`, and nothing is left of the codes of a group that is not finite.
+    # Rounds as `round_even` does; codes of a group that is not finite become 0.
     codes = bits_of((x - zero[:, None]) * inverse[:, None] + 12582912.0) & tl.where(finite, 0xFF, 0)[:, None]
     scale_bits = tl.where(finite, up_to_bf16(scale, scale != scale), 0x7FC0)
     zero_bits = tl.where(finite, up_to_bf16(zero, zero != zero), 0x7FC0)
@@ -47,7 +47,7 @@ def quantise_affine(x, inside, F: tl.constexpr):
 
 @triton.jit
 def write_affine(ptr, x, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
-    """Encode x [V] fp32, the columns `start` and on of a row of `cols`, into the row's payload at `ptr`."""
+    """Encode x [V] fp32, the columns from `start` on of a row of `cols`, into the row's payload at `ptr`."""
     G: tl.constexpr = V // F.group
     x = tl.reshape(x, [G, F.group])
     column = start + tl.arange(0, G)[:, None] * F.group + tl.arange(0, F.group)[None, :]

@@ -1,4 +1,4 @@
-"""What all formats' tiles are made of: a format's constants, patterns, keys and exact roundings."""
+"""Parts that the tiles of all formats share: a format's constants, patterns, keys and exact roundings."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import triton.language as tl
 
 
 class Format(NamedTuple):
-    """What a kernel is compiled for: the constants of one format, in rows of one length class.
+    """Constants of one format, in rows of one length class, that a kernel is compiled for.
 
     Shape legend of this folder: V values of a tile, G groups of a tile, S values of a group.
     """
@@ -15,26 +15,26 @@ class Format(NamedTuple):
     kind: str
     """``values``, ``cast`` (values in a payload), ``affine``, ``block`` or ``spike``."""
     group: int = 1
-    """S, a power of two; where a row has one group, it may be longer than the row."""
+    """S, a power of two; may be longer than the row if the row has one group."""
     bits: int = 0
-    """Of a code."""
+    """Bits of a code."""
     dtype: str = ""
-    """Of values or casts: bf16, fp16 or fp32."""
+    """Type of values or casts: bf16, fp16 or fp32."""
     symmetric: bool = False
     last: float = 0.0
-    """The largest code of ``affine`` and ``spike``, as `codecs.Affine.last`."""
+    """Largest code of ``affine`` and ``spike``, as `codecs.Affine.last`."""
     exponent: int = 0
     mantissa: int = 0
     last_element: int = 0
-    """With `exponent` and `mantissa`, a `codecs.elements.Element`."""
+    """Largest code; `exponent`, `mantissa` and this are those of a `codecs.elements.Element`."""
     top: float = 0.0
-    """The largest element."""
+    """Largest element."""
     limit: float = 0.0
-    """What a group's largest magnitude may be in units of its scale."""
+    """Largest magnitude that a group may have, in units of its scale."""
     scale: str = ""
-    """The kind of scale, as in `codecs.scales.SCALES`."""
+    """Kind of scale, as in `codecs.scales.SCALES`."""
     place_bits: int = 0
-    """Of a spike's place in its group."""
+    """Bits of a spike's place in its group."""
 
 
 @triton.jit
@@ -51,7 +51,7 @@ def from_bits(pattern):
 
 @triton.jit
 def key_of(x):
-    """int32 that order like the fp32 numbers; what lies beyond the infinities was NaN."""
+    """int32 that order like the fp32 numbers; a NaN lies beyond the infinities."""
     pattern = bits_of(x)
     return tl.where(pattern < 0, -(pattern & 0x7FFFFFFF), pattern)
 
@@ -67,7 +67,7 @@ def from_key(key):
 def round_even(x):
     """fp32 of at most 2**22 -> int32, half to even: the sum with 1.5 * 2**23 has no room for a fraction.
 
-    What a code needs of it are its lowest bits, which the constant does not touch.
+    A code needs only the lowest bits of the sum's pattern, so it may skip the subtraction.
     """
     return bits_of(x + 12582912.0) - 0x4B400000
 
@@ -96,13 +96,13 @@ def largest(x):
 
 @triton.jit
 def is_finite(x):
-    """Whether fp32 numbers are neither NaN nor infinite."""
+    """Whether each fp32 number is neither NaN nor infinite."""
     return (bits_of(x) & 0x7FFFFFFF) < 0x7F800000
 
 
 @triton.jit
 def within(place, end, EDGE: tl.constexpr):
-    """place < end, which is no question where tiles end with the row (`EDGE` is "none")."""
+    """place < end; always true where tiles end with the row (`EDGE` is "none")."""
     if EDGE == "none":
         return tl.full(place.shape, True, tl.int1)
     else:
@@ -119,13 +119,13 @@ def to_bf16(x):
 
 @triton.jit
 def up_to_bf16(x, away_from_zero):
-    """fp32 -> the patterns of bf16, away from zero where the mask says so, else toward zero; in int32."""
+    """fp32 -> the patterns of bf16 in int32, rounded away from zero where the mask says so, else toward zero."""
     return ((bits_of(x) + tl.where(away_from_zero, 0xFFFF, 0)) >> 16) & 0xFFFF
 
 
 @triton.jit
 def load_number(ptr, mask, WIDTH: tl.constexpr):
-    """`WIDTH` bytes at each address as int32, low byte first; payloads keep no alignment."""
+    """Load `WIDTH` bytes at each address as int32, low byte first; payloads are not aligned."""
     number = tl.load(ptr, mask=mask, other=0).to(tl.int32)
     for i in tl.static_range(1, WIDTH):
         number |= tl.load(ptr + i, mask=mask, other=0).to(tl.int32) << (8 * i)

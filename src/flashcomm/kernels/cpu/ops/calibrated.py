@@ -1,12 +1,12 @@
 """Kept features and static scales: `codecs.calibrated`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, Step, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, Op, inline
 
 
 @inline
 def _copy_run(src, n, size, dst):
-    """N values of so many bytes each, exactly."""
+    """Copy n values of `size` bytes each, and nothing beyond them."""
     step = 64 // size
     if n >= step:
         for i in range(0, n - step + 1, step):
@@ -18,9 +18,9 @@ def _copy_run(src, n, size, dst):
             simd.store_half(dst + i, simd.load_half(src + i))
 
 
-@Step
+@Op
 def take_out(src, kind, n, features, kept, rest, sent):
-    """A row in two: the values at the sorted places features[] as bf16, and all others, closed up."""
+    """Split a row: the values at the sorted places features[] as bf16 to sent[], all others, closed up, to rest[]."""
     size = 2 if kind == BF16 else 4
     start = 0
     for k in range(kept + 1):
@@ -33,7 +33,7 @@ def take_out(src, kind, n, features, kept, rest, sent):
         start = stop + 1
 
 
-@Step
+@Op
 def put_back(rest, sent, features, kept, n, dst, kind):
     """Inverse of `take_out`."""
     size = 2 if kind == BF16 else 4
@@ -50,25 +50,25 @@ def put_back(rest, sent, features, kept, n, dst, kind):
             simd.store_word(dst + place * 4, bits << 16)
 
 
-@Step
+@Op
 def lengthen(row, n, upto):
-    """Copies of the last bf16 of a row behind it, which change no range."""
+    """Fill a row of bf16 up to `upto` values with copies of its last one, which change no range."""
     for i in range(n, upto):
         simd.store_half(row + i * 2, simd.load_half(row + n * 2 - 2))
 
 
-@Step
+@Op
 def mark_nan(src, n, code, codes):
-    """The code of each NaN and Inf becomes `code`."""
+    """Set the code of each NaN and Inf to `code`."""
     inf, marks = simd.splat_words(0x7F800000), simd.splat_words(code)
     for i in range(0, n, 16):
         bits, old = simd.load_words(src + i * 4) & MAGNITUDE, simd.load_words_u8(codes + i)
         simd.store_words_u8(codes + i, simd.words_where_less(bits, inf, old, marks))
 
 
-@Step
+@Op
 def unmark_nan(codes, n, code, row):
-    """The value of each `code` becomes NaN."""
+    """Set the value of each `code` to NaN."""
     for i in range(0, n, 16):
         is_code, bits = simd.load_words_u8(codes + i), simd.load_words(row + i * 4)
         simd.store_words(
@@ -76,9 +76,9 @@ def unmark_nan(codes, n, code, row):
         )
 
 
-@Step
+@Op
 def pick_table(number, tables, count, table_bytes, factor_bits, n, scale, zero):
-    """Of `count` tables of scales the one whose number stands in a byte, and the zero points: scales times a factor."""
+    """Copy the scales of one of `count` tables, by its number in a byte, and multiply them for the zero points."""
     table = tables + min(simd.load_byte(number) & 255, count - 1) * table_bytes
     factor = simd.from_bits(factor_bits)
     for i in range(0, n, 16):

@@ -1,7 +1,7 @@
-"""Each group's extremes kept: `codecs.spike`."""
+"""Spike reserving, the smallest and the largest value of each group kept: `codecs.spike`."""
 
-from flashcomm.kernels import simd
-from flashcomm.kernels.steps.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Step, f32, inline
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, TINY, Op, f32, inline
 
 # 1.25 * 2.0**126.
 _TOO_LARGE = 0x7EA00000
@@ -10,7 +10,7 @@ _DOWN, _FAR_UP, _FAR_DOWN = -0x10000, 0x7FFFFFFF, -0x80000000
 
 @inline
 def _signed(bits):
-    """Integers that order like the fp32 numbers of these patterns: magnitudes, negative ones below 0."""
+    """Patterns of fp32 -> integers that order like the numbers: magnitudes, negative ones below 0."""
     sign = simd.splat_words(0) - (bits >> 31)
     return ((bits & MAGNITUDE) ^ sign) - sign
 
@@ -24,15 +24,16 @@ def _unsigned(key):
 
 @inline
 def _up(key):
-    """Keys of bf16, away from the smallest."""
+    """Round keys of fp32 up to keys of bf16."""
     return (simd.word_min(key, simd.splat_words(0x7FFF0000)) + 0xFFFF) & _DOWN
 
 
-@Step
+@Op
 def shrink_spikes(src, n, group, smallest, second, largest, before):
-    """Four candidates for the two smallest and the two largest of each group of fp32, a multiple of 16.
+    """Four candidates for the two smallest, and four for the two largest, of each group of fp32.
 
-    They are keys with the place in the lower half, so that among equals the first wins; see `codecs.spike`.
+    Groups are multiples of 16. Candidates are keys with the place in the lower half, so that among equals the first
+    wins; see `codecs.spike`.
     """
     count = n // group
     far_up, far_down, last = simd.splat_words(_FAR_UP), simd.splat_words(_FAR_DOWN), simd.splat_words(0xFFFF)
@@ -72,9 +73,9 @@ def shrink_spikes(src, n, group, smallest, second, largest, before):
         simd.store_words(largest + j * 16, simd.words_fold8_max(most_a, most_b))
 
 
-@Step
+@Op
 def two_smallest(smallest, second, count):
-    """What `shrink_spikes` left -> the smallest and the second smallest of each group, in place."""
+    """Candidates of `shrink_spikes` -> the smallest and the second smallest of each group, in place."""
     for j in range(0, count, 16):
         at, other = smallest + j * 16, second + j * 16
         a, b = simd.load_words(at), simd.load_words(at + 64)
@@ -86,9 +87,9 @@ def two_smallest(smallest, second, count):
         simd.store_words(smallest + j * 4, simd.words_fold2_min(ab, cd))
 
 
-@Step
+@Op
 def two_largest(largest, before, count):
-    """What `shrink_spikes` left -> the largest and the second largest of each group, in place."""
+    """Candidates of `shrink_spikes` -> the largest and the second largest of each group, in place."""
     for j in range(0, count, 16):
         at, other = largest + j * 16, before + j * 16
         a, b = simd.load_words(at), simd.load_words(at + 64)
@@ -100,12 +101,13 @@ def two_largest(largest, before, count):
         simd.store_words(largest + j * 4, simd.words_fold2_max(ab, cd))
 
 
-@Step
+@Op
 def find_spikes(src, n, group, places, low, high, a, b):
-    """Places (two bytes per group) and values of the smallest and the largest of each group.
+    """Find the places (two bytes per group) and the values of the smallest and the largest of each group.
 
-    low[], a[], high[] and b[] hold the keys of the smallest, the second smallest, the largest and the second largest
-    where `shrink_spikes` has seen the group; of all others they are found here. Afterwards low[] and high[] are fp32.
+    Before, low[], a[], high[] and b[] hold the keys of the smallest, the second smallest, the largest and the second
+    largest of each group that `shrink_spikes` has seen; for the others they are found here. Afterwards low[] and high[]
+    are fp32.
     """
     done = n // group if group % 16 == 0 else 0
     for j in range((n + group - 1) // group):
@@ -137,7 +139,7 @@ def find_spikes(src, n, group, places, low, high, a, b):
             simd.store_word(b + j * 4, highest)
         smallest, largest = simd.load_word(at + first * 4), simd.load_word(at + last * 4)
         if max(smallest & MAGNITUDE, largest & MAGNITUDE) > _TOO_LARGE:
-            # Which NaN is the largest is nobody's business.
+            # The payload of a NaN group must not depend on which NaN it held.
             smallest = largest = NAN
             first = last = 0
         simd.store_byte(places + 2 * j, first)
@@ -148,7 +150,7 @@ def find_spikes(src, n, group, places, low, high, a, b):
 
 @inline
 def _first_and_others(at, group, smallest, largest):
-    """The places of two values in a group of bf16, and the smallest and the largest of all others in 32 lanes."""
+    """Find two values in a group of bf16: their places, and the smallest and the largest of all others in 32 lanes."""
     lowest = -(smallest & 0x7FFF) if smallest < 0 else smallest
     highest = -(largest & 0x7FFF) if largest < 0 else largest
     first = last = -1
@@ -166,17 +168,19 @@ def _first_and_others(at, group, smallest, largest):
     return first, last, least, most
 
 
-@Step
+@Op
 def find_spikes_bf16(src, n, group, places, low, high, least, most):
-    """The places of the smallest and the largest of each group of bf16, which are known, and eight candidates, as in
-    `shrink_bf16`, for those of all others. Groups are multiples of 32, none is short.
+    """Find the places of the smallest and the largest of each group of bf16, whose values low[] and high[] hold.
+
+    least[] and most[] become eight candidates, as in `shrink_bf16`, for the smallest and the largest of all others.
+    Groups are multiples of 32, none is short.
     """
     count = n // group
     for j in range(0, count, 2):
         least0 = least1 = most0 = most1 = simd.load_halves(src + j * group * 2)
         for k in range(j, min(j + 2, count)):
             at = src + k * group * 2
-            # The next row: the steps before and after this one leave less time for it.
+            # Fetch the next row here: the ops before and after this one leave less time for it.
             for i in range(0, group * 2, 64):
                 simd.prefetch(at + i + n * 2)
             smallest, largest = simd.load_word(low + k * 4) >> 16, simd.load_word(high + k * 4) >> 16
@@ -193,7 +197,7 @@ def find_spikes_bf16(src, n, group, places, low, high, least, most):
                 least0, most0 = others_low, others_high
             else:
                 least1, most1 = others_low, others_high
-        # Eight candidates of two groups, twice over; the next two groups' overwrite the second half.
+        # Eight candidates of two groups, stored twice; those of the next two groups overwrite the second half.
         least0, most0 = simd.fold32_min(least0, least1), simd.fold32_max(most0, most1)
         simd.store_halves(least + j * 16, simd.fold16_min(least0, least0))
         simd.store_halves(most + j * 16, simd.fold16_max(most0, most0))
@@ -207,7 +211,7 @@ def _to_bf16(v):
 
 @inline
 def _lowest_binade(low, high):
-    """8 times the exponent field at which the scales' bytes start."""
+    """The exponent field at which the scales' bytes start, times 8."""
     largest = simd.word_max(simd.as_words(low) & MAGNITUDE, simd.as_words(high) & MAGNITUDE) >> 23
     return simd.word_max(largest - 30, simd.splat_words(1)) << 3
 
@@ -218,9 +222,9 @@ def _anchor(low, high):
     return simd.where_less(nothing, low, low, simd.where_less(high, nothing, high, nothing))
 
 
-@Step
+@Op
 def spike_scales(low, high, a, b, count, bits, symmetric, zero, inverse, flag, spikes, meta):
-    """What `find_spikes` found -> zero points, reciprocals and bytes: spikes[], then in meta[] scales and centres."""
+    """Results of `find_spikes` -> zero points, reciprocals and bytes: spikes[], then in meta[] scales and centres."""
     nothing, one, half = simd.splat(f32(0)), simd.splat(f32(1)), simd.splat(f32(0.5))
     none, nan, tiny = simd.splat_words(0), simd.splat_words(NAN), simd.splat(TINY)
     part = simd.from_bits(bits - 6 + 127 << 23)
@@ -267,7 +271,7 @@ def spike_scales(low, high, a, b, count, bits, symmetric, zero, inverse, flag, s
     simd.store_word(flag, simd.words_max(all_bad))
 
 
-@Step
+@Op
 def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low, high):
     """The bytes of `spike_scales` -> scales, zero points and spikes."""
     none, nan = simd.splat_words(0), simd.splat_words(NAN)
@@ -284,7 +288,7 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
         else:
             steps = simd.to_lanes(simd.load_words_u8(centres + j) - 128)
             zeros = _anchor(lows, highs) + steps * (values * part) - values * (last * f32(0.5))
-        # low * 0 is NaN where the group is.
+        # low * 0 is NaN where the group is NaN.
         bad = simd.words_where_equal(simd.as_words(lows * nothing) & MAGNITUDE, none, none, nan)
         simd.store_fp32(scale + j * 4, values)
         simd.store_words(zero + j * 4, simd.words_where_equal(bad, nan, nan, simd.as_words(zeros)))
@@ -292,9 +296,9 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
         simd.store_words(high + j * 4, simd.words_where_equal(bad, nan, nan, simd.as_words(highs)))
 
 
-@Step
+@Op
 def put_spikes(places, low, high, n, group, dst, kind):
-    """The spikes of each group, in bf16 or fp32, into their places; none beyond the group's last value."""
+    """Store the spikes of each group, in bf16 or fp32, at their places; none beyond the group's last value."""
     for j in range((n + group - 1) // group):
         end = min(group, n - j * group) - 1
         first = j * group + min(simd.load_byte(places + 2 * j) & 255, end)

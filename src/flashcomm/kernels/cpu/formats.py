@@ -1,0 +1,417 @@
+"""The formats as programs: which steps encode a row of values, and which decode a payload.
+
+`append_encode` and `append_decode` add the steps of one codec to a program; a codec of a new class registers one
+function with each. What a step does to a row is in `ops`.
+
+Hazard: nothing here checks its arguments; `flashcomm.kernels.verbs` does.
+
+Source: our own.
+"""
+
+from functools import lru_cache, singledispatch
+from struct import pack as to_struct
+from struct import unpack as from_struct
+
+import numpy as np
+import torch
+
+from flashcomm.codecs import bits as planes
+from flashcomm.codecs import groups
+from flashcomm.codecs.affine import Affine
+from flashcomm.codecs.base import Codec
+from flashcomm.codecs.blocks import Block
+from flashcomm.codecs.calibrated import Features, Keep, Static
+from flashcomm.codecs.cast import Cast
+from flashcomm.codecs.hadamard import Hadamard, blocks_of
+from flashcomm.codecs.spike import Spike
+from flashcomm.kernels.cpu import ops
+from flashcomm.kernels.cpu.ops import BF16, FP32
+from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
+
+
+def _bits(value: float) -> int:
+    """The pattern of an fp32, as steps take it."""
+    return from_struct("<i", to_struct("<f", value))[0]
+
+
+def _readable(p: Program, x: Row, group: int) -> Row:
+    """Let steps read `x` in place if they can, otherwise widened to fp32."""
+    in_pairs = x.kind == BF16 and p.cols % 32 == 0 and (group % 32 == 0 or group in (8, 16))
+    if in_pairs and p.cols % group and x.roomy and group <= ROOM:
+        p.add(ops.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
+        return x
+    if (in_pairs and p.cols % group == 0) or (x.kind == FP32 and (x.roomy or p.cols % 16 == 0)):
+        return x
+    return _wide(p, x)
+
+
+def _wide(p: Program, x: Row) -> Row:
+    """Widen `x` to fp32 in scratch memory, unless it is there already."""
+    if x.roomy and x.kind == FP32:
+        return x
+    row = p.row()
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    return row
+
+
+def _writable(p: Program, y: Row, group: int) -> Row:
+    """Let steps write `y` in place if they can, otherwise a scratch row that `_deliver` brings there."""
+    in_pairs = y.kind == BF16 and p.cols % 32 == group % 2 == 0
+    return y if in_pairs or (y.kind == FP32 and (y.roomy or p.cols % 16 == 0)) else p.row()
+
+
+def _workplace(p: Program, y: Row) -> Row:
+    """Let steps work in `y` if it is fp32 scratch memory without sums in it, otherwise in a row for `_deliver`."""
+    return y if y.roomy and y.kind == FP32 and y.at != SUMS else p.row()
+
+
+def _deliver(p: Program, row: Row, y: Row, clean: bool = False):
+    """Add `row` to the sums if `y` is them, otherwise narrow it into `y`; `clean` if its NaN may have any pattern."""
+    if row is y:
+        return
+    if y.at == SUMS:
+        p.add(ops.accumulate, row.at, p.cols, ADDING, y.at)
+    else:
+        p.add(ops.narrow, row.at, p.cols, y.at, y.kind, clean)
+
+
+def _spread(p: Program, kind: int, group: int, *arrays: Operand) -> tuple[int, list[Operand]]:
+    """Repeat numbers per group so that they are one per unit of a step; returns the unit and the numbers."""
+    wide, narrow = (32, 2) if kind == BF16 else (16, 1)
+    unit = wide if group % wide == 0 else narrow
+    if group == unit:
+        return unit, list(arrays)
+    spread = [p.array() for _ in arrays]
+    for per_group, out in zip(arrays, spread, strict=True):
+        p.add(ops.spread, per_group, group // unit, -(-p.cols // unit), out)
+    return unit, spread
+
+
+def _pack(p: Program, codes: Operand, n: int, bits: int, target: Operand):
+    """Pack `n` codes, a byte each, into bit planes at `target`."""
+    full, rest = n // 128 * 128, n % 128
+    if bits == 8:
+        p.add(ops.copy_bytes, codes, n, target)
+        return
+    if full:
+        p.add(ops.pack, codes, full, bits, target)
+    target, shift = target + full * bits // 8, 0
+    for width in planes.PLANES[bits] if rest else ():
+        p.add(ops.pack_rest, codes + full, rest, width, shift, target)
+        target, shift = target + (rest * width + 7) // 8, shift + width
+
+
+def _unpack(p: Program, source: Operand, n: int, bits: int) -> Operand:
+    """Unpack `n` codes to a byte each; returns their address."""
+    codes = p.array()
+    full, rest = n // 128 * 128, n % 128
+    if bits == 8:
+        if n % 16 == 0:
+            return source
+        p.add(ops.copy_bytes, source, n, codes)
+        return codes
+    if full:
+        p.add(ops.unpack, source, full, bits, codes)
+    source, shift = source + full * bits // 8, 0
+    for width in planes.PLANES[bits] if rest else ():
+        p.add(ops.unpack_rest, source, rest, width, shift, codes + full)
+        source, shift = source + (rest * width + 7) // 8, shift + width
+    return codes
+
+
+def _ranges(p: Program, x: Row, group: int) -> tuple[Operand, Operand]:
+    """Find the smallest and the largest value of each group."""
+    low, high = p.array(), p.array()
+    if x.kind == BF16:
+        least, most, count = p.array(), p.array(), groups.count(p.cols, group)
+        p.add(ops.shrink_bf16, x.at, count * group, group, least, most)
+        p.add(ops.ranges_bf16, least, most, count, 0, low, high)
+    else:
+        least, most = p.array(), p.array()
+        if group % 16 == 0 and p.cols >= group:
+            p.add(ops.shrink_fp32, x.at, p.cols, group, least, most)
+        p.add(ops.ranges_fp32, least, most, x.at, p.cols, group, low, high)
+    return low, high
+
+
+def _magnitudes(p: Program, x: Row, group: int) -> Operand:
+    """Find the largest magnitude of each group."""
+    amax = p.array()
+    if x.kind == BF16:
+        most, count = p.array(), groups.count(p.cols, group)
+        p.add(ops.shrink_magnitudes, x.at, count * group, group, most)
+        p.add(ops.magnitudes_bf16, most, count, amax)
+    else:
+        p.add(ops.magnitudes_fp32, x.at, p.cols, group, amax)
+    return amax
+
+
+@singledispatch
+def append_encode(codec: Codec, p: Program, x: Row, target: Operand) -> None:
+    """Append the steps that encode the row `x` into the payload at `target`."""
+    raise NotImplementedError(f"no CPU kernel for {codec}")
+
+
+@singledispatch
+def append_decode(codec: Codec, p: Program, source: Operand, y: Row) -> None:
+    """Append the steps that decode the payload at `source` into `y`, or add it to `y` if `y` is the sums."""
+    raise NotImplementedError(f"no CPU kernel for {codec}")
+
+
+@append_encode.register
+def _encode_cast(codec: Cast, p: Program, x: Row, target: Operand):
+    if x.kind == BF16 and codec.wire == torch.bfloat16 and p.cols % 32 == 0:
+        p.add(ops.clean_bf16, x.at, p.cols, target)
+        return
+    row = x if x.kind == FP32 else _wide(p, x)
+    p.add(ops.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
+
+
+@append_decode.register
+def _decode_cast(codec: Cast, p: Program, source: Operand, y: Row):
+    if y.plus and codec.wire == torch.bfloat16:
+        p.add(ops.add_bf16, source, p.cols, y.plus, y.at)
+        return
+    if y.at == SUMS:
+        p.add(ops.add_wide, source, KINDS[codec.wire], p.cols, ADDING, y.at)
+        return
+    row = _workplace(p, y)
+    p.add(ops.widen, source, KINDS[codec.wire], p.cols, row.at)
+    _deliver(p, row, y, clean=True)
+
+
+@append_encode.register
+def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    x = _readable(p, x, group)
+    low, high = _ranges(p, x, group)
+    zero, inverse, flag, meta = (p.array() for _ in range(4))
+    last = _bits(codec.last)
+    p.add(ops.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
+    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
+    codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
+    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
+    if codes is not target:
+        _pack(p, codes, p.cols, codec.bits, target)
+    p.add(ops.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
+
+
+@append_decode.register
+def _decode_affine(codec: Affine, p: Program, source: Operand, y: Row):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    meta, zero, scale = (p.array() for _ in range(3))
+    p.add(ops.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
+    p.add(ops.affine_meta, meta, count, codec.symmetric, _bits(codec.last), zero, scale)
+    codes = _unpack(p, source, p.cols, codec.bits)
+    row = _writable(p, y, group)
+    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    adding = ADDING if row.at == SUMS else y.plus
+    p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    element, _ = codec.parts
+    x = _readable(p, x, group)
+    amax = _magnitudes(p, x, group)
+    inverse, flag, meta = (p.array() for _ in range(3))
+    behind = target + planes.code_bytes(p.cols, element.bits)
+    operands = (amax, count, _bits(codec.limit), inverse, flag, meta)
+    if codec.scale == "e8m0":
+        p.add(ops.scales_e8m0, *operands)
+        p.add(ops.copy_bytes, meta, count, behind)
+    elif codec.scale == "fp32":
+        p.add(ops.scales_fp32, *operands)
+        p.add(ops.copy_bytes, meta, 4 * count, behind)
+    elif codec.scale == "e4m3":
+        p.add(ops.scales_e4m3, *operands, behind + count)
+        p.add(ops.copy_bytes, meta, count, behind)
+    else:
+        p.add(ops.scales_e5m0, *operands, behind + planes.code_bytes(count, 5))
+        _pack(p, meta, count, 5, behind)
+    unit, (inverses,) = _spread(p, x.kind, group, inverse)
+    codes = target if element.bits == 8 and p.cols % 16 == 0 else p.array()
+    form = (element.bits, element.mantissa, element.lowest, element.last)
+    p.add(ops.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
+    if codes is not target:
+        _pack(p, codes, p.cols, element.bits, target)
+
+
+@append_decode.register
+def _decode_block(codec: Block, p: Program, source: Operand, y: Row):
+    group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    element, _ = codec.parts
+    behind = source + planes.code_bytes(p.cols, element.bits)
+    meta, scale = p.array(), p.array()
+    if codec.scale == "e5m0":
+        below = _unpack(p, behind, count, 5)
+        p.add(ops.meta_e5m0, below, behind + planes.code_bytes(count, 5), count, scale)
+    elif codec.scale == "fp32":
+        p.add(ops.copy_bytes, behind, 4 * count, scale)
+    else:
+        p.add(ops.copy_bytes, behind, count, meta)
+        if codec.scale == "e8m0":
+            p.add(ops.meta_e8m0, meta, count, scale)
+        else:
+            p.add(ops.meta_e4m3, meta, behind + count, count, scale)
+    codes = _unpack(p, source, p.cols, element.bits)
+    row = _writable(p, y, group)
+    unit, (scales,) = _spread(p, row.kind, group, scale)
+    form = (element.bits, element.mantissa, element.lowest, ADDING if row.at == SUMS else 0)
+    p.add(ops.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_spike(codec: Spike, p: Program, x: Row, target: Operand):
+    base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    places, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(7))
+    if x.kind == BF16 and group % 32 == p.cols % group == 0:
+        low, high = _ranges(p, x, group)
+        a, b, least, most = (p.array() for _ in range(4))
+        p.add(ops.find_spikes_bf16, x.at, p.cols, group, places, low, high, least, most)
+        p.add(ops.ranges_bf16, least, most, count, 1, a, b)
+    else:
+        x = _wide(p, x)
+        low, high, a, b = (p.array() for _ in range(4))
+        if group % 16 == 0:
+            p.add(ops.shrink_spikes, x.at, p.cols, group, low, a, high, b)
+            p.add(ops.two_smallest, low, a, p.cols // group)
+            p.add(ops.two_largest, high, b, p.cols // group)
+        p.add(ops.find_spikes, x.at, p.cols, group, places, low, high, a, b)
+    form = (count, base.bits, base.symmetric)
+    p.add(ops.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
+    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
+    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, _bits(base.last), codes)
+    p.add(ops.forget, flag, inverse, p.cols, group, codes)
+    sections = codec.sections(p.cols)
+    _pack(p, codes, p.cols, base.bits, target)
+    p.add(ops.copy_bytes, spikes, sections[1], target + sections[0])
+    p.add(ops.copy_bytes, meta, sections[2], target + sum(sections[:2]))
+    p.add(ops.copy_bytes, meta + count + 16, sections[3], target + sum(sections[:3]))
+    _pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
+
+
+@append_decode.register
+def _decode_spike(codec: Spike, p: Program, source: Operand, y: Row):
+    base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
+    spikes, scale_codes, centres, zero, scale, low, high = (p.array() for _ in range(7))
+    sections = codec.sections(p.cols)
+    for i, array in ((1, spikes), (2, scale_codes), (3, centres)):
+        p.add(ops.copy_bytes, source + sum(sections[:i]), sections[i], array)
+    form = (count, base.bits, base.symmetric)
+    p.add(ops.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
+    codes = _unpack(p, source, p.cols, base.bits)
+    # Spikes replace values, so they must be in place before anything is added to a sum.
+    row = p.row() if y.at == SUMS else _writable(p, y, group)
+    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
+    places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
+    p.add(ops.put_spikes, places, low, high, p.cols, group, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+def _transform(p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool):
+    """Transform `row` in place; `ahead` is the address to prefetch: the next row to read, or the one to write."""
+    full, rest = p.cols // group, p.cols % group
+    for n, blocks, first in ((group, full, 0), (rest, 1, full)):
+        for start, size in blocks_of(n) if blocks else ():
+            at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
+            p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
+
+
+@append_encode.register
+def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
+    count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    if codec.adaptive:
+        alpha = p.array()
+        p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
+        p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
+    _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
+    append_encode(codec.base, p, row, target)
+
+
+@append_decode.register
+def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
+    count, alpha = groups.count(p.cols, codec.group), 0
+    row = _workplace(p, y)
+    append_decode(codec.base, p, source, row)
+    if codec.adaptive:
+        alpha = p.array()
+        p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
+        p.add(ops.invert, alpha, count)
+    _transform(p, row, codec.group, alpha, 0 if y.at == SUMS else y.at, forward=False)
+    _deliver(p, row, y, clean=True)
+
+
+@append_encode.register
+def _encode_keep(codec: Keep, p: Program, x: Row, target: Operand):
+    codec.check(p.cols)
+    x = x if x.kind == BF16 else _wide(p, x)
+    rest, features = Row(p.array(), x.kind, True), np.array(codec.kept, np.int64)
+    sent = target + codec.base.payload_bytes(p.cols - len(features))
+    p.add(ops.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
+    with p.shortened(len(features)):
+        append_encode(codec.base, p, rest, target)
+
+
+@append_decode.register
+def _decode_keep(codec: Keep, p: Program, source: Operand, y: Row):
+    codec.check(p.cols)
+    row = y if y.kind == BF16 else _workplace(p, y)
+    rest, features = Row(p.array(), row.kind, True), np.array(codec.kept, np.int64)
+    with p.shortened(len(features)):
+        append_decode(codec.base, p, source, rest)
+    sent = source + codec.base.payload_bytes(p.cols - len(features))
+    p.add(ops.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
+    _deliver(p, row, y)
+
+
+@lru_cache(maxsize=4096)
+def _tables(features: Features, bits: int) -> np.ndarray:
+    """The scales of all ranks and of the sum; each row has room for one more vector."""
+    return np.pad(Static(bits, features).tables().numpy(), ((0, 0), (0, 16)))
+
+
+def _features(codec: Static) -> Features:
+    assert codec.features is not None
+    return codec.features
+
+
+@append_encode.register
+def _encode_static(codec: Static, p: Program, x: Row, target: Operand):
+    codec.check(p.cols)
+    x, codes = _wide(p, x), p.array()
+    scale = _tables(_features(codec), codec.bits)[codec.table]
+    with np.errstate(divide="ignore"):
+        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
+    operands = p.constant(scale * np.float32(-codec.last / 2)), p.constant(inverse)
+    p.add(ops.quantise, x.at, FP32, p.cols, 1, *operands, _bits(codec.last), codes)
+    p.add(ops.mark_nan, x.at, p.cols, int(codec.last) + 1, codes)
+    _pack(p, codes, p.cols, codec.bits, target)
+    p.add(ops.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
+
+
+@append_decode.register
+def _decode_static(codec: Static, p: Program, source: Operand, y: Row):
+    codec.check(p.cols)
+    tables, scale, zero = _tables(_features(codec), codec.bits), p.array(), p.array()
+    number = source + planes.code_bytes(p.cols, codec.bits)
+    factor = _bits(-codec.last / 2)
+    p.add(ops.pick_table, number, p.constant(tables), len(tables), tables.strides[0], factor, p.cols, scale, zero)
+    codes = _unpack(p, source, p.cols, codec.bits)
+    row = _workplace(p, y)
+    p.add(ops.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
+    p.add(ops.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
+    _deliver(p, row, y)
+
+
+def supports(codec: Codec) -> bool:
+    """Whether `codec` and every codec that it wraps have steps."""
+    # By its very type: a subclass may mean other bytes.
+    return type(codec) in append_encode.registry and (not isinstance(codec, Hadamard | Keep) or supports(codec.base))

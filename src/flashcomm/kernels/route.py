@@ -1,0 +1,95 @@
+"""The implementation that serves a codec on a device, and the reason if that is the specification itself."""
+
+import importlib.util
+import logging
+import threading
+from functools import lru_cache
+
+import torch
+
+from flashcomm import codecs, settings
+from flashcomm.codecs import Cast, Codec, Plain
+
+_log = logging.getLogger("flashcomm.kernels")
+
+
+@lru_cache(maxsize=4096)
+def route(codec: Codec, device_type: str) -> tuple[str, str]:
+    """(backend, why): the implementation of `codec` on a kind of device, ``numba``, ``triton`` or ``torch``."""
+    if isinstance(codec, Plain):
+        return "torch", "nothing to encode"
+    if device_type == "cuda":
+        if not settings.switched_on("FLASHCOMM_TRITON"):
+            return "torch", "FLASHCOMM_TRITON=0"
+        if importlib.util.find_spec("triton") is None:
+            return "torch", "triton is not installed (pip install triton)"
+        from flashcomm.kernels import gpu
+
+        refusal = gpu.why_not(codec)
+        return ("torch", refusal) if refusal else ("triton", "compiled for this GPU")
+    if device_type != "cpu":
+        return "torch", f"no kernels for {device_type}: the torch specification runs on the device"
+    if importlib.util.find_spec("numba") is None:
+        return "torch", "numba is not installed (pip install numba)"
+    from flashcomm.kernels import cpu
+
+    if not cpu.supports(codec):
+        return "torch", f"no CPU kernel for {codec}"
+    return "numba", "compiled for this CPU"
+
+
+def missing(codec: Codec, device_type: str) -> str | None:
+    """Why `codec` has no kernel and runs on the specification; None if it has one, or needs none as a cast."""
+    backend, why = route(codec, device_type)
+    return why if backend == "torch" and not isinstance(codec, Plain | Cast) else None
+
+
+@lru_cache(maxsize=4096)
+def any_missing(codec: Codec, device_type: str) -> str | None:
+    """Why one of the formats of `codec` has no kernel, see `missing`; None if each has one."""
+    return next((why for step in codec.steps if (why := missing(step, device_type))), None)
+
+
+@lru_cache(maxsize=4096)
+def implementation(codec: Codec, device_type: str, cols: int):
+    """The module that encodes and decodes rows of `cols` values in `codec`, or None for the specification."""
+    backend, _ = route(codec, device_type)
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        from flashcomm.kernels import gpu
+
+        return None if gpu.why_not(codec, cols) else gpu
+    _load(codec)
+    from flashcomm.kernels import cpu
+
+    return cpu
+
+
+def warm_up(codec: "str | Codec" = "int8g128"):
+    """Load what `codec` needs on the CPU. The first time on a machine this compiles it: two to four seconds.
+
+    The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
+    """
+    for step in codecs.parse(codec).steps:
+        if route(step, "cpu")[0] == "numba":
+            _load(step)
+
+
+@lru_cache(maxsize=4096)
+def _load(codec: Codec):
+    notice = threading.Timer(
+        1.0, _log.warning, [f"flashcomm is compiling its CPU kernels for {codec} (once; numba keeps them on disk)"]
+    )
+    notice.daemon = True
+    notice.start()
+    from flashcomm.kernels import cpu
+
+    features = getattr(codec, "features", None) or codecs.Features(torch.ones(2, 256))
+    codec, cols = codec.bind(features, 0), features.cols
+    x = torch.zeros(1, cols, dtype=torch.bfloat16)
+    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8)
+    cpu.encode(x, codec, payload[0])
+    cpu.decode_sum(payload, codec, x)
+    cpu.decode_sum_encode(payload, codec, codec, cols, payload[0])
+    notice.cancel()
