@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm.bench import launch, machine
-from flashcomm.bench.lab import Lab
+from flashcomm import machine
 from flashcomm.bench.timing import Times, interleaved
 from flashcomm.bench.ttft import CONFIGS
 from flashcomm.demo import MODEL
+from flashcomm.lab import Lab, launch
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
 HIDDEN = 4096

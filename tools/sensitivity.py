@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 import typer
 
-from flashcomm.bench import launch, machine, model
+from flashcomm import machine
+from flashcomm.bench import model
 from flashcomm.demo import MODEL, text
 from flashcomm.integrations.transformers import compressed
+from flashcomm.lab import launch
 
 PARTS = {
     "all": "",

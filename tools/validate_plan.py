@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from flashcomm import kernels
-from flashcomm.bench import compute, launch, machine, ttft, tune
-from flashcomm.bench.lab import Lab
+from flashcomm import kernels, machine
+from flashcomm.bench import compute, ttft, tune
 from flashcomm.collectives import tuning
+from flashcomm.lab import Lab, launch
 from flashcomm.planner.prefill import predict
 from flashcomm.planner.shapes import Shape
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 
 import flashcomm
-from flashcomm.bench import launch, machine
+from flashcomm import machine
 from flashcomm.bench import model as bench
 from flashcomm.codecs import Codec
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.demo import MODEL, text
 from flashcomm.integrations.transformers import compressed
+from flashcomm.lab import launch
 
 
 class Variant(Codec):

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flashcomm.accuracy import command
-from flashcomm.bench.launch import Interrupted
 from flashcomm.cli import app
 from flashcomm.demo import MODEL
+from flashcomm.lab.launch import Interrupted
 from flashcomm.policy import Policy
 
 

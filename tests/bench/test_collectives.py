@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
-from flashcomm.bench import collectives, lab, mpi
+from flashcomm.bench import collectives, mpi
 from flashcomm.bench.timing import interleaved
+from flashcomm.lab import hosts as lab
 
 OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 SPECS = ("int8g128", "int4g32:int8g128", "mxfp4")

@@ -11,10 +11,11 @@ import flashcomm
 import promises
 import ranks
 import values
-from flashcomm.bench import lab, launch
 from flashcomm.collectives import steps
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.state import GroupState, state_of
+from flashcomm.lab import hosts as lab
+from flashcomm.lab import launch
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 import flashcomm
+from flashcomm import machine
 from flashcomm.accuracy import report, tuning
 from flashcomm.accuracy.measuring import measure
 from flashcomm.accuracy.metrics import FLOOR, AccuracyRow, summarise
-from flashcomm.bench import machine
-from flashcomm.bench.launch import Interrupted
 from flashcomm.bench.model import load
 from flashcomm.bench.progress import progress
 from flashcomm.bench.windows import windows
 from flashcomm.calibration import Calibration
+from flashcomm.lab.launch import Interrupted
 from flashcomm.policy import Policy
 
 

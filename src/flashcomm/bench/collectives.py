@@ -20,12 +20,12 @@ import torch.distributed as dist
 
 import flashcomm
 from flashcomm import codecs, simulate
-from flashcomm.bench import lab as labs
-from flashcomm.bench import launch
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
 from flashcomm.collectives.state import state_of
-from flashcomm.planner.hardware import bits_per_second
+from flashcomm.lab import hosts as labs
+from flashcomm.lab import launch
+from flashcomm.units import bits_per_second
 
 _BATCHED_BYTES, _BATCH = 64 << 10, 20
 _SINGLE_BYTES, _MORE_ROUNDS = 1 << 20, 5
@@ -105,18 +105,6 @@ def message_bytes(op: str, size: int, ranks: int, dtype: torch.dtype) -> int:
     return rows * cols * dtype.itemsize * (1 if op == "all_reduce" else ranks)
 
 
-def readable(size: int) -> str:
-    """Bytes as people write them.
-
-    >>> readable(65536), readable(1000)
-    ('64 KiB', '1000 B')
-    """
-    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {name}"
-    return f"{size} B"
-
-
 def run(
     op: str,
     specs: Sequence[str],
@@ -142,7 +130,7 @@ def run(
         lab: where the ranks run; None for this machine without a slow link.
 
     Raises:
-        flashcomm.bench.launch.RankError: a rank failed, or a result is wrong or differs between ranks.
+        flashcomm.lab.launch.RankError: a rank failed, or a result is wrong or differs between ranks.
     """
     arguments = (op, tuple(specs), tuple(sizes), tuple(algorithms), repeats, dtype)
     return launch.run(measure, arguments, ranks=ranks, lab=lab)[0]

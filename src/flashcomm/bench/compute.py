@@ -20,7 +20,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import planner
 from flashcomm.bench import tune
-from flashcomm.cores import Seat, crowd
+from flashcomm.machine import Seat, crowd
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import CROWDED, Line, pairs
 from flashcomm.planner.shapes import Shape, Work

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from flashcomm.bench.collectives import CollectiveRow, message_bytes, rounds_and_calls
-from flashcomm.bench.launch import RankError
 from flashcomm.bench.timing import Times
+from flashcomm.lab.launch import RankError
 
 
 def unavailable() -> str | None:
@@ -49,7 +49,7 @@ def around(
         op, ranks, sizes, repeats, dtype: as for `flashcomm.bench.collectives.run`.
 
     Raises:
-        flashcomm.bench.launch.RankError: `mpirun` failed, or an answer is wrong.
+        flashcomm.lab.launch.RankError: `mpirun` failed, or an answer is wrong.
     """
     sizes = [message_bytes(op, size, ranks, dtype) for size in sizes]
     before = _mpirun(op, ranks, sizes, repeats)

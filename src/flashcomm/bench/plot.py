@@ -6,7 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from flashcomm.bench.collectives import CollectiveRow, readable
+from flashcomm.bench.collectives import CollectiveRow
+from flashcomm.units import bytes_text
 
 _GREY, _BLACK = "#9ca3af", "#111827"
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#b91c1c")
@@ -45,7 +46,7 @@ def draw(rows: Sequence[CollectiveRow], path: Path):
         axes.set_yscale("log")
         sizes = sorted({row.message_bytes for row in rows})
         ticks = sizes[:: 1 + len(sizes) // 7]
-        axes.set_xticks(ticks, [readable(size) for size in ticks], fontsize=8)
+        axes.set_xticks(ticks, [bytes_text(size) for size in ticks], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{ranks} ranks", fontsize=10, loc="left")
         axes.set_xlabel("message")

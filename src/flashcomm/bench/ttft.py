@@ -27,9 +27,9 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm.bench import model as bench
 from flashcomm.bench.collectives import slowest
-from flashcomm.bench.lab import RATE_VARIABLE
 from flashcomm.bench.timing import interleaved
 from flashcomm.integrations.transformers import Compression, compress
+from flashcomm.lab.hosts import RATE_VARIABLE
 from flashcomm.overlap import Overlap, turns, wrap
 from flashcomm.overlap.measuring import Stopwatch, Times
 

@@ -46,7 +46,7 @@ def top(
 
 def main():
     """Entry point: turns a failed rank or Ctrl-C into a sentence and an exit status."""
-    from flashcomm.bench.launch import Interrupted, RankError
+    from flashcomm.lab.launch import Interrupted, RankError
 
     try:
         app()

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import flashcomm
-from flashcomm.bench.lab import Lab
+from flashcomm.lab import Lab
 
 # Tables keep their shape where there is no terminal to fit.
 stdout = Console(width=None if sys.stdout.isatty() else 110)

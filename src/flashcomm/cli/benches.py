@@ -130,7 +130,8 @@ def bench_gpu(
     import torch
 
     from flashcomm import kernels
-    from flashcomm.bench import gpu, launch
+    from flashcomm.bench import gpu
+    from flashcomm.lab import launch
 
     specs = codec_list(codecs)
     if tp and (targets or not torch.cuda.is_available()):
@@ -200,8 +201,9 @@ def bench_collective(op: str):
     ):
         import torch
 
-        from flashcomm.bench import collectives, launch
+        from flashcomm.bench import collectives
         from flashcomm.bench import mpi as open_mpi
+        from flashcomm.lab import launch
 
         # Every rank checks its input, and one says what is wrong with it.
         stderr.quiet = launch.joined() and os.environ["RANK"] != "0"
@@ -252,7 +254,8 @@ def _algorithms(op: str) -> tuple[str, ...]:
 
 def _join(tp: str | None, rate: str | None, arguments: tuple) -> list | None:
     """Measure as one rank of those that torchrun or `flashcomm lab` started; rows on rank 0, None on the others."""
-    from flashcomm.bench import collectives, launch
+    from flashcomm.bench import collectives
+    from flashcomm.lab import launch
 
     world = os.environ["WORLD_SIZE"]
     if tp not in (None, world) or int(world) < 2:
@@ -271,7 +274,7 @@ _NOTES = {
 
 
 def _print_collectives(rows: list):
-    from flashcomm.bench.collectives import readable
+    from flashcomm.units import bytes_text
 
     first = rows[0]
     where = {"local": "on this machine", "network": "over a network"}.get(first.link, f"on links of {first.link}")
@@ -294,7 +297,7 @@ def _print_collectives(rows: list):
             row.p50_ms, row.p20_ms, row.p80_ms, row.speedup, row.algorithm_gbps, row.wire_gbps, _mib(row.wire_bytes),
             *([_mib(row.interface_bytes)] * interface), row.ceiling_share and 100 * row.ceiling_share, row.sqnr_db,
         )  # fmt: skip
-        table.add_row(readable(row.message_bytes), *names, *map(figure, figures))
+        table.add_row(bytes_text(row.message_bytes), *names, *map(figure, figures))
     # A narrow terminal may break the lines; shortened figures would be none.
     Console(width=max(stdout.width, 130)).print(table)
     others = ["mpi"] if any(row.backend != first.backend for row in rows) else []
@@ -330,8 +333,9 @@ def bench_ttft(
     """Time to first token: plain, compressed, overlapped and both, against max(compute, communication)."""
     import torch
 
-    from flashcomm.bench import launch, ttft
+    from flashcomm.bench import ttft
     from flashcomm.demo import MODEL
+    from flashcomm.lab import launch
 
     need("transformers", "transformers")
     specs = codec_list(codecs, plain_first=True)
@@ -417,6 +421,6 @@ def _size(text: str) -> int:
 
 
 def _write_rows(path: Path | None, op: str, rows: list):
-    from flashcomm.bench import machine
+    from flashcomm import machine
 
     write_json(path, {"op": op, "machine": machine.describe(), "rows": [row.as_dict() for row in rows]})

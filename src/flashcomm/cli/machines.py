@@ -92,9 +92,10 @@ def tune(
 
     Where ranks have been started by torchrun or `flashcomm lab`, they are measured; else ranks are started here.
     """
-    from flashcomm.bench import compute, launch
+    from flashcomm.bench import compute
     from flashcomm.bench import tune as tuning_bench
     from flashcomm.collectives import tuning
+    from flashcomm.lab import launch
 
     if save:
         need("transformers", "transformers")
@@ -126,7 +127,7 @@ def tune(
 
 def _print_tuning(group: Group):
     from flashcomm import planner
-    from flashcomm.bench.collectives import readable
+    from flashcomm.units import bytes_text
 
     costs = group.machine
     assert costs is not None
@@ -134,7 +135,7 @@ def _print_tuning(group: Group):
     table = new_table(f"{costs.name}: milliseconds by message, at 4 and at 8 bits")
     table.add_column("way", no_wrap=True)
     for size in sizes:
-        table.add_column(readable(size), justify="right", no_wrap=True)
+        table.add_column(bytes_text(size), justify="right", no_wrap=True)
     ways = [("plain", costs.plain, 16.0, 16.0)]
     ways += [(f"{way}", cost, 4.25, 8.25) for way, cost in costs.compressed.items()]
     ways += [(f"{way}, bf16", cost, 16.0, 16.0) for way, cost in costs.uncompressed.items()]
@@ -152,7 +153,7 @@ def _print_tuning(group: Group):
         plans = [planner.choose(size, group, flashcomm.codec(spec)) for spec in specs]
         names = [f"{p.algorithm} in {p.pieces} pieces" if p.pieces > 1 else p.algorithm for p in plans]
         sent = [f" of {p.codec}" if p.declined and p.algorithm != "plain" else "" for p in plans]
-        table.add_row(readable(size), *(name + what for name, what in zip(names, sent, strict=True)))
+        table.add_row(bytes_text(size), *(name + what for name, what in zip(names, sent, strict=True)))
     stdout.print(table)
 
 
@@ -163,7 +164,7 @@ def run_in_lab(
     ranks_per_host: Annotated[int, typer.Option(help="Ranks that share a host.", min=1)] = 1,
 ):
     """Run a command's ranks behind slow links on this machine, with the environment that torchrun would give them."""
-    from flashcomm.bench.launch import INTERRUPTED, Interrupted
+    from flashcomm.lab.launch import INTERRUPTED, Interrupted
 
     with in_lab(ranks, rate, ranks_per_host) as lab:
         assert lab is not None
@@ -185,9 +186,9 @@ def env(json_file: Json = None):
     import torch
     import torch.distributed as dist
 
-    from flashcomm import kernels
-    from flashcomm.bench import lab, machine
+    from flashcomm import kernels, machine
     from flashcomm.collectives import state, tuning
+    from flashcomm.lab import hosts as lab
 
     facts, groups = machine.describe(), tuning.names()
     codec = flashcomm.codec("int8g128")

@@ -59,8 +59,9 @@ def demo(
     json_file: Json = None,
 ):
     """Run a real model tensor parallel with every codec, and show what each costs and saves."""
-    from flashcomm.bench import launch, machine
+    from flashcomm import machine
     from flashcomm.demo import MODEL
+    from flashcomm.lab import launch
 
     specs = codec_list(codecs, plain_first=True)
     directory = model_directory(model or MODEL, tp, least_ranks=2)
@@ -138,9 +139,9 @@ def generate(
     json_file: Json = None,
 ):
     """Generate text with a model over several ranks, its all-reduces compressed."""
-    from flashcomm.bench import launch
     from flashcomm.demo import MODEL
     from flashcomm.demo import generate as generating
+    from flashcomm.lab import launch
 
     directory = model_directory(MODEL if str(model) == "demo" else model, tp)
     if "," in codec:
@@ -173,8 +174,8 @@ def calibrate(
     dtype: Dtype = "bfloat16",
 ):
     """Record how far each feature of a model's sums reaches, for codecs such as int4g128+keep64 and int4static."""
-    from flashcomm.bench import launch
     from flashcomm.demo import MODEL, calibrating
+    from flashcomm.lab import launch
 
     directory = model_directory(MODEL if str(model) == "demo" else model, tp, least_ranks=2)
     check_dtype(dtype)

@@ -23,8 +23,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flashcomm import cores
-from flashcomm.bench.lab import RATE_VARIABLE, Lab
+from flashcomm import machine
+from flashcomm.lab.hosts import RATE_VARIABLE, Lab
 
 INTERRUPTED = "interrupted; all ranks have been stopped"
 _STOPPED = "the other ranks have been stopped"
@@ -122,7 +122,7 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # The hosts of a lab are one machine.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(cores.available()) // ranks))
+    torch.set_num_threads(max(1, len(machine.cores()) // ranks))
     # The command that started us has compiled the kernels and said so.
     logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
     name = backend()
@@ -141,7 +141,7 @@ def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> 
         (folder / "call").write_bytes(pickle.dumps((function, args)))
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
-            command = [sys.executable, "-m", "flashcomm.bench.launch", name, str(timeout_s)]
+            command = [sys.executable, "-m", "flashcomm.lab.launch", name, str(timeout_s)]
             codes = lab.run(command, env={"PYTHONPATH": paths})
         except KeyboardInterrupt as stopped:
             raise Interrupted(INTERRUPTED) from stopped

@@ -15,9 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashcomm.bench import lab as module
-from flashcomm.bench import launch
-from flashcomm.bench.lab import Lab
+from flashcomm.lab import Lab, launch
+from flashcomm.lab import hosts as module
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli", "lab"]
 MIB = 1 << 20
@@ -94,7 +93,7 @@ def test_what_a_machine_lacks_is_said_before_anything_is_created(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop its capabilities")
 def test_without_capabilities():
-    code = "from flashcomm.bench import lab; print(lab.unavailable())"
+    code = "from flashcomm.lab import hosts; print(hosts.unavailable())"
     done = subprocess.run(
         ["setpriv", "--bounding-set=-all", sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
