@@ -20,7 +20,7 @@ def test_every_format_is_in_the_table():
 @pytest.fixture(scope="module")
 def partial_sums():
     pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
-    from flashcomm.demo.partial_sums import partial_sums
+    from flashcomm.models.partial_sums import partial_sums
 
     return partial_sums()
 
