@@ -1,4 +1,4 @@
-"""Bytes and rates in the spelling of people: as text, and from text."""
+"""Bytes and rates as text for people, and back."""
 
 import re
 
@@ -27,7 +27,7 @@ def kib_text(count: int) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``64k`` or ``16m``.
+    """Parse a size such as ``64k`` or ``16m`` into bytes.
 
     Raises:
         ValueError: not a number of bytes, KiB or MiB above 0.
@@ -44,7 +44,7 @@ def parse_bytes(text: str) -> int:
 
 
 def bits_per_second(rate: str) -> float:
-    """Bits per second of a rate such as ``10gbit``.
+    """Parse a rate such as ``10gbit`` into bits per second.
 
     Raises:
         ValueError: not a number with kbit, mbit or gbit.

@@ -1,4 +1,4 @@
-"""What the table of collectives says, and that it says nothing about wrong answers."""
+"""The table of collectives has the right figures, and none for wrong answers."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ def test_rows(op, world):
 
 
 def wrong_by_an_ulp(op: str, spec: str, only_rank: int | None) -> str:
-    """What `measure` says when `op` alters one value, everywhere or on one rank."""
+    """The error of `measure` when `op` alters one value, everywhere or on one rank."""
     right = getattr(flashcomm, op)
 
     def wrong(x, codec, *, algorithm, out):

@@ -1,7 +1,7 @@
 """Several hosts on one machine, with slow links between them: `flashcomm lab`.
 
-A host is a network namespace whose only way out is a veth pair to a bridge, shaped by `tc` in both directions. The
-bridge has a namespace of its own, so nothing appears among the machine's interfaces and its firewall sees nothing.
+A host is a network namespace with one way out: a veth pair to a bridge, shaped by `tc` in both directions. The bridge
+has its own namespace, so nothing appears among the machine's interfaces and its firewall sees no packet.
 
 Hazards: the rate is limited, not the delay; the first 72 KiB after a pause pass at full speed; hosts share the CPU.
 """
@@ -29,10 +29,10 @@ RATE_VARIABLE = "FLASHCOMM_LAB_RATE"
 MASTER_PORT = 29500
 LIMIT = "4mb"
 FRAME_BYTES = 72 << 10
-"""A burst holds a frame of 64 KiB, which the kernel hands to a veth at once, with a header for each of its packets:
-half of that carries 86 % of 1 Gbit/s instead of 95."""
+"""Smallest burst: a frame of 64 KiB, which the kernel hands to a veth at once, with a header for each of its packets.
+Half of that carries 86 % of 1 Gbit/s instead of 95."""
 LATE_S = 200e-6
-"""And what passes while a timer is late: 72 KiB carry 83 % of 5 Gbit/s, and what passes in this time 94."""
+"""Delay of a timer that the burst makes up for: 72 KiB carry 83 % of 5 Gbit/s, the bytes of 200 us 94."""
 _GRACE_S, _POLL_S = 5.0, 0.02
 _TOOLS = {"ip": "iproute2", "tc": "iproute2", "setpriv": "util-linux", "taskset": "util-linux"}
 _NET_ADMIN, _SYS_ADMIN = 1 << 12, 1 << 21
@@ -40,23 +40,23 @@ _numbers = itertools.count()
 
 
 class Traffic(NamedTuple):
-    """Bytes on a host's link since the lab began, headers included; what stays on a host is not counted."""
+    """Bytes on a host's link since the lab began, with headers; bytes between ranks of one host are not counted."""
 
     sent_bytes: int
     received_bytes: int
 
 
 class Lab:
-    """Hosts behind slow links; a context manager, which leaves no process, namespace or interface behind.
+    """Hosts behind slow links; a context manager that leaves no process, namespace or interface behind.
 
     Args:
         ranks: number of processes that `run` starts.
-        rate: of each host's link, in each direction: a number and kbit, mbit or gbit (per second); None for unlimited.
-        ranks_per_host: more than 1 puts as many ranks on a host, where they are fast among themselves.
+        rate: rate of each host's link in each direction, a number and kbit, mbit or gbit (per second); None: unlimited.
+        ranks_per_host: ranks on each host, where they reach each other without the link.
 
     Raises:
         ValueError: a wrong argument.
-        RuntimeError: on entry, what this machine lacks; nothing has been created then.
+        RuntimeError: on entry, if this machine lacks something; nothing has been created then.
 
     Example: ``with Lab(ranks=4, rate="1gbit") as lab: lab.run([sys.executable, "train.py"])``
     """
@@ -118,13 +118,13 @@ class Lab:
     ) -> list[int]:
         """Run a command once per rank, with the environment that torchrun would give it.
 
-        Ranks write to this process's output. ``python`` is the one that runs this, unless `env` has a PATH. When a
-        rank fails the others are ended, by SIGTERM and 5 s later by SIGKILL.
+        Ranks write to this process's output. ``python`` is this process's Python, unless `env` has a PATH. When a rank
+        fails, the others are ended by SIGTERM and 5 s later by SIGKILL.
 
         Args:
             argv: program and arguments.
             env: variables beyond those of this process; the ranks' own win.
-            timeout_s: after which all are ended; None for never.
+            timeout_s: seconds after which all ranks are ended; None for never.
 
         Returns:
             Exit codes in rank order, -N for a rank that signal N ended; `failed_rank` says who failed first.
@@ -132,7 +132,7 @@ class Lab:
         Raises:
             ValueError: no such program.
             TimeoutError: ranks that still ran after `timeout_s`; they have been ended.
-            RuntimeError: outside of ``with``.
+            RuntimeError: outside ``with``.
         """
         if self._up is None:
             raise RuntimeError("the lab is not up: use it as `with Lab(...) as lab: lab.run(...)`")
@@ -178,12 +178,12 @@ class Lab:
             "NCCL_SOCKET_IFNAME": "eth0",
             RATE_VARIABLE: self.rate or "",
         }
-        # Should this process be killed, the kernel kills the ranks. A session of their own keeps Ctrl-C here.
+        # If this process is killed, the kernel kills the ranks. A session of their own keeps Ctrl-C from them.
         enter = ("ip", "netns", "exec", self._hosts[host], "setpriv", "--pdeathsig", "KILL")
         cores = ",".join(map(str, _share(machine.cores(), host, len(self._hosts))))
         return subprocess.Popen(
             [*enter, "taskset", "--cpu-list", cores, *argv],
-            # torch warns of every peer without a name, and here is nobody to ask for names.
+            # torch warns of every peer without a host name, and a lab has no name server.
             env={
                 "OMP_NUM_THREADS": "1",
                 "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -207,7 +207,7 @@ class Lab:
             process.wait()
 
     def counters(self) -> list[Traffic]:
-        """What has crossed each host's link, in host order, as its interface counts it."""
+        """Bytes that have crossed each host's link, in host order, from the counters of its interface."""
         listing = json.loads(_call("ip", "-n", self._switch, "-s", "-j", "link", "show", "type", "veth"))
         by_name = {link["ifname"]: link["stats64"] for link in listing}
         ports = [by_name[f"host{number}"] for number in range(len(self._hosts))]
@@ -220,7 +220,7 @@ class Lab:
 
 
 def _share(cores: Iterable[int], host: int, hosts: int) -> list[int]:
-    """The cores that a host may use: its own, or one of theirs, where all hosts get as many; else all."""
+    """Cores of a host: its own, or one that it shares, if all hosts get equally many; otherwise all."""
     cores = sorted(cores)
     if len(cores) % hosts and hosts % len(cores):
         return cores
@@ -229,7 +229,7 @@ def _share(cores: Iterable[int], host: int, hosts: int) -> list[int]:
 
 
 def unavailable() -> str | None:
-    """Why this machine cannot have a lab, and what to do about it; None if it can."""
+    """The reason that this machine cannot have a lab, with its remedy; None if it can."""
     if not sys.platform.startswith("linux"):
         return f"network namespaces are Linux's, and this is {sys.platform}"
     for tool, package in _TOOLS.items():
@@ -242,7 +242,7 @@ def unavailable() -> str | None:
 
 
 def interface_bytes() -> int:
-    """For a rank in a lab: bytes that its host has sent to others since the lab began, as its interface counts them."""
+    """Bytes that this rank's host has sent since the lab began, from its interface's counter; only inside a lab."""
     return int(Path("/sys/class/net/eth0/statistics/tx_bytes").read_text())
 
 
@@ -259,14 +259,14 @@ def _call(*command: str) -> str:
 
 
 def _stale() -> list[str]:
-    """Namespaces of labs whose process is gone: it was killed before it could remove them."""
+    """Namespaces that labs left behind because their process was killed."""
     names = [line.split()[0] for line in _call("ip", "netns", "list").splitlines() if line]
     owners = {name: match[1] for name in names if (match := re.match(r"flashcomm-(\d+)-", name))}
     return [name for name, pid in owners.items() if not Path("/proc", pid).exists()]
 
 
 def _remove(namespaces: Iterable[str]):
-    """Kill what runs in namespaces and remove them with their interfaces; those that are not there are no error."""
+    """Kill the processes in namespaces and remove these with their interfaces; missing ones are ignored."""
     with _handled(_ENDING, signal.SIG_IGN):
         _kill(namespaces)
         for name in namespaces:
@@ -276,7 +276,7 @@ def _remove(namespaces: Iterable[str]):
 def _kill(namespaces: Iterable[str]):
     end = time.monotonic() + _GRACE_S
     for name in namespaces:
-        # Killing takes a moment, in which others may be started.
+        # New processes may start while others are killed.
         while (pids := _pids(name)) and time.monotonic() < end:
             for pid in pids:
                 with suppress(ProcessLookupError):
@@ -293,7 +293,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def _handled(signals: Iterable[signal.Signals], handler: Any) -> Iterator[None]:
-    """Let `handler` have these signals; only the main thread may say so, and only it gets them."""
+    """Handle these signals with `handler`; does nothing outside the main thread, which alone may and gets them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
