@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import flashcomm
+import flashcomm.bench.lab
 from flashcomm.lab import Lab, launch
 from flashcomm.lab import hosts as module
 
@@ -22,6 +24,10 @@ COMMAND = [sys.executable, "-m", "flashcomm.cli", "lab"]
 MIB = 1 << 20
 
 real = pytest.mark.skipif(module.unavailable() is not None, reason=f"no lab here: {module.unavailable()}")
+
+
+def test_both_names_are_the_lab():
+    assert flashcomm.bench.lab.Lab is flashcomm.lab.Lab is Lab
 
 
 def namespaces(pid: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -41,7 +41,7 @@ Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: b
 _LAST_WORDS_S = 3.0
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
     """Print the sentence `message` as an error and exit with status 2."""
     stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
     if stderr.quiet:

@@ -168,4 +168,3 @@ def _message_bytes(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         fail(str(error))
-        raise
