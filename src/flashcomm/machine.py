@@ -1,4 +1,4 @@
-"""This machine: its cores and who shares them, its CPU and GPU, and the versions of the software on it.
+"""This machine: its cores and the ranks that share them, its CPU and GPU, and the versions of the software on it.
 
 Every row of results carries `describe`.
 """

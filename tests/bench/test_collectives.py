@@ -44,7 +44,7 @@ def test_rows(op, world):
             assert row.speedup == pytest.approx(table[0].p50_ms / row.p50_ms)
             assert row.algorithm_gbps == pytest.approx(size / row.p50_ms / 1e6)
             assert row.interface_bytes is None
-            # Of two ranks the slower one is timed, and a pool of threads may work for each.
+            # The slower of two ranks is timed, and a pool of threads may work for each.
             assert 0 < row.cpu_ms < 20 * row.p80_ms
             assert row.ceiling == "copy" and row.ceiling_share > 0
             assert row.sqnr_db is None or row.sqnr_db > 10

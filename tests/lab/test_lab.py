@@ -326,7 +326,7 @@ def test_a_killed_command_takes_its_ranks_along_and_the_next_lab_cleans_up(runni
     process, marker = running_command
     process.kill()
     process.wait()
-    # What a rank started itself is not the kernel's to end, but its namespace tells the next lab.
+    # The kernel does not end a rank's own children, but their namespace tells the next lab.
     wait_for(lambda: len(running(marker)) <= 2)
     assert len(namespaces(process.pid)) == 3
     with Lab(ranks=1, rate=None):

@@ -48,7 +48,7 @@ def bench_ttft(
     rate: Rate = None,
     ranks_per_host: RanksPerHost = 1,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw who computed and who sent to this file, such as out.png.", dir_okay=False)
+        Path | None, typer.Option(help="Draw each rank's timeline to this file, such as out.png.", dir_okay=False)
     ] = None,
     json_file: Json = None,
 ):

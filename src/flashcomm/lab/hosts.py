@@ -127,7 +127,7 @@ class Lab:
             timeout_s: seconds after which all ranks are ended; None for never.
 
         Returns:
-            Exit codes in rank order, -N for a rank that signal N ended; `failed_rank` says who failed first.
+            Exit codes in rank order, -N for a rank that signal N ended; `failed_rank` is the one that failed first.
 
         Raises:
             ValueError: no such program.
