@@ -199,11 +199,11 @@ def test_an_unbound_codec_and_different_files_are_refused_on_every_rank():
 def model_with_calibration(folder: str):
     from pathlib import Path
 
-    from flashcomm.bench import model as bench
-    from flashcomm.demo import text
     from flashcomm.integrations.transformers import calibrate, compress, compressed
+    from flashcomm.models import text
+    from flashcomm.models.load import load
 
-    model, tokenizer = bench.load(MODEL, torch.bfloat16)
+    model, tokenizer = load(MODEL, torch.bfloat16)
     windows = text.calibration_windows(tokenizer, tokens=2048)
     with pytest.raises(ValueError, match="flashcomm calibrate MODEL"):
         compress(model, "int4+keep64")

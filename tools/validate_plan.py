@@ -1,7 +1,7 @@
 """Hold `flashcomm plan` against `flashcomm bench ttft` in the lab: measure groups, predict prompts, run them, compare.
 
-Each group of ranks is measured as `flashcomm tune --save` does, which knows nothing of the model, and what follows from
-that for a prompt of llama-160m is compared with the prompt's own time, in each codec, in one piece and in parts.
+Each group of ranks is measured like `flashcomm tune --save`, which knows nothing of the model. The prediction that
+follows for a prompt of llama-160m is compared with the prompt's own time, in each codec, in one piece and in parts.
 
     OMP_NUM_THREADS=1 python tools/validate_plan.py --json results/plan_lab_cpu.json
 """
@@ -17,10 +17,11 @@ from pathlib import Path
 
 import torch
 
-from flashcomm import kernels
-from flashcomm.bench import compute, launch, machine, ttft, tune
-from flashcomm.bench.lab import Lab
+from flashcomm import kernels, machine
+from flashcomm.bench import compute, ttft, tune
 from flashcomm.collectives import tuning
+from flashcomm.lab import Lab, launch
+from flashcomm.models.random import random_model
 from flashcomm.planner.prefill import predict
 from flashcomm.planner.shapes import Shape
 
@@ -31,7 +32,7 @@ CODECS = ("none", "int8g128", "int4g128")
 TOKENS = (1024,)
 REPEATS = 3
 MEDIAN, WORST = 0.10, 0.25
-"""What errors should stay within."""
+"""Limits of the median error and of the worst."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +49,18 @@ class Row:
     tokens: int
     codec: str
     parts: str
-    """That the measured prompt ran in, chosen from times of its own."""
+    """Parts of the measured prompt, which `flashcomm.overlap` chose from its own measurements."""
     predicted_parts: str
     predicted_ms: float
     measured_ms: float
     p20_ms: float
     p80_ms: float
     error: float
-    """Of the prediction, relative to what was measured."""
+    """Error of the prediction, relative to the measured time."""
 
 
 def rows_of(ranks: int, rate: str, directory: Path, tokens: tuple[int, ...], repeats: int) -> list[Row]:
-    """Measure a group, then its prompts; the sums of both go the ways that the first has found."""
+    """Measure a group, then its prompts, whose sums use the algorithms that the first has found."""
     shape = Shape.from_config(json.loads((directory / "config.json").read_text()), MODEL)
     with Lab(ranks=ranks, rate=rate) as lab:
         cluster = launch.run(compute.measure, (repeats,), ranks=ranks, lab=lab)[0]
@@ -105,8 +106,8 @@ def main() -> int:
         kernels.warm_up(spec)
     rows: list[Row] = []
     lengths = tuple(int(text) for text in given.tokens.split(","))
-    with ttft.random_model(MODEL, torch.bfloat16) as directory, tempfile.TemporaryDirectory() as scratch:
-        # What this measures is for this comparison only.
+    with random_model(MODEL, torch.bfloat16) as directory, tempfile.TemporaryDirectory() as scratch:
+        # These costs are for this comparison only.
         os.environ["FLASHCOMM_TUNING"] = str(Path(scratch) / "tuning.json")
         for setting in given.settings.split(","):
             ranks, _, rate = setting.partition("x")

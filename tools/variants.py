@@ -1,24 +1,29 @@
-"""What formats that were tried and not taken do to the bundled model: the rows of results/variants_cpu.json.
+"""Measure formats that were tried and rejected on the bundled model: the rows of results/variants_cpu.json.
 
     OMP_NUM_THREADS=1 python tools/variants.py --json results/variants_cpu.json
 
-Each variant is a function from values to what they would decode to, so its "payload" is fp32; bits are those that the
-format would have. docs/negative-results.md says what follows from the rows.
+Each variant is a function from values to the decoded values, so its "payload" is fp32; `bits` are those that the format
+would have. docs/negative-results.md draws the conclusions.
 """
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 import flashcomm
-from flashcomm.bench import launch, machine
-from flashcomm.bench import model as bench
+from flashcomm import machine
+from flashcomm.accuracy.on_ranks import accuracy
 from flashcomm.codecs import Codec
 from flashcomm.codecs.elements import ELEMENTS
-from flashcomm.demo import MODEL, text
+from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compressed
+from flashcomm.lab import launch
+from flashcomm.models import text
+from flashcomm.models.load import load
+from flashcomm.models.windows import windows
 
 
 class Variant(Codec):
@@ -52,7 +57,7 @@ def grouped(group):
 
 
 def up(scale, mantissa=7):
-    """Positive fp32 rounded up to so many bits behind the leading one."""
+    """Round positive fp32 up to `mantissa` bits behind the leading one."""
     mask = (1 << 23 - mantissa) - 1
     return ((scale.view(torch.int32) + mask) & ~mask).view(torch.float32).clamp_min(1e-30)
 
@@ -67,7 +72,7 @@ def affine(x, bits, middles):
 
 
 def spike(x, bits, middles, mantissa):
-    """Extremes kept, the others as in `affine`, with a scale of so many bits behind the leading one."""
+    """Keep extremes; code the others like `affine`, with a scale of `mantissa` bits behind the leading one."""
     places = [x.argmin(-1, keepdim=True), x.argmax(-1, keepdim=True)]
     inf = float("inf")
     low = x.scatter(-1, places[0], inf).scatter(-1, places[1], inf).amin(-1, keepdim=True)
@@ -118,13 +123,13 @@ def variants():
 
 def rank_main(tokens: int) -> list[dict]:
     """Run on every rank: a row per variant."""
-    model, tokenizer = bench.load(MODEL, torch.bfloat16)
+    model, tokenizer = load(MODEL, torch.bfloat16)
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
     with compressed(model, "none", batch_invariant=True) as handle:
-        figures = bench.accuracy(model, handle, list(variants().values()), text.windows(ids, tokens), "two_step")
+        figures = accuracy(model, handle, list(variants().values()), windows(ids, tokens), "two_step")
     hidden = model.config.hidden_size
     return [
-        {"codec": str(codec), "bits_per_value": codec.bits_per_value(hidden), **figure.as_dict()}
+        {"codec": str(codec), "bits_per_value": codec.bits_per_value(hidden), **asdict(figure)}
         for codec, figure in figures.items()
     ]
 

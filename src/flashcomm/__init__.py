@@ -22,7 +22,7 @@ __version__ = "0.3.0"
 
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "overlap"):
+    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap"):
         return importlib.import_module(f"flashcomm.{name}")
     raise AttributeError(f"module 'flashcomm' has no attribute {name!r}")
 

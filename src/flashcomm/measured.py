@@ -28,6 +28,14 @@ def path() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm" / "tuning.json"
 
 
+def where() -> str:
+    """The file's path as text, or the reason why there is none."""
+    try:
+        return str(path())
+    except RuntimeError as error:
+        return f"none: {error} Set FLASHCOMM_TUNING or XDG_CACHE_HOME"
+
+
 def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "") -> str:
     """The key of a group's costs: the backend, and how many ranks are on which hosts.
 
@@ -88,6 +96,4 @@ def _read() -> dict:
 
 
 def _ignore(error: Exception):
-    # Without a home folder the file has no path either.
-    name = settings.text("FLASHCOMM_TUNING") or "the cache folder's tuning.json"
-    _log.warning("ignoring %s: it was not written by 'flashcomm tune': %s", name, error)
+    _log.warning("ignoring %s: it was not written by 'flashcomm tune': %s", where(), error)

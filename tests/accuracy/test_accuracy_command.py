@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashcomm.accuracy import command
-from flashcomm.bench.launch import Interrupted
+from flashcomm.accuracy import measuring
+from flashcomm.accuracy.setup import Setup
 from flashcomm.cli import app
 from flashcomm.demo import MODEL
+from flashcomm.lab.launch import Interrupted
 from flashcomm.policy import Policy
 
 
@@ -86,8 +87,8 @@ def test_wrong_input_is_a_sentence_and_exit_status_2(arguments, message, tmp_pat
     assert message in done.output
 
 
-def setup(out: Path, text: str) -> command.Setup:
-    return command.Setup(
+def setup(out: Path, text: str) -> Setup:
+    return Setup(
         directory=MODEL, model="demo", texts=[text], text="", ranks=2, hosts=0, algorithm="auto", tokens=4096,
         window=64, dtype="float32", seed=0, calibration=None, out=out,
     )  # fmt: skip
@@ -97,9 +98,10 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "measure", interrupt)
-    with pytest.raises(Interrupted, match=f"interrupted; the same command goes on from what is in {tmp_path}"):
-        command.accuracy(setup(tmp_path, "a = 1\n" * 100), ["int8g128"], [])
+    monkeypatch.setattr(measuring, "measure", interrupt)
+    done = invoke("accuracy", "--codecs", "int8g128", "--tokens", 128, "--window", 64, "--tp", 2, "--out", tmp_path)
+    assert isinstance(done.exception, Interrupted)
+    assert str(done.exception) == f"interrupted; the same command goes on from what is in {tmp_path}"
 
 
 def test_too_little_text_is_refused(tmp_path):

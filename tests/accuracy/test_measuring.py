@@ -5,8 +5,8 @@ import torch
 
 from flashcomm.accuracy.measuring import measure
 from flashcomm.accuracy.metrics import AGREES, KL, NLL
-from flashcomm.bench.model import load
 from flashcomm.demo import MODEL
+from flashcomm.models.load import load
 from flashcomm.policy import Policy
 
 
@@ -42,7 +42,7 @@ def test_figures_and_depth(model):
     assert (found.added[3] > 10 * found.added[2]).all()
     assert (found.gathered[0] == 0).all()
     assert (found.gathered[3] > found.gathered[2]).all()
-    # What goes into the first sum is plain's, so all of its distance is what it added, but for plain's own rounding.
+    # The first sum's inputs are plain's, so its whole distance is its own error, but for plain's own rounding.
     assert found.gathered[3, 0].item() == pytest.approx(found.added[3, 0].item(), rel=0.01)
     nll = torch.nn.functional.cross_entropy(model(texts()[0][None]).logits[0, :-1].float(), texts()[0][1:])
     assert found.figures[0, NLL, 0].mean().item() == pytest.approx(nll.item(), rel=0.01)

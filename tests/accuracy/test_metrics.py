@@ -34,7 +34,7 @@ def test_the_top_20_never_know_more_than_all():
 
 
 def figures(windows: int, tokens: int, seed: int) -> torch.Tensor:
-    """Of plain, and of a codec whose KL is 1 on average, and varies from window to window."""
+    """Figures of plain, and of a codec with a mean KL of 1 that varies from window to window."""
     generator = torch.Generator().manual_seed(seed)
     found = torch.zeros(2, 4, windows, tokens)
     found[:, NLL] = 2

@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 import ranks
 from flashcomm.accuracy.simulated import calibrate, ring_sum, simulated
-from flashcomm.bench.model import load, load_model
 from flashcomm.codecs import parse
 from flashcomm.demo import MODEL
 from flashcomm.integrations import transformers as integration
+from flashcomm.models.load import load, load_model
 from flashcomm.policy import Policy, Rule
 
 CODECS = ("int8g128", "int4g32", "mxfp4", "int2g32+spike", "fp32")
@@ -41,7 +41,7 @@ def policies() -> list[Policy]:
 
 
 def real(path: Path, dtype: torch.dtype, policies: list[Policy]) -> list[str]:
-    """On each rank: what the logits are with each policy."""
+    """Return a rank's logits with each policy."""
     model = load_model(path, dtype)
     with integration.compressed(model, "none") as handle:
         found = []

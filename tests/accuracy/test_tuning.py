@@ -8,10 +8,10 @@ import torch
 from flashcomm.accuracy import tuning
 from flashcomm.accuracy.measuring import measure
 from flashcomm.accuracy.metrics import summarise
-from flashcomm.bench.model import load
-from flashcomm.bench.windows import windows
 from flashcomm.demo import MODEL
-from flashcomm.demo.text import held_out_text
+from flashcomm.models.load import load
+from flashcomm.models.text import held_out_text
+from flashcomm.models.windows import windows
 from flashcomm.policy import Policy
 
 

@@ -7,20 +7,20 @@ import pytest
 import torch
 
 from flashcomm.bench import codec as bench
-from flashcomm.codecs import parse
+from flashcomm.codecs import parse, registry
 
 ROWS = json.loads((Path(__file__).parents[2] / "results" / "codec_cpu.json").read_text())["rows"]
 
 
 def test_every_format_is_in_the_table():
-    assert [row["codec"] for row in ROWS] == list(bench.ALL)
+    assert [row["codec"] for row in ROWS] == list(registry.ALL)
     assert all(row["bytes_equal_specification"] for row in ROWS)
 
 
 @pytest.fixture(scope="module")
 def partial_sums():
     pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
-    from flashcomm.demo.partial_sums import partial_sums
+    from flashcomm.models.partial_sums import partial_sums
 
     return partial_sums()
 

@@ -1,4 +1,4 @@
-"""What the table of collectives says, and that it says nothing about wrong answers."""
+"""The table of collectives has the right figures, and none for wrong answers."""
 
 import dataclasses
 
@@ -8,8 +8,9 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
-from flashcomm.bench import collectives, lab, mpi
+from flashcomm.bench import collectives, mpi
 from flashcomm.bench.timing import interleaved
+from flashcomm.lab import hosts as lab
 
 OPS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all")
 SPECS = ("int8g128", "int4g32:int8g128", "mxfp4")
@@ -43,7 +44,7 @@ def test_rows(op, world):
             assert row.speedup == pytest.approx(table[0].p50_ms / row.p50_ms)
             assert row.algorithm_gbps == pytest.approx(size / row.p50_ms / 1e6)
             assert row.interface_bytes is None
-            # Of two ranks the slower one is timed, and a pool of threads may work for each.
+            # The slower of two ranks is timed, and a pool of threads may work for each.
             assert 0 < row.cpu_ms < 20 * row.p80_ms
             assert row.ceiling == "copy" and row.ceiling_share > 0
             assert row.sqnr_db is None or row.sqnr_db > 10
@@ -54,7 +55,7 @@ def test_rows(op, world):
 
 
 def wrong_by_an_ulp(op: str, spec: str, only_rank: int | None) -> str:
-    """What `measure` says when `op` alters one value, everywhere or on one rank."""
+    """The error of `measure` when `op` alters one value, everywhere or on one rank."""
     right = getattr(flashcomm, op)
 
     def wrong(x, codec, *, algorithm, out):

@@ -1,4 +1,4 @@
-"""`flashcomm plan` as a user runs it, what it writes, and what `flashcomm tune --save` measures for it."""
+"""`flashcomm plan` as a user runs it, its files, and the measurements of `flashcomm tune --save` for it."""
 
 import dataclasses
 import json
@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import ranks
-from flashcomm.bench import planning
-from flashcomm.planner import Group, Machine
+from flashcomm.cli.plan import draw
+from flashcomm.planner import Group, Machine, advice
 from flashcomm.planner.hardware import cluster
 from flashcomm.planner.model import Cost, Point
 from flashcomm.policy import Policy
@@ -58,40 +58,40 @@ def test_the_command_says_what_is_wrong():
 )
 def test_arguments_are_checked(model, machine, options, message):
     with pytest.raises(ValueError, match=message):
-        planning.plan(model, machine, **options)
+        advice.plan(model, machine, **options)
 
 
 def test_a_measured_machine_is_planned_for_with_its_own_ranks(tmp_path):
     path = tmp_path / "here.json"
     path.write_text(json.dumps(cluster("l40", 4, link="pcie4-sys").as_dict()))
-    named = planning.plan(*SLOW, **OPTIONS)
-    measured = planning.plan("llama-3-70b", str(path), tokens=1024, rows=8)
+    named = advice.plan(*SLOW, **OPTIONS)
+    measured = advice.plan("llama-3-70b", str(path), tokens=1024, rows=8)
     assert measured.predictions[1].ttft_s == pytest.approx(named.predictions[1].ttft_s)
     assert measured.cluster.facts == (f"measured: {path}",)
     with pytest.raises(ValueError, match=r"--tp 8 with .*here.json, which was measured on 4 ranks"):
-        planning.plan("llama-3-70b", str(path), ranks=8)
+        advice.plan("llama-3-70b", str(path), ranks=8)
 
 
 def test_the_policy_says_what_the_advice_says():
-    policy, comments = planning.policy_of(planning.plan(*SLOW, **OPTIONS))
+    policy, comments = advice.policy_of(advice.plan(*SLOW, **OPTIONS))
     assert policy.codec == "int8g128"
     assert any("predicted, not measured" in line for line in comments)
     assert any("NVIDIA L40 data sheet" in line for line in comments)
-    plain, _ = planning.policy_of(planning.plan("llama-2-7b", "h20", ranks=2, rows=4))
+    plain, _ = advice.policy_of(advice.plan("llama-2-7b", "h20", ranks=2, rows=4))
     assert plain.codec == "none"
 
 
 def test_heads_that_ranks_do_not_divide_are_noted():
-    assert planning.plan("llama-3-8b", "h100", ranks=1024).notes == ["32 heads do not divide by 1024: as if they did"]
+    assert advice.plan("llama-3-8b", "h100", ranks=1024).notes == ["32 heads do not divide by 1024: as if they did"]
 
 
 def test_a_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="pip install 'flashcomm[plot]'")
     path = tmp_path / "folder" / "plan.png"
-    planning.draw(planning.plan(*SLOW, **{**OPTIONS, "codecs": ["int8g128"]}), "l40", path)
+    draw(advice.plan(*SLOW, **{**OPTIONS, "codecs": ["int8g128"]}), "l40", path)
     assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match=r"--plot with here.json: other ranks and rates were not measured"):
-        planning.draw(planning.plan(*SLOW, **OPTIONS), "here.json", path)
+        draw(advice.plan(*SLOW, **OPTIONS), "here.json", path)
 
 
 def computes():

@@ -1,4 +1,4 @@
-"""What the table and the timeline of `flashcomm bench ttft` are made from."""
+"""The figures behind the table and the timeline of `flashcomm bench ttft`."""
 
 import itertools
 import json
@@ -10,6 +10,7 @@ import ranks
 from flashcomm.bench import ttft
 from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compress
+from flashcomm.models.random import random_model
 from flashcomm.overlap import wrap
 from flashcomm.overlap.measuring import Times
 
@@ -22,7 +23,7 @@ def test_compute_is_the_slowest_ranks_and_a_sum_the_shortest():
 @pytest.mark.parametrize("config", ["llama-160m"])
 def test_a_random_model_has_the_shape_that_its_name_says(config):
     pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
-    with ttft.random_model(config, torch.bfloat16) as folder:
+    with random_model(config, torch.bfloat16) as folder:
         assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
         million = (folder / "model.safetensors").stat().st_size / 2e6
         assert 155 < million < 170
@@ -30,7 +31,7 @@ def test_a_random_model_has_the_shape_that_its_name_says(config):
 
 
 def timelines():
-    from flashcomm.bench.model import load_model
+    from flashcomm.models.load import load_model
 
     model = load_model(MODEL, torch.float32)
     handle = compress(model, "none")

@@ -36,7 +36,7 @@ def tuned_on_ranks(file: str):
     facts = group_of(fresh).facts
     assert facts.machine is not None
     assert vars(facts.machine) == vars(group.machine)
-    # A machine on which only two steps with 4 bits are fast: what is decided follows from what was kept.
+    # On this machine only two steps with 4 bits are fast: the decision follows the costs that were kept.
     slow = Cost.measured([(4096, 16.0, 1.0), (1 << 20, 16.0, 2.0)])
     fast = Cost.measured([(4096, 4.25, 0.1), (1 << 20, 4.25, 0.2)])
     group_of(fresh).facts = replace(

@@ -10,9 +10,10 @@ import torch.distributed as dist
 import flashcomm
 import promises
 import values
-from flashcomm.bench import lab, launch
 from flashcomm.collectives.group import group_of
 from flashcomm.collectives.routes import runs
+from flashcomm.lab import hosts as lab
+from flashcomm.lab import launch
 from flashcomm.transports.base import Task
 
 needs_lab = pytest.mark.skipif(bool(lab.unavailable()), reason=f"no lab on this machine: {lab.unavailable()}")

@@ -1,4 +1,4 @@
-"""What the demo says about the links that it ran on."""
+"""The demo names the links that it ran on."""
 
 import pytest
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from flashcomm.demo import MODEL, text
+from flashcomm.demo import MODEL
+from flashcomm.models import text
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="pip install 'lm-eval[hf]'")
 

@@ -17,8 +17,9 @@ from server import Server
 from transformers import AutoTokenizer
 from vllm.config.compilation import PassConfig
 
-from flashcomm.demo import MODEL, text
+from flashcomm.demo import MODEL
 from flashcomm.integrations.vllm import adapt_passes
+from flashcomm.models import text
 from flashcomm.policy import Policy, Rule
 
 ROOT = Path(__file__).parents[2]

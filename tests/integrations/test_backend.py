@@ -214,7 +214,7 @@ def gradients():
 
 def transformers_model():
     """A tensor-parallel model that nobody compressed: all of its large sums are, with the same logits on both ranks."""
-    from flashcomm.bench.model import load_model
+    from flashcomm.models.load import load_model
 
     model = load_model(MODEL, torch.bfloat16)
     ids = torch.randint(2, 250, (1, 256), generator=torch.Generator().manual_seed(3))

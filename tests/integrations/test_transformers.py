@@ -63,7 +63,7 @@ def tiny(name: str, folder: str) -> Path:
 
 
 def loaded(path: Path, dtype=torch.float32):
-    from flashcomm.bench.model import load
+    from flashcomm.models.load import load
 
     return load(path, dtype)
 
@@ -138,7 +138,7 @@ def experts(folder):
 
 def generates():
     """generate() counts what stays uncompressed: on one host all sums, unless the batch must not matter."""
-    from flashcomm.bench.model import generate
+    from flashcomm.models.generate import generate
 
     model, tokenizer = loaded(MODEL, torch.bfloat16)
     prompt = "def read_config(path):\n" * 20
@@ -159,7 +159,7 @@ def generates():
 
 def follows_a_policy():
     """Each module has its own codec, a decode step and a small message none."""
-    from flashcomm.bench.model import generate
+    from flashcomm.models.generate import generate
 
     model, tokenizer = loaded(MODEL, torch.bfloat16)
     policy = Policy(codec="int8g128", algorithm="two_step", layers=(Rule(match="*.o_proj", codec="none"),))

@@ -65,7 +65,7 @@ def written(name: str, folder: str) -> Path:
 
 
 def loaded(path: Path = MODEL, dtype=torch.float32):
-    from flashcomm.bench.model import load
+    from flashcomm.models.load import load
 
     return load(path, dtype)[0]
 
@@ -186,7 +186,7 @@ def generates(cache: str, prompts: int):
     """Greedy tokens of prompts of different lengths, padded to one."""
     import transformers as hf
 
-    from flashcomm.demo.text import held_out_text
+    from flashcomm.models.text import held_out_text
 
     model = loaded()
     tokenizer = hf.AutoTokenizer.from_pretrained(MODEL, padding_side="left")

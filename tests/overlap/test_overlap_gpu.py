@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 @torch.inference_mode()
 def on_cuda():
     """Plain and compressed sums, eager attention: in parts within the noise of other matrix products."""
-    from flashcomm.bench.model import load_model
+    from flashcomm.models.load import load_model
 
     torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     model = load_model(MODEL, torch.float32)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flashcomm.cores import Seat
+from flashcomm.machine import Seat
 from flashcomm.overlap import measuring
 from flashcomm.overlap.measuring import Rate, Times, profile_of
 from flashcomm.planner.overlap import CROWDED

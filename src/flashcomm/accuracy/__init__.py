@@ -1,4 +1,4 @@
-"""What compression costs a model, in one process: N ranks are simulated, bit for bit, and compared with plain.
+"""The cost of compression in accuracy, in one process: N ranks are simulated bit for bit and compared with plain.
 
     with simulated(model, ranks=8, policy=Policy(codec="int4g128")):
         model(input_ids)

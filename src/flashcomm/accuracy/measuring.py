@@ -1,6 +1,6 @@
-"""Run a simulated model over windows of text with each policy, and keep what was found, window by window.
+"""Run a simulated model over windows of text with each policy, and keep the figures window by window.
 
-A window's figures are written when it is done, so an interrupted measurement goes on where it was.
+A window's figures are written when it is done, so an interrupted measurement goes on from there.
 """
 
 import hashlib
@@ -19,33 +19,33 @@ from flashcomm.calibration import Calibration
 from flashcomm.policy import Policy
 
 EVERY = 16
-"""One token in so many is looked at in depth."""
+"""Distance of the tokens that are looked at in depth: one in 16."""
 _RUN = "run.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What `measure` found. C variants, plain first; W windows of T judged tokens; M sums in the order of the model."""
+    """Figures of `measure`. C variants, plain first; W windows of T judged tokens; M sums in the order of the model."""
 
     names: tuple[str, ...]
     bits: tuple[float, ...]
-    """On the wire per value, C."""
+    """Bits on the wire per value, C."""
     modules: tuple[str, ...]
     """The modules that are summed, M."""
     figures: torch.Tensor
     """fp32 [C, 4, W, T] of `metrics.compare`."""
     depth: torch.Tensor
-    """fp64 [C, M, 4], squares over one token in 16: of the error that a sum adds, of the exact sum, of the sum's
-    distance from plain's, and of plain's sum."""
+    """fp64 [C, M, 4], sums of squares over one token in 16: the error that a sum adds, the exact sum, its distance
+    from plain's sum, and plain's sum."""
 
     @property
     def added(self) -> torch.Tensor:
-        """Error of each sum, given what goes into it, relative to the sum: [C, M], roots of shares of squares."""
+        """Error that each sum adds, relative to the sum: [C, M], roots of ratios of squares."""
         return (self.depth[..., 0] / self.depth[..., 1]).sqrt()
 
     @property
     def gathered(self) -> torch.Tensor:
-        """Distance of each sum from plain's, relative to plain's: [C, M]; the errors of all sums before included."""
+        """Distance of each sum from plain's, relative to plain's: [C, M]; includes the errors of all earlier sums."""
         return (self.depth[..., 2] / self.depth[..., 3]).sqrt()
 
 
@@ -65,12 +65,12 @@ def measure(
     """Compare policies with plain, teacher-forced: each token is judged by its predecessors in the window.
 
     Args:
-        model, ranks, hosts, calibration: as for `simulated`.
-        variants: policies by name, whose ``min_bytes`` do not count; plain is measured too, and first.
+        model, ranks, hosts, calibration: see `simulated`.
+        variants: policies by name, their ``min_bytes`` ignored; plain is measured too, as the first.
         windows: token ids, each [T + 1] with the same T.
-        folder: where the figures of each window are kept. A measurement of the same things in it is continued, one of
-            other things begun anew. None keeps nothing.
-        origin: which model this is, in words that another model would not have.
+        folder: keeps the figures of each window. An interrupted measurement of the same things is continued, another
+            one is begun anew. None keeps nothing.
+        origin: identity of the model, different for every other model.
         progress: called after each window.
 
     Raises:
@@ -78,7 +78,7 @@ def measure(
     """
     if not windows or len({len(window) for window in windows}) > 1:
         raise ValueError("accuracy is measured on one or more windows of the same length")
-    # Texts are cut into windows for our convenience, so no sum is too small here.
+    # Windows are cut for convenience, so no sum is too small here.
     policies = {name: replace(p, min_bytes=0) for name, p in {"none": Policy(codec="none"), **variants}.items()}
     with simulated(model, ranks, hosts=hosts, calibration=calibration) as simulation:
         if folder:
@@ -110,7 +110,7 @@ def measure(
 def _window(
     model: Any, simulation: Simulation, policies: Sequence[Policy], ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of one window: [C, 4, T] figures and [C, M, 4] depth."""
+    """Measure one window: [C, 4, T] figures and [C, M, 4] depth."""
     figures, depths = [], []
     plain, reference = torch.empty(0), []
     for policy in policies:
@@ -125,7 +125,7 @@ def _window(
 
 
 class _Depth:
-    """Adds up how far the sums of one forward pass are from the exact ones, and from those of the first pass."""
+    """Add up the distances of one forward pass's sums from the exact sums and from those of the first pass."""
 
     def __init__(self, modules: list[str], reference: list[torch.Tensor]):
         self.squares = torch.zeros(len(modules), 4, dtype=torch.float64)
@@ -144,7 +144,7 @@ class _Depth:
 
 
 def _open(folder: Path, identity: str):
-    """Make `folder` one of the measurement `identity`; what another left there goes."""
+    """Prepare `folder` for the measurement `identity`; files of another measurement are removed."""
     path = folder / _RUN
     if path.is_file() and path.read_text() == identity:
         return
@@ -155,7 +155,7 @@ def _open(folder: Path, identity: str):
 
 
 def _save(found: tuple[torch.Tensor, torch.Tensor], path: Path):
-    """Whole or not at all."""
+    """Write `found` to `path` atomically."""
     part = path.with_suffix(".part")
     torch.save(found, part)
     os.replace(part, path)

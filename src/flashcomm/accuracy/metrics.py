@@ -1,4 +1,4 @@
-"""What is measured of each token, and what follows for a codec, with confidence intervals.
+"""Figures of each token, and the figures of a codec that follow from them, with confidence intervals.
 
 Shape legend: W windows, T tokens of a window, V vocabulary, C variants (plain first).
 
@@ -22,12 +22,12 @@ FLOOR = "fp32"
 
 
 def compare(plain: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, rows: int = 256) -> torch.Tensor:
-    """The figures of each token.
+    """Compute the figures of each token.
 
     Args:
-        plain: [T, V] logits of the model as it is.
-        logits: [T, V] of the compressed one.
-        targets: [T] ids of the tokens that follow.
+        plain: [T, V] logits of the uncompressed model.
+        logits: [T, V] logits of the compressed model.
+        targets: [T] ids of the next tokens.
         rows: tokens at a time, which bounds the memory in fp32.
 
     Returns:
@@ -66,11 +66,11 @@ class Estimate(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AccuracyRow:
-    """What one codec or policy does to a model, teacher-forced over the same tokens as plain."""
+    """One codec or policy against plain, teacher-forced over the same tokens."""
 
     codec: str
     bits_per_value: float
-    """On the wire, on average over the sums of a token."""
+    """Bits on the wire per value, mean over the sums of a token."""
     perplexity: Estimate
     perplexity_change: Estimate
     """Relative to plain: 0.01 is one percent worse."""
@@ -83,7 +83,7 @@ class AccuracyRow:
     delta_mean: Estimate
     """Mean of |log p(plain) - log p(codec)| of the token that follows."""
     delta_p95: Estimate
-    """What 95 % of those stay below."""
+    """Their 95th percentile."""
 
     def as_dict(self) -> dict:
         """The figures by name, flat: ``kl``, ``kl_low``, ``kl_high``, ..."""
@@ -100,17 +100,17 @@ class AccuracyRow:
 def summarise(
     names: Sequence[str], bits: Sequence[float], figures: torch.Tensor, *, seed: int = 0
 ) -> list[AccuracyRow]:
-    """A row per variant.
+    """Summarise each variant in a row.
 
     Args:
-        names: of the variants, C.
-        bits: on the wire per value, C.
-        figures: fp32 [C, 4, W, T] of `compare`, the first of them of plain against itself.
-        seed: of the resamples. All variants see the same ones.
+        names: the variants' names, C.
+        bits: bits on the wire per value, C.
+        figures: fp32 [C, 4, W, T] of `compare`; the first variant is plain against itself.
+        seed: random seed of the resamples, which are the same for all variants.
     """
     windows = figures.shape[2]
     chosen = torch.randint(windows, (RESAMPLES, windows), generator=torch.Generator().manual_seed(seed))
-    # How often each resample holds each window; the text itself comes first.
+    # Number of times that each resample holds each window; the text itself comes first.
     counts = torch.cat([torch.ones(1, windows), torch.nn.functional.one_hot(chosen, windows).sum(1)]).double()
     means = (figures.double().mean(-1) @ counts.T) / windows
     rows = []
@@ -134,7 +134,7 @@ def summarise(
 
 
 def by_position(figures: torch.Tensor, parts: int = 8) -> torch.Tensor:
-    """KL by the place of a token in its window: fp32 [C, parts] of [C, 4, W, T], each of a stretch of positions.
+    """KL by stretch of positions in the window: fp32 [C, parts], from figures [C, 4, W, T].
 
     >>> by_position(torch.arange(8.0).expand(1, 4, 2, 8), 4).tolist()
     [[0.5, 2.5, 4.5, 6.5]]
@@ -143,16 +143,16 @@ def by_position(figures: torch.Tensor, parts: int = 8) -> torch.Tensor:
 
 
 def _estimate(values: torch.Tensor) -> Estimate:
-    """Of a figure of the text itself, followed by those of the resamples."""
+    """Estimate from values whose first is the text's own and whose others are the resamples'."""
     low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return Estimate(values[0].item(), low, high)
 
 
 def _quantiles(values: torch.Tensor, counts: torch.Tensor, q: float) -> torch.Tensor:
-    """The q-quantile of [W, T] values when window w counts ``counts[:, w]`` times."""
+    """q-quantile of [W, T] values in which window w counts ``counts[:, w]`` times."""
     windows, tokens = values.shape
     order = values.flatten().argsort()
     window, target = order // tokens, q * windows * tokens
-    # Some resamples at a time, so that a million tokens take a few megabytes.
+    # A few resamples at a time, so that a million tokens take a few megabytes.
     places = [(some[:, window].cumsum(1) < target).sum(1) for some in counts.split(max(1, 2**20 // len(order)))]
     return values.flatten()[order[torch.cat(places).clamp_max(len(order) - 1)]].double()

@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 
 from flashcomm.accuracy.measuring import Measurement
 from flashcomm.accuracy.metrics import FLOOR, AccuracyRow, Estimate, by_position
-from flashcomm.bench.page import COLOURS, GREY, RED, document, figure, images
+from flashcomm.report.page import empty_plot, html_page, images
+from flashcomm.report.palette import GRID, RED, series
+from flashcomm.report.rows import markdown_table
 
 STRETCHES = 8
-"""In so many stretches of positions a window is told apart."""
+"""Number of stretches of positions in a window."""
 
 HEAD = (
     "codec",
@@ -57,7 +59,7 @@ def cells(row: AccuracyRow, intervals: bool = True) -> list[str]:
 
 
 def sums(found: Measurement) -> list[dict]:
-    """What each sum adds to the error and has gathered, by codec, as JSON stores it."""
+    """Rows of each sum and codec for JSON: the error that the sum adds, and that it has gathered."""
     added, gathered = found.added.tolist(), found.gathered.tolist()
     return [
         {"module": module, "codec": name, "added": added[c][m], "gathered": gathered[c][m]}
@@ -68,9 +70,20 @@ def sums(found: Measurement) -> list[dict]:
 
 
 def positions(found: Measurement) -> list[dict]:
-    """KL by codec in each stretch of positions, as JSON stores it."""
+    """Rows of each codec for JSON: KL in each stretch of positions."""
     kl = by_position(found.figures, STRETCHES).tolist()
     return [{"codec": name, "kl": kl[c]} for c, name in enumerate(found.names) if c]
+
+
+def document(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> dict:
+    """The report for JSON; arguments as for `markdown`."""
+    return {
+        "op": "accuracy",
+        **facts,
+        "rows": [row.as_dict() for row in rows],
+        "sums": sums(found),
+        "positions": positions(found),
+    }
 
 
 def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> str:
@@ -78,12 +91,12 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
 
     Args:
         rows: plain first.
-        found: what they were made of.
-        facts: what was run and where: ``model``, ``ranks``, ``hosts``, ``algorithm``, ``dtype``, ``tokens``,
+        found: the measurement behind the rows.
+        facts: the origin of the figures: ``model``, ``ranks``, ``hosts``, ``algorithm``, ``dtype``, ``tokens``,
             ``window``, ``text`` and ``machine``.
     """
     lines = ["# Accuracy", "", _origin(facts), "", _EXPLANATION, ""]
-    lines += _table(HEAD, [[f"`{row[0]}`", *row[1:]] for row in map(cells, rows)])
+    lines += markdown_table(HEAD, [[f"`{row[0]}`", *row[1:]] for row in map(cells, rows)])
     lines += [
         "",
         "## By sum",
@@ -92,7 +105,7 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
         "the sum.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         ("after", *(f"`{name}`" for name in found.names[1:])),
         [
             [f"`{module}`", *(f"{100 * a:.2f} %, {100 * g:.2f} %" for a, g in zip(added, gathered, strict=True))]
@@ -108,7 +121,7 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
         "KL in each stretch of a window; errors that pile up with the context would make it grow.",
         "",
     ]
-    lines += _table(
+    lines += markdown_table(
         ("codec", *_stretches(found)),
         [[f"`{row['codec']}`", *(f"{kl:.2e}" for kl in row["kl"])] for row in positions(found)],
     )
@@ -120,7 +133,7 @@ def page(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> str:
     head = "".join(f"<th{' class=l' * (not place)}>{html.escape(name)}</th>" for place, name in enumerate(HEAD))
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells(row)) + "</tr>" for row in rows)
     versions = ", ".join(f"{name} {version}" for name, version in facts["machine"]["versions"].items())
-    return document(
+    return html_page(
         "flashcomm accuracy",
         f"""<h1>flashcomm accuracy</h1>
 <p class="note">{html.escape(_origin(facts))}</p>
@@ -142,11 +155,6 @@ def _origin(facts: dict) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
-    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
-
-
 def _stretches(found: Measurement) -> list[str]:
     parts = torch.arange(1, found.figures.shape[-1] + 1).tensor_split(STRETCHES)
     return [f"{part[0]} to {part[-1]}" for part in parts]
@@ -154,12 +162,12 @@ def _stretches(found: Measurement) -> list[str]:
 
 def _plots(rows: Sequence[AccuracyRow], found: Measurement) -> Iterator[tuple[str, Figure]]:
     others = list(rows[1:])
-    plot, axes = figure("KL against plain by bits on the wire, with 95 % confidence intervals", 7.2)
-    for row, colour in zip(others, _colours(len(others)), strict=True):
+    plot, axes = empty_plot("KL against plain by bits on the wire, with 95 % confidence intervals", 7.2)
+    for number, row in enumerate(others):
         if row.codec != FLOOR:
             spread = [[max(row.kl.value - row.kl.low, 0)], [max(row.kl.high - row.kl.value, 0)]]
             axes.errorbar(
-                [row.bits_per_value], [row.kl.value], spread, fmt="o", color=colour, capsize=3, label=row.codec
+                [row.bits_per_value], [row.kl.value], spread, fmt="o", color=series(number), capsize=3, label=row.codec
             )
     _finish(plot, axes, "bits per value", "KL (nats)", others)
     yield "KL against bits per value", plot
@@ -168,16 +176,16 @@ def _plots(rows: Sequence[AccuracyRow], found: Measurement) -> Iterator[tuple[st
         ("Distance of each sum from plain's: what all errors so far have led to", found.gathered),
         ("Error that each sum adds", found.added),
     ):
-        plot, axes = figure(title, 7.2)
-        for row, line, colour in zip(others, values[1:].tolist(), _colours(len(others)), strict=True):
-            axes.plot(places, line, color=colour, marker=".", linewidth=1, label=row.codec)
+        plot, axes = empty_plot(title, 7.2)
+        for number, (row, line) in enumerate(zip(others, values[1:].tolist(), strict=True)):
+            axes.plot(places, line, color=series(number), marker=".", linewidth=1, label=row.codec)
         _finish(plot, axes, "sums, in the order of the model", "relative to the sum")
         yield title, plot
     title = "KL by position in the window"
-    plot, axes = figure(title, 7.2)
+    plot, axes = empty_plot(title, 7.2)
     kl, labels = by_position(found.figures, STRETCHES)[1:].tolist(), _stretches(found)
-    for row, line, colour in zip(others, kl, _colours(len(others)), strict=True):
-        axes.plot(range(STRETCHES), line, color=colour, marker=".", linewidth=1, label=row.codec)
+    for number, (row, line) in enumerate(zip(others, kl, strict=True)):
+        axes.plot(range(STRETCHES), line, color=series(number), marker=".", linewidth=1, label=row.codec)
     axes.set_xticks(range(STRETCHES), labels, fontsize=7, rotation=20)
     _finish(plot, axes, "", "KL (nats)")
     yield title, plot
@@ -190,9 +198,5 @@ def _finish(plot: Figure, axes, x: str, y: str, floor: Sequence[AccuracyRow] = (
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_yscale("log")
-    axes.grid(True, color="#f0f0f0")
+    axes.grid(True, color=GRID)
     plot.legend(loc="outside right center", fontsize=8, edgecolor="none")
-
-
-def _colours(count: int) -> list[str]:
-    return [(*COLOURS, GREY, "#0891b2", "#65a30d", "#be123c", "#a16207", "#1e3a8a")[i % 12] for i in range(count)]

@@ -1,11 +1,11 @@
-"""A transformers model whose sums are those of N tensor-parallel ranks, in one process and bit for bit.
+"""Simulate a transformers model over N tensor-parallel ranks, in one process and bit for bit.
 
 Every module that the model's own plan splits runs once per rank, on the slice of parameters and input that this rank
-would hold: a matrix product of another shape may add in another order, so the slices of column-parallel modules are
-computed one by one too. Their outputs are joined; those of modules that reduce are summed by `flashcomm.simulate`.
-What lies between works on heads and features one by one, and runs once for all ranks.
+would hold. A matrix product of another shape may add in another order, so the slices of column-parallel modules are
+computed one by one too. Their outputs are joined; outputs of modules that reduce are summed by `flashcomm.simulate`.
+The layers between them treat heads and features one by one, and run once for all ranks.
 
-The bits are those of ranks whose matrix products use as many threads as this process does, without gradients.
+The bits equal those of ranks that use as many threads for matrix products as this process does, without gradients.
 
 Source: our own.
 """
@@ -28,22 +28,22 @@ _JOINED = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
 _LINEAR = ("rowwise", "rowwise_rep", "rowwise_split_input")
 _EMBEDDING = ("embedding_rowwise",)
 _EXPERTS = ("moe_tp_experts",)
-# Without gradients a rank computes with these what one process does.
+# Without gradients, these compute the same on a rank as in one process.
 _WHOLE = ("replicate", "replicated_with_grad_allreduce", "local_params", "mla_kv_a_proj", "embedding_colwise")
 
 Observer = Callable[[str, Sequence[torch.Tensor], torch.Tensor], None]
 
 
 class Simulation:
-    """A model that computes as N ranks would; made by `simulated`."""
+    """A model that computes like N ranks; made by `simulated`."""
 
     ranks: int
     policy: Policy
-    """May be assigned to between forward passes."""
+    """Codec of each sum; may be replaced between forward passes."""
     modules: dict[str, int]
-    """The features of each sum, by the name of the module whose outputs are summed."""
+    """Number of features of each sum, by the name of the module that is summed."""
     observe: Observer | None
-    """Called after each sum with the module's name, what each rank adds, and the sum."""
+    """Called after each sum with the module's name, the ranks' terms and the sum."""
 
     def __init__(
         self, model: Any, ranks: int, policy: Policy, *, hosts: int = 0, calibration: Calibration | None = None
@@ -62,12 +62,12 @@ class Simulation:
                 self._replace(name, module, style, parameters)
 
     def undo(self):
-        """The model is as it was. Harmless when repeated."""
+        """Restore the model. Harmless when repeated."""
         while self._undo:
             self._undo.pop()()
 
     def bits_per_value(self, policy: Policy) -> float:
-        """Bits on the wire per value, on average over all sums of a token."""
+        """Bits on the wire per value, mean over all sums of a token."""
         bits = (w * policy.codec_for(name).bits_per_value(w, self._dtype) for name, w in self.modules.items())
         return sum(bits) / sum(self.modules.values())
 
@@ -106,7 +106,7 @@ class Simulation:
     def _each_rank(
         self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor]
     ) -> list[torch.Tensor]:
-        """What `call` returns for every rank, while the module holds the parameters of that rank."""
+        """Run ``call(rank)`` for every rank while the module holds that rank's parameters."""
         whole: dict[str, Any] = {name: module._parameters[name] for name in styles}
         try:
             outputs = []
@@ -126,7 +126,7 @@ class Simulation:
             total = ring_sum(parts)
         else:
             options = {"algorithm": self.policy.algorithm, "hosts": self.hosts}
-            # As ranks choose where a token must not depend on its batch: the algorithm that sends the fewest bytes.
+            # Batch-invariant ranks choose the same: the algorithm that sends the fewest bytes.
             total = simulate.all_reduce(parts, codec, batch_invariant=True, **options)
         if self.observe:
             self.observe(name, parts, total)
@@ -142,15 +142,15 @@ def simulated(
     hosts: int = 0,
     calibration: Calibration | None = None,
 ) -> Iterator[Simulation]:
-    """Make `model` compute what it would over `ranks` tensor-parallel ranks, for the length of a ``with`` block.
+    """Make `model` compute like `ranks` tensor-parallel ranks, for the length of a ``with`` block.
 
     Args:
-        model: a transformers model in one process, whose configuration has a tensor-parallel plan.
-        ranks: over which the model would be split.
-        policy: the codec of each sum, and the algorithm; ``none`` is a ring's sum in the dtype of the model, as are
-            messages under ``min_bytes``. Every compressed sum is, as with ``batch_invariant=True``. None for plain.
-        hosts: number of hosts with as many ranks each, for the algorithm ``hierarchical``.
-        calibration: for codecs that need one, of as many ranks.
+        model: a transformers model in one process, with a tensor-parallel plan in its configuration.
+        ranks: number of ranks to simulate.
+        policy: codec of each sum, and algorithm; None for plain. ``none`` and messages under ``min_bytes`` are summed
+            by a ring in the dtype of the model; all others are compressed, as with ``batch_invariant=True``.
+        hosts: number of hosts, with equally many ranks, for the algorithm ``hierarchical``.
+        calibration: for codecs that need one, made with the same number of ranks.
 
     Yields:
         A `Simulation`.
@@ -173,10 +173,10 @@ def simulated(
 
 @torch.inference_mode()
 def calibrate(model: Any, ranks: int, windows: Iterable[torch.Tensor], *, gamma: float = 0.01) -> Calibration:
-    """What `flashcomm.integrations.transformers.calibrate` finds on `ranks` ranks.
+    """Calibrate like `flashcomm.integrations.transformers.calibrate` on `ranks` ranks.
 
     Args:
-        model, ranks: as for `simulated`.
+        model, ranks: see `simulated`.
         windows: token ids, each [tokens].
         gamma: weight of a new window in the moving averages.
     """
@@ -196,9 +196,9 @@ def calibrate(model: Any, ranks: int, windows: Iterable[torch.Tensor], *, gamma:
 
 
 def ring_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum of all parts as a ring all-reduce makes it, in stripes, each from another rank on and rounded each time.
+    """Sum all parts like a ring all-reduce: in stripes, each begun by another rank, rounded after each addition.
 
-    These are the bits of gloo where `ranks` divides the number of values; elsewhere its stripes end at other values.
+    The bits equal gloo's if the number of ranks divides the number of values; otherwise its stripes end elsewhere.
 
     Args:
         parts: one tensor per rank, all of one shape and dtype.
@@ -212,7 +212,7 @@ def ring_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     ranks = len(parts)
     totals = []
     for owner, stripe in enumerate(zip(*(part.reshape(-1).tensor_split(ranks) for part in parts), strict=True)):
-        # From the rank before its owner on backwards, as in gloo; so the owner, which adds the last, has the sum.
+        # Backwards from the rank before the owner, as in gloo: the owner adds last and holds the sum.
         total = stripe[owner - 1]
         for step in range(2, ranks + 1):
             total = total + stripe[owner - step]
@@ -221,7 +221,7 @@ def ring_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _planned(model: Any) -> Iterator[tuple[str, nn.Module, str, dict[str, str]]]:
-    """(name, module, style, styles of its parameters) of every module that the model's plan names."""
+    """Yield (name, module, style, styles of its parameters) of every module in the model's plan."""
     plan = getattr(model, "_tp_plan", None) or {}
     styles = {name: plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) for name, _ in model.named_modules()}
     for name, module in model.named_modules():
@@ -254,18 +254,18 @@ def _check(model: Any, ranks: int, styles: Sequence[tuple[str, str]]):
 
 
 def _parameter(name: str, whole: torch.Tensor, style: str, rank: int, ranks: int) -> torch.Tensor | None:
-    """The part of a parameter that a rank holds; a bias that is added after the sum is none."""
+    """The part of a parameter that a rank holds; None for a bias that is added after the sum."""
     packed = 2 if style.startswith("packed_") else 1
     if "rowwise" in style:
         return None if name == "bias" else _slice(whole, -1, rank, ranks, packed)
     if "colwise" in style:
-        # Of a weight, or of each expert's, the first dimension is that of the outputs.
+        # The first dimension of a weight, or of each expert's weight, is that of the outputs.
         return _slice(whole, max(whole.dim() - 2, 0), rank, ranks, packed)
     return whole
 
 
 def _slice(x: torch.Tensor, dim: int, rank: int, ranks: int, packed: int = 1) -> torch.Tensor:
-    """The stripe of a rank, contiguous; of each of `packed` equal parts that follow each other."""
+    """A rank's stripe, contiguous; taken from each of `packed` equal parts that follow each other."""
     length = x.shape[dim] // packed
     size = -(-length // ranks)
     start = min(rank * size, length)

@@ -1,7 +1,7 @@
 """Find the cheapest codec for each sum of a model, so that all together stay within a budget of KL.
 
-What a codec costs at one sum is measured alone, all others being plain, and counted from what another order of
-additions costs there. Such costs nearly add up; how nearly is learned by measuring a choice, and choosing again.
+The cost of a codec at one sum is measured alone, with all other sums plain, and counted from the cost of another order
+of additions there. Such costs nearly add up. Measuring a choice tells how nearly, and the next choice uses it.
 
 Source: our own; the choice is the multiple-choice knapsack problem, solved by dynamic programming.
 """
@@ -21,28 +21,28 @@ from flashcomm.codecs import parse
 from flashcomm.policy import Policy, Rule
 
 ROUNDS = 8
-"""Choices that are measured at most."""
+"""Largest number of choices that are measured."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """What `tune` found."""
+    """The result of `tune`."""
 
     policy: Policy
     row: AccuracyRow
-    """Of the policy, on the windows that verify."""
+    """The policy's figures on the windows for verification."""
     uniform: tuple[AccuracyRow, ...]
-    """Of one codec for all sums, for each candidate and at last the floor, on the same windows."""
+    """Figures of each candidate for all sums, then of the floor, on the same windows."""
     best_uniform: AccuracyRow
-    """The one with the fewest bits among those that meet the budget."""
+    """The row with the fewest bits among those that meet the budget."""
     costs: dict[str, dict[str, float]]
-    """KL that each codec adds alone, by module and codec: what the choice was made from."""
+    """KL that each codec adds alone, by module and codec; the choice was made from it."""
     choice: dict[str, str]
     """Codec by module."""
 
     @property
     def saved(self) -> float:
-        """Share of the best uniform codec's bits that the policy does without."""
+        """Share of the best uniform codec's bits that the policy saves."""
         return 1 - self.row.bits_per_value / self.best_uniform.bits_per_value
 
 
@@ -60,19 +60,19 @@ def tune(
     step: Callable[[str, int], Callable[[], object]] = lambda name, total: lambda: None,
     **options: Any,
 ) -> Tuned:
-    """The policy with the fewest bits whose KL, the upper end of its 95 % interval, stays within `budget`.
+    """Find the policy with the fewest bits that keeps the upper end of its KL's 95 % interval within `budget`.
 
     Args:
-        model, ranks: as for `simulated`.
+        model, ranks: see `simulated`.
         budget: KL(plain || compressed) in nats.
         explored: windows of token ids to measure each codec at each sum on.
         verified: other windows, to measure whole policies on.
         candidates: codecs to choose from.
-        algorithm: of the sums.
-        seed: of the bootstrap.
-        folder: where what was measured is kept, as for `measure`.
-        step: given what is measured and on how many windows, returns what is called after each.
-        options: of `measure`: ``hosts``, ``calibration``, ``origin``.
+        algorithm: algorithm of all sums.
+        seed: random seed of the bootstrap.
+        folder: keeps figures, see `measure`.
+        step: shows progress, see `flashcomm.report.progress`.
+        options: passed to `measure`: ``hosts``, ``calibration``, ``origin``.
 
     Raises:
         ValueError: no candidate meets the budget.
@@ -109,7 +109,7 @@ def tune(
     costs = (kl[:, :-1] - kl[:, -1:]).clamp_min(0)
     bits = torch.tensor([[w * parse(name).bits_per_value(w, model.dtype) for name in names] for w in widths.values()])
 
-    # What the best uniform codec leaves to be saved is the least that is returned.
+    # The best uniform codec is returned if no choice is better.
     chosen = [names.index(best_uniform.codec)] * len(modules)
     policy, row = everywhere[best_uniform.codec], best_uniform
     allowed, tried = budget - floor.kl.high, set()
@@ -122,7 +122,7 @@ def tune(
         [found] = rows({"policy": candidate}, f"choice {number + 1}")
         if found.kl.high <= budget and found.bits_per_value < row.bits_per_value:
             policy, row, chosen = candidate, found, choice
-        # As much as would have met the budget exactly if costs only added up in this proportion.
+        # The budget that this choice would have met exactly, if costs keep this proportion.
         predicted = sum(costs[m, c].item() for m, c in enumerate(choice))
         allowed = (budget - floor.kl.high) * predicted / max(found.kl.high - floor.kl.high, 1e-12)
     return Tuned(
@@ -136,12 +136,12 @@ def tune(
 
 
 def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[int] | None:
-    """One column for each row, so that their costs stay within a budget and their sizes add up to the least.
+    """Choose one column for each row so that the costs stay within a budget and the sizes add up to the least.
 
     Args:
         costs: [M, C], 0 or more.
         sizes: [M, C].
-        budget: of the costs that are chosen; each is rounded up to a share of it that is less than 1 in 10,000.
+        budget: limit of the chosen costs' sum; each cost is rounded up by less than 1 in 10,000 of it.
 
     Returns:
         The column of each row; None if there is no such choice.
@@ -171,8 +171,23 @@ def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[in
     return chosen[::-1]
 
 
+def document(tuned: Tuned) -> dict:
+    """The result as JSON stores it: the policy's row, those of single codecs, and each codec's cost at each sum."""
+    names = {row.codec: row for row in (tuned.row, *tuned.uniform)}
+    return {
+        "saved": tuned.saved,
+        "best_uniform": tuned.best_uniform.codec,
+        "rows": [row.as_dict() for row in names.values()],
+        "sums": [
+            {"module": m, "chosen": tuned.choice[m], "codec": c, "kl": kl}
+            for m, each in tuned.costs.items()
+            for c, kl in each.items()
+        ],
+    }
+
+
 def evidence(tuned: Tuned, facts: Sequence[str]) -> list[str]:
-    """The comments of the policy's file: what was run, what was found, and what each choice costs."""
+    """Comments of the policy's file: the measurement, its result, and the cost of each choice."""
     row, uniform = tuned.row, tuned.best_uniform
     width = max(map(len, tuned.choice))
     lines = [
@@ -189,7 +204,7 @@ def evidence(tuned: Tuned, facts: Sequence[str]) -> list[str]:
 
 
 def _policy(modules: Sequence[str], codecs: Sequence[str], algorithm: str) -> Policy:
-    """The most frequent codec for all, and a rule for each module that has another."""
+    """Make a policy: the most frequent codec for all sums, and a rule for each module with another one."""
     usual = Counter(codecs).most_common(1)[0][0]
     rules = [Rule(match=name, codec=codec) for name, codec in zip(modules, codecs, strict=True) if codec != usual]
     return Policy(codec=usual, algorithm=algorithm, layers=tuple(rules))

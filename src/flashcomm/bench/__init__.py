@@ -1,1 +1,1 @@
-"""Measuring: one timer, one way to start ranks, one form of row. Correctness is checked before anything is timed."""
+"""Experiments that measure this machine. Answers are checked before anything is timed."""

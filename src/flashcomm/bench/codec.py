@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Features
-from flashcomm.codecs.registry import ALL as ALL
 
 _CHECKED_ROWS = 256
 _ROW = 4096
@@ -26,21 +25,17 @@ class CodecRow:
     threads: int
     bits_per_value: float
     sqnr_db: float
-    """On Gaussian values."""
+    """SQNR of Gaussian values."""
     sqnr_heavy_db: float
-    """On values of Student's t distribution with four degrees of freedom."""
+    """SQNR of values of Student's t distribution with four degrees of freedom."""
     sqnr_model_db: float | None
-    """On the partial sums of the bundled model on 4 ranks; mean over its sums."""
+    """Mean SQNR of the bundled model's partial sums on 4 ranks."""
     encode_ms: float
     decode_ms: float
     copy_ms: float
     encode_vs_copy: float
     decode_vs_copy: float
     bytes_equal_specification: bool
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
 
 
 def run(
@@ -56,12 +51,12 @@ def run(
     """Measure each codec on rows of 4,096 values.
 
     Args:
-        specs: codecs, no pairs. Those that need a calibration are given one of the same kind of data.
+        specs: codecs, no pairs. A codec that needs a calibration gets one of the tensor's own first rows.
         mib: size of the tensor.
-        dtype: of the tensor.
+        dtype: values' type in the tensor.
         repeats: timed rounds; encode, decode and the copy take turns in each.
-        device: where.
-        partial_sums: bf16 [R, T, H] by name, for the figure on real data.
+        device: ``cpu`` or ``cuda``.
+        partial_sums: bf16 [R, T, H] by name, for `CodecRow.sqnr_model_db`.
         progress: called with the name of each codec before it is measured.
 
     Raises:
@@ -117,7 +112,7 @@ def check(codec: Codec, x: torch.Tensor, payload: torch.Tensor):
     """Refuse to measure a kernel that is wrong.
 
     Raises:
-        RuntimeError: the payload, its size or what it decodes to is not the specification's.
+        RuntimeError: the payload, its size or the decoded values are not the specification's.
     """
     cols = x.shape[1]
     expected = codec.encode(x)
@@ -129,12 +124,12 @@ def check(codec: Codec, x: torch.Tensor, payload: torch.Tensor):
 
 
 def bound(codec: Codec, x: torch.Tensor) -> Codec:
-    """`codec` with a calibration on the rows of x[T, H] where it needs one, as the only rank."""
+    """Bind `codec`, where it needs a calibration, to one of the rows of x[T, H] on a single rank."""
     return codec.bind(Features(x.float().abs().amax(0).expand(2, -1)), 0)
 
 
 def sqnrs(codec: Codec, partial_sums: Mapping[str, torch.Tensor] | None = None) -> tuple[float, float, float | None]:
-    """SQNR in dB on 256 rows of Gaussian values, of heavy-tailed ones, and on partial sums (the mean over the sums)."""
+    """SQNRs in dB: of 256 rows of Gaussian values, of heavy-tailed ones, and of partial sums (the mean over them)."""
     generator = torch.Generator().manual_seed(1)
     gaussian = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator)
     # Student's t with four degrees of freedom: a Gaussian over the root of a mean of four squares.
@@ -147,7 +142,7 @@ def sqnrs(codec: Codec, partial_sums: Mapping[str, torch.Tensor] | None = None) 
 
 
 def _sqnr(codec: Codec, parts: torch.Tensor) -> float:
-    """On the second half of parts[R, T, H], calibrated on the first."""
+    """SQNR of the second half of parts[R, T, H], calibrated on the first."""
     known, judged = parts.chunk(2, 1)
     total = known.float().sum(0, keepdim=True)
     features = Features(torch.cat([known.float(), total]).abs().amax(1))

@@ -1,31 +1,30 @@
-"""`flashcomm bench all_reduce` and the other verbs: compressed against plain over sizes, as nccl-tests tabulates them.
+"""`flashcomm bench all_reduce` and the other verbs: compressed against plain over sizes, in the manner of nccl-tests.
 
-Every answer is checked before anything is timed. Variants take turns. A time is that of the slowest rank: each rank
-times its own call after a barrier, and each round counts its longest. Leaving a barrier takes longer than a small
-message, so up to 64 KiB a time is that of 20 calls in a row, over 20. Between there and 1 MiB there are five times as
-many rounds, because single calls of that size vary.
+Every answer is checked before anything is timed. Variants take turns. Each rank times its own call after a barrier, and
+the slowest rank's time counts. Leaving a barrier takes longer than a small message, so up to 64 KiB a time is the mean
+of 20 calls in a row. From there to 1 MiB there are five times as many rounds, because single calls of that size vary.
 
-Hazard: plain is the backend's own operation, called as codec ``none``; like all others it leaves its input alone, so
-its all-reduce copies first.
+Hazard: plain is the backend's own operation, called as codec ``none``. It leaves its input unchanged like all others,
+so its all-reduce copies first.
 """
 
 import hashlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 import flashcomm
 from flashcomm import codecs, simulate
-from flashcomm.bench import lab as labs
-from flashcomm.bench import launch
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
 from flashcomm.collectives.group import group_of
-from flashcomm.planner.hardware import bits_per_second
+from flashcomm.lab import hosts as labs
+from flashcomm.lab import launch
+from flashcomm.units import bits_per_second
 
 _BATCHED_BYTES, _BATCH = 64 << 10, 20
 _SINGLE_BYTES, _MORE_ROUNDS = 1 << 20, 5
@@ -44,13 +43,13 @@ class CollectiveRow:
     link: str
     """The rate of each host's link in a lab; ``unlimited`` there, ``local`` on one machine, or ``network``."""
     message_bytes: int
-    """The larger of what a rank gives and gets, uncompressed."""
+    """Uncompressed bytes of a rank's input or output, whichever is larger."""
     codec: str
     algorithm: str
     chosen: str
     """The algorithm that ran."""
     sent: str | None
-    """The format that travelled: the values as they are where that is faster."""
+    """The format that travelled; uncompressed where that is faster."""
     repeats: int
     calls_per_time: int
     p20_ms: float
@@ -63,58 +62,42 @@ class CollectiveRow:
     wire_gbps: float | None
     """Gigabytes that one rank sends per second."""
     wire_bytes: int | None
-    """Bytes that one rank sends to others, headers excluded; None where the library does not say."""
+    """Bytes that one rank sends to others, without headers; None where the library does not tell."""
     interface_bytes: int | None
-    """Bytes that a host's interface sent, of the host that sent most; None outside of a lab."""
+    """Bytes that an interface sent, on the host that sent most; None outside a lab."""
     cpu_ms: float | None
-    """Time of the cores that a rank takes, with all its threads and in the kernel, mean over the ranks. Where that of
-    all ranks over the number of cores comes near the median, the cores are the limit."""
+    """CPU time of a rank, with all its threads and the kernel's work, mean over the ranks. Where this times ranks
+    over cores comes near the median, the cores are the limit."""
     ceiling: str | None
-    """What the share is of: ``link``, the time of `interface_bytes` at the rate, or ``copy``, one of the message."""
+    """Ceiling of `ceiling_share`: ``link`` (time of `interface_bytes` at the rate) or ``copy`` (of the message)."""
     ceiling_share: float | None
-    """The ceiling's time over the median; what fits the link's buckets may exceed 1."""
+    """The ceiling's time over the median; above 1 where the link's token bucket holds the message."""
     sqnr_db: float | None
-    """Against fp64; None if there is no error."""
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
+    """SQNR of the result against fp64; None if it is exact."""
 
 
 def rounds_and_calls(message_bytes: int, repeats: int) -> tuple[int, int]:
-    """How often a message of this size is timed, and over how many calls each time."""
+    """(rounds, calls timed together in each round) for a message of this size."""
     if message_bytes <= _BATCHED_BYTES:
         return repeats, _BATCH
     return repeats * (_MORE_ROUNDS if message_bytes <= _SINGLE_BYTES else 1), 1
 
 
 def part_shape(op: str, size: int, ranks: int, dtype: torch.dtype) -> tuple[int, int]:
-    """(rows, cols) of the part of a message that one rank gives or gets; an all-reduce's is the message."""
+    """(rows, cols) of the part of a message that one rank gives or gets; of an all-reduce the whole message."""
     values = max(1, size // dtype.itemsize // (1 if op == "all_reduce" else ranks))
     cols = min(values, _ROW)
     return values // cols, cols
 
 
 def message_bytes(op: str, size: int, ranks: int, dtype: torch.dtype) -> int:
-    """What of `size` bytes is measured: whole rows on each rank, at least one value.
+    """Bytes that are measured for a size of `size`: whole rows on each rank, at least one value.
 
     >>> message_bytes("all_gather", 100, 3, torch.bfloat16)
     96
     """
     rows, cols = part_shape(op, size, ranks, dtype)
     return rows * cols * dtype.itemsize * (1 if op == "all_reduce" else ranks)
-
-
-def readable(size: int) -> str:
-    """Bytes as people write them.
-
-    >>> readable(65536), readable(1000)
-    ('64 KiB', '1000 B')
-    """
-    for unit, name in ((1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size >= unit:
-            return f"{size / unit:.4g} {name}"
-    return f"{size} B"
 
 
 def run(
@@ -132,17 +115,17 @@ def run(
 
     Args:
         op: ``all_reduce``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``.
-        specs: codecs; ``none``, the plain operation, is always measured.
+        specs: codecs; ``none`` is always measured too.
         ranks: world size.
         sizes: message sizes in bytes; rounded down to whole rows for each rank, up to one value.
         algorithms: ``auto``, ``one_step``; for all_reduce all of `flashcomm.planner.ALGORITHMS`. Combinations that the
             operation or a codec refuses are left out.
         repeats: timed rounds.
-        dtype: of the message.
-        lab: where the ranks run; None for this machine without a slow link.
+        dtype: values' type in the message.
+        lab: hosts for the ranks; None for this machine without a slow link.
 
     Raises:
-        flashcomm.bench.launch.RankError: a rank failed, or a result is wrong or differs between ranks.
+        flashcomm.lab.launch.RankError: a rank failed, or a result is wrong or differs between ranks.
     """
     arguments = (op, tuple(specs), tuple(sizes), tuple(algorithms), repeats, dtype)
     return launch.run(measure, arguments, ranks=ranks, lab=lab)[0]
@@ -151,7 +134,7 @@ def run(
 def measure(
     op: str, specs: Sequence[str], sizes: Sequence[int], algorithms: Sequence[str], repeats: int, dtype: torch.dtype
 ) -> list[CollectiveRow]:
-    """What `run` does, on every rank of the default process group; the rows are rank 0's to show.
+    """Measure on every rank of the default process group; other arguments as for `run`. Rank 0 has the full rows.
 
     Raises:
         RuntimeError: a result is wrong.
@@ -266,14 +249,14 @@ def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> li
 
 
 def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
-    """Bytes on the interface and milliseconds of the cores for one call."""
+    """(bytes on the interface, milliseconds of CPU time) of one call."""
     in_lab, times = labs.RATE_VARIABLE in os.environ, 3
     dist.barrier()
     before, start = labs.interface_bytes() if in_lab else 0, time.process_time()
     for _ in range(times):
         variant()
     spent = torch.tensor([time.process_time() - start], device=device)
-    # Only what all have received has surely passed the interface.
+    # Bytes have surely passed the interface once all ranks have received them.
     dist.barrier()
     sent = int(slowest([(labs.interface_bytes() - before) / calls / times], device)[0]) if in_lab else None
     dist.all_reduce(spent)
@@ -287,7 +270,7 @@ def _link(rate: str | None, ranks: int) -> str:
 
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
-    """In fp64, without an fp64 copy of each term."""
+    """Add in fp64, without an fp64 copy of each term."""
     total = torch.zeros(terms[0].shape, dtype=torch.float64)
     for term in terms:
         total += term
@@ -321,7 +304,7 @@ class Case:
         self.exact = _sum(self._terms()) if self.summed else torch.cat(self._terms()).double()
 
     def _terms(self) -> list[torch.Tensor]:
-        """What each rank contributes to this rank's result."""
+        """Each rank's contribution to this rank's result."""
         if self.op in ("reduce_scatter", "all_to_all"):
             return [x.chunk(self.ranks)[self.rank] for x in self.xs]
         return self.xs
@@ -353,7 +336,7 @@ class Case:
         return float(10 * torch.log10(_energy(self.exact) / noise)) if noise else None
 
     def _expected(self, codec: Codec, chosen: str) -> torch.Tensor:
-        """What one process gets from the ranks' payloads: the very bits."""
+        """The result that one process computes from the ranks' payloads, bit for bit."""
         if self.op == "all_reduce":
             return simulate.all_reduce(self.xs, codec, chosen, hosts=group_of(None).facts.hosts)
         first, second = codec.steps

@@ -1,9 +1,9 @@
-"""How fast the ranks of a group compute a decoder, and what their sums take from it: `flashcomm tune --save`.
+"""Measure how fast the ranks of a group compute a decoder, and how much their sums slow it: `flashcomm tune --save`.
 
-Every rank runs the same small decoder at once, of its share of the heads and of the MLP, without sums, so that ranks
-that share cores are measured as they will run. Prompts of several lengths tell what does not grow with tokens, what
-does, and what grows with pairs of them; of the two segments of a layer, one has more products for its values than the
-other, which tells the products' rate from the memory's.
+All ranks run the same small decoder at the same time, each with its share of the heads and of the MLP and without sums,
+so ranks that share cores are measured under the load of a real run. Prompts of several lengths separate the constant
+time from the time per token and per pair of tokens. The two segments of a layer do different amounts of products per
+value, which separates the products' rate from the memory's.
 
 Source: our own.
 """
@@ -20,7 +20,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import planner
 from flashcomm.bench import tune
-from flashcomm.cores import Seat, crowd
+from flashcomm.machine import Seat, crowd
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import CROWDED, Line, pairs
 from flashcomm.planner.shapes import Shape, Work
@@ -28,36 +28,36 @@ from flashcomm.planner.shapes import Shape, Work
 PROBE = Shape(
     name="probe", hidden=1024, layers=4, heads=16, kv_heads=16, head_dim=64, intermediate=3072, vocabulary=1024
 )
-"""What is run; its heads and its MLP are divided by the ranks."""
+"""Shape of the decoder that is run; the ranks share its heads and its MLP."""
 LENGTHS = (128, 256, 512, 1024)
 _REPEATS = 3
 _SUM_BYTES, _SUMS = 2 << 20, 8
 
 
 def measure(repeats: int = 5) -> Cluster:
-    """Measure the default group and what its ranks compute, on all ranks together.
+    """Measure the default group's link and its ranks' speed, on all ranks together.
 
     Args:
-        repeats: as of `flashcomm.bench.tune.measure`.
+        repeats: timed rounds, see `flashcomm.bench.tune.measure`.
 
     Returns:
         The same on every rank, with the measured group.
 
     Raises:
-        ValueError: one rank, which has nobody to send to.
+        ValueError: a group of one rank, which has no link to measure.
     """
     return computed(tune.measure(repeats))
 
 
 def computed(group: planner.Group) -> Cluster:
-    """The default group, whose collectives have been measured, with what its ranks compute."""
+    """Measure how fast the ranks of the default group compute, given its measured collectives."""
     assert group.machine is not None
     ranks = dist.get_world_size()
     share = replace(PROBE, heads=-(-PROBE.heads // ranks), kv_heads=-(-PROBE.kv_heads // ranks))
     share = replace(share, intermediate=PROBE.intermediate // ranks)
     attention, mlp = _lines(share)
     flops, bytes_s = _rates((share.attention(1), attention.token_s), (share.mlp(1), mlp.token_s))
-    # A second of a core that ranks share keeps them from computing for longer; where cores are left over, not at all.
+    # CPU time of sums delays compute where ranks share cores, the more the more they share; elsewhere not at all.
     seats: list = [None] * ranks
     dist.all_gather_object(seats, Seat.mine())
     crowded = crowd(seats)
@@ -91,13 +91,13 @@ def _rates(*segments: tuple[Work, float]) -> tuple[float, float]:
     per_flop = (first_s * other.value_bytes - second_s * one.value_bytes) / determinant
     per_byte = (one.flops * second_s - other.flops * first_s) / determinant
     if min(per_flop, per_byte) <= 0:
-        # Noise: a byte takes what it does where the products run at the rate of both segments together.
+        # Noise: take one rate for both, that of the two segments together.
         per_flop = per_byte = (first_s + second_s) / (one.flops + other.flops + one.value_bytes + other.value_bytes)
     return 1 / per_flop, 1 / per_byte
 
 
 def _lines(share: Shape) -> tuple[Line, Line]:
-    """Of the attention and the MLP of a layer, by the slowest rank."""
+    """Times of a layer's attention and MLP over tokens, on the slowest rank."""
     model = _decoder(share)
     points: tuple[list, list] = ([], [])
     for length in (LENGTHS[0], *LENGTHS):
@@ -124,7 +124,7 @@ def _decoder(share: Shape) -> Any:
 
 @torch.inference_mode()
 def _laps(model: Any, tokens: int) -> tuple[float, float]:
-    """Seconds of one layer's attention and of its MLP, in a prompt of so many tokens."""
+    """Seconds of one layer's attention and of its MLP, in a prompt of `tokens` tokens."""
     times: list[float] = []
     note = lambda *_: times.append(time.perf_counter())  # noqa: E731
     ends = [end for layer in model.layers for end in (layer.self_attn.o_proj, layer.mlp.down_proj)]
@@ -140,7 +140,7 @@ def _laps(model: Any, tokens: int) -> tuple[float, float]:
 
 
 def _core_s(spec: str) -> float:
-    """Seconds of the cores that a byte of a message takes, on the rank that is busiest."""
+    """CPU seconds per byte of a message, on the busiest rank."""
     x = torch.randn(_SUM_BYTES // 2 // PROBE.hidden, PROBE.hidden).bfloat16()
     out = torch.empty_like(x)
     flashcomm.all_reduce(x, spec, out=out)

@@ -1,9 +1,9 @@
 """`flashcomm bench gpu`: the Triton kernels, measured where there is a GPU and compiled ahead of time everywhere.
 
-Compiled, a kernel says how many registers a thread has, whether some are spilled to memory, and how many bytes must
-move; that many bytes at the speed of a copy are its floor. Only a GPU says how close it comes.
+A compiled kernel tells how many registers a thread has, whether some are spilled to memory, and how many bytes must
+move. The time of a copy of these bytes is its floor; only a GPU tells how close it comes.
 
-All-reduces are measured beside what one would use instead: the backend's, torch's own in one launch, and a cast to FP8.
+All-reduces are measured beside their alternatives: the backend's, torch's own in one launch, and a cast to FP8.
 """
 
 import os
@@ -11,7 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ CODECS = ("int8g128", "int4g128", "int4g32", "mxfp4", "nvfp4", "fp8g128", "int2g
 VERBS = ("encode", "decode", "decode_sum_encode")
 _COLS = 4096
 _RANKS = 4
-"""Whose payloads `decode_sum_encode` adds."""
+"""Number of payloads that `decode_sum_encode` adds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,20 +43,16 @@ class CompiledRow:
     kernel: str
     codec: str
     tile: int
-    """Values of a tile, and with them the threads of a program."""
+    """Values per tile, which also sets the threads of a program."""
     threads: int
     registers: int | None
-    """Of a thread; None where the compiler does not say."""
+    """Registers per thread; None where the compiler does not tell."""
     spilled_bytes: int | None
     shared_bytes: int
     bytes_per_value: float
-    """What must be read and written: the values as bf16, the payload once for each rank."""
+    """Bytes to read and write per value: the values as bf16, the payload once for each rank."""
     h200_floor_us: float
-    """For 256 MiB of bf16 at 4.3 TB/s, what a copy moves there."""
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
+    """Time for 256 MiB of bf16 at 4.3 TB/s, the speed of a copy on an H200."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +66,7 @@ class GpuRow:
     ms: float
     copy_ms: float
     copy_share: float
-    """Bytes in and out per second, over those of the copy."""
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
+    """Bandwidth, in and out, over that of the copy."""
 
 
 def measure(
@@ -85,13 +77,13 @@ def measure(
     device: str = "cuda",
     progress: Callable[[str], object] = lambda codec: None,
 ) -> list[GpuRow]:
-    """Each verb of each codec on so many MiB of bf16 in rows of 4,096, against a copy, in turns.
+    """Time each verb of each codec on `mib` MiB of bf16 in rows of 4,096, against a copy, in turns.
 
     Args:
         specs: codecs without calibration, no pairs.
-        mib: of bf16 values.
+        mib: size of the values in MiB.
         repeats: timed rounds.
-        device: where.
+        device: ``cuda``, or ``cpu`` in tests.
         progress: called with the name of each codec before it is measured.
 
     Raises:
@@ -141,30 +133,26 @@ class AllReduceRow:
     ranks: int
     gpus: int
     backend: str
-    """Of the process group."""
+    """The process group's backend."""
     mib: int
     codec: str
     algorithm: str
     route: str
-    """``one launch``, over the ``group``, or ``torch``'s."""
+    """``one launch``, ``group`` (over the process group), or ``torch`` (its own)."""
     ms: float
-    """Of the slowest rank."""
+    """Median of the slowest rank."""
     copy_ms: float
-    """Of the message on one rank."""
+    """Time of a copy of the message on one rank."""
     speedup: float
-    """Over the backend's all-reduce."""
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
+    """Time of the backend's all-reduce over this one's."""
 
 
 def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: str = "cuda") -> list[AllReduceRow]:
-    """Run on every rank of the default group: each codec in one step and in two, and what one would use instead.
+    """Run on every rank of the default group: each codec in one step and in two, and the alternatives.
 
     Args:
         specs: codecs without calibration.
-        mib: of bf16 values on each rank, in rows of 4,096.
+        mib: MiB of bf16 values on each rank, in rows of 4,096.
         repeats: timed rounds; variants take turns.
         device: ``cuda``, of which each rank takes one in turn, or ``cpu``.
 
@@ -233,7 +221,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
 
 
 def sum_in_fp8(x: torch.Tensor, out: torch.Tensor):
-    """The two-step all-reduce that torch alone can do in 8 bits: values cast to e4m3, no scales. x [T, H], T >= R."""
+    """Sum x [T, H] in 8 bits with torch alone, in two steps: values cast to e4m3, no scales. T >= R."""
     ranks = dist.get_world_size()
     rows = -(-x.shape[0] // ranks)
     sent = torch.zeros(ranks * rows, x.shape[1], dtype=torch.float8_e4m3fn, device=x.device)
@@ -260,7 +248,7 @@ def _two_shot(x: torch.Tensor) -> Callable[[], object]:
 
 
 def bytes_per_value(codec: codecs.Codec, verb: str) -> float:
-    """What a kernel must read and write for each value of bf16.
+    """Bytes that a kernel must read and write for each value of bf16.
 
     >>> bytes_per_value(codecs.parse("int8g128"), "encode")
     3.03125
@@ -356,7 +344,7 @@ _UNALIGNED = ("ranks", "rank", "rows", "patience")
 
 
 def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]:
-    """A kernel compiled for ``sm_90``, ``gfx942`` and the like, for tensors whose rows begin at multiples of 16."""
+    """Compile a kernel for a target such as ``sm_90`` or ``gfx942``; rows of tensors begin at multiples of 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -382,14 +370,14 @@ def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]
     formats = (value for value in constants.values() if isinstance(value, gpu.Format))
     options = gpu.options(constants["V"], *formats)
     if target.startswith("gfx"):
-        # As many threads in half as many warps.
+        # The same threads in half the warps.
         options["num_warps"] //= 2
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=where, options=options), options
 
 
 def _resources(binary: Any, target: str) -> tuple[int | None, int | None]:
-    """Registers of a thread and bytes that it spills, as the assembler tells."""
+    """(registers per thread, bytes that it spills) from the assembler."""
     if target.startswith("gfx"):
         text = binary.asm["amdgcn"]
         registers = re.search(r"\.vgpr_count:\s+(\d+)", text)

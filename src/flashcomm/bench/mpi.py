@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from flashcomm.bench.collectives import CollectiveRow, message_bytes, rounds_and_calls
-from flashcomm.bench.launch import RankError
 from flashcomm.bench.timing import Times
+from flashcomm.lab.launch import RankError
 
 
 def unavailable() -> str | None:
-    """Why Open MPI cannot be measured here, and what to do about it; None if it can."""
+    """The reason that Open MPI cannot be measured here, with its remedy; None if it can."""
     if shutil.which("mpirun") is None:
         return "the command 'mpirun' is missing: apt-get install openmpi-bin libopenmpi-dev"
     if find_spec("mpi4py") is None:
@@ -42,14 +42,14 @@ def around(
     repeats: int,
     dtype: torch.dtype,
 ) -> list[CollectiveRow]:
-    """The rows of `measure`, and after those of each size one for Open MPI, from before or after, whichever is better.
+    """Return the rows of `measure`, each size followed by a row of Open MPI's better run, the one before or after.
 
     Args:
-        measure: gives rows in the order of `sizes`, plain first.
-        op, ranks, sizes, repeats, dtype: as for `flashcomm.bench.collectives.run`.
+        measure: returns rows in the order of `sizes`, plain first.
+        op, ranks, sizes, repeats, dtype: see `flashcomm.bench.collectives.run`.
 
     Raises:
-        flashcomm.bench.launch.RankError: `mpirun` failed, or an answer is wrong.
+        flashcomm.lab.launch.RankError: `mpirun` failed, or an answer is wrong.
     """
     sizes = [message_bytes(op, size, ranks, dtype) for size in sizes]
     before = _mpirun(op, ranks, sizes, repeats)

@@ -1,4 +1,4 @@
-"""The picture of a table of collectives: time over size, on logarithmic axes, for each number of ranks."""
+"""Draw a table of collectives: time over size, on logarithmic axes, a panel for each number of ranks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from flashcomm.bench.collectives import CollectiveRow, readable
+from flashcomm.bench.collectives import CollectiveRow
+from flashcomm.report.palette import BLACK, GREY, GRID, series
+from flashcomm.units import bytes_text
 
-_GREY, _BLACK = "#9ca3af", "#111827"
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed", "#db2777", "#0891b2", "#65a30d", "#b91c1c")
 _STYLES = ("-", "--", ":", "-.")
 
 
 def draw(rows: Sequence[CollectiveRow], path: Path):
-    """Write the picture to `path`, in the format that its ending names.
+    """Write the picture to `path`, in the format of its suffix.
 
     Args:
-        rows: of one operation; a colour for each codec, a line style for each algorithm, grey for plain.
+        rows: rows of one operation; a colour for each codec, a line style for each algorithm, grey for plain.
         path: a file, such as ``all_reduce.png``.
     """
     worlds = sorted({row.ranks for row in rows})
@@ -33,11 +33,11 @@ def draw(rows: Sequence[CollectiveRow], path: Path):
         for (backend, codec, algorithm), points in lines.items():
             if codec == "none":
                 ours = backend == rows[0].backend
-                look = {"color": _GREY if ours else _BLACK, "linestyle": "-" if ours else "--", "linewidth": 2}
+                look = {"color": GREY if ours else BLACK, "linestyle": "-" if ours else "--", "linewidth": 2}
                 label = f"plain {backend}, {points[0].dtype}"
             else:
                 style = _STYLES[algorithms.index(algorithm) % len(_STYLES)]
-                look = {"color": _COLOURS[codecs.index(codec) % len(_COLOURS)], "linestyle": style}
+                look = {"color": series(codecs.index(codec)), "linestyle": style}
                 label = f"{codec} {algorithm}" if len(algorithms) > 1 else codec
             sizes = [row.message_bytes for row in points]
             axes.plot(sizes, [row.p50_ms for row in points], marker="o", markersize=3, label=label, **look)
@@ -45,11 +45,11 @@ def draw(rows: Sequence[CollectiveRow], path: Path):
         axes.set_yscale("log")
         sizes = sorted({row.message_bytes for row in rows})
         ticks = sizes[:: 1 + len(sizes) // 7]
-        axes.set_xticks(ticks, [readable(size) for size in ticks], fontsize=8)
+        axes.set_xticks(ticks, [bytes_text(size) for size in ticks], fontsize=8)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_title(f"{ranks} ranks", fontsize=10, loc="left")
         axes.set_xlabel("message")
-        axes.grid(True, color="#f0f0f0")
+        axes.grid(True, color=GRID)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("median ms of the slowest rank")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, edgecolor="none")

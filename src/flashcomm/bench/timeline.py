@@ -1,4 +1,4 @@
-"""The picture of who computed and who sent, rank by rank."""
+"""Draw when each rank computed and when it sent."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,17 +7,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from flashcomm.bench.ttft import Span
+from flashcomm.report.palette import series
 
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#7c3aed")
 _LANES = ("core", "link")
 
 
 def draw(timelines: Mapping[str, Sequence[Span]], title: str, path: Path):
-    """Write the picture to `path`, in the format that its ending names.
+    """Write the picture to `path`, in the format of its suffix.
 
     Args:
         timelines: spans of all ranks, a panel for each.
-        title: above all.
+        title: of the whole picture.
         path: a file, such as ``timeline.png``.
     """
     ranks = sorted({span.rank for spans in timelines.values() for span in spans})
@@ -29,7 +29,7 @@ def draw(timelines: Mapping[str, Sequence[Span]], title: str, path: Path):
             for part in sorted({span.part for span in spans}):
                 mine = [s for s in spans if (s.rank, s.lane, s.part) == (rank, lane, part)]
                 bars = [(1e3 * s.start_s, 1e3 * (s.end_s - s.start_s)) for s in mine]
-                colour = _COLOURS[part % len(_COLOURS)]
+                colour = series(part)
                 axes.broken_barh(bars, (place - 0.4, 0.8), color=colour, alpha=1.0 if lane == "core" else 0.55)
         axes.set_yticks(range(len(lanes)), [f"rank {rank} {lane}" for rank, lane in lanes], fontsize=8)
         axes.invert_yaxis()
@@ -37,7 +37,7 @@ def draw(timelines: Mapping[str, Sequence[Span]], title: str, path: Path):
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel("milliseconds")
     parts = sorted({span.part for spans in timelines.values() for span in spans})
-    patches = [Patch(color=_COLOURS[part % len(_COLOURS)], label=f"part {part + 1}") for part in parts]
+    patches = [Patch(color=series(part), label=f"part {part + 1}") for part in parts]
     figure.legend(handles=patches, loc="outside right upper", fontsize=8, edgecolor="none")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(path, dpi=150)

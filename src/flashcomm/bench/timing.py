@@ -1,4 +1,4 @@
-"""The only timer: variants take turns in one run, so that whatever else the machine does hits all of them alike."""
+"""The only timer: variants take turns in one run, so that other work on the machine slows all of them alike."""
 
 import statistics
 import time
@@ -41,12 +41,12 @@ def interleaved(
     """Time every variant `repeats` times, in turn, forwards and backwards alternately.
 
     Args:
-        variants: what to time, by name.
+        variants: functions to time, by name.
         repeats: timed rounds; each runs every variant once.
         warmup: rounds before them that are not timed.
         before: runs before each call, outside its time (a barrier, say).
-        after: runs after each call, inside its time (what waits until the work is done).
-        combine: turns a variant's seconds, in the order of rounds, into those that count (the slowest rank's, say).
+        after: runs after each call, inside its time (a wait until the work is done, say).
+        combine: turns a variant's seconds, in the order of rounds, into those to report (the slowest rank's, say).
         progress: runs after each round.
 
     Returns:

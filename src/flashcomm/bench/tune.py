@@ -1,7 +1,7 @@
-"""`flashcomm tune`: what collectives cost on this group of ranks, measured once, for `algorithm="auto"`.
+"""`flashcomm tune`: measure the costs of collectives on this group of ranks once, for `algorithm="auto"`.
 
-Every way to run an all-reduce is timed at a few sizes with two formats, 4 and 8 bits, which tells the cores' share of
-the time from the link's; see `flashcomm.planner.model`. A way that has fallen far behind is not tried on larger
+Every way to run an all-reduce is timed at a few sizes with two formats, 4 and 8 bits, which separates the cores' share
+of the time from the link's; see `flashcomm.planner.model`. A way that has fallen far behind is not tried on larger
 messages.
 """
 
@@ -40,20 +40,20 @@ def measure(
     Args:
         repeats: timed rounds for each size.
         sizes: message sizes in bytes.
-        progress: called with what is about to be measured.
+        progress: called with a description before each size.
 
     Returns:
         The group with its `machine`, the same on every rank; `flashcomm.measured.save` keeps it for later.
 
     Raises:
-        ValueError: one rank, which has nobody to send to.
+        ValueError: a group of one rank, which has no link to measure.
     """
     if dist.get_world_size() == 1:
         raise ValueError("one rank has no link to measure: give 2 or more")
     group = group_of(None)
     group.meet(torch.device("cpu"))
     variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, (*CODECS, "bf16"))]
-    # Pieces are for what the cores have to do.
+    # Pieces only help where the cores have work to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
     samples: dict[tuple[Way | None, bool], list[tuple[int, float, float]]] = {}
     for size in sizes:
@@ -64,8 +64,8 @@ def measure(
             exact = codec is None or isinstance(codec, Cast)
             samples.setdefault((way, exact), []).append((size, codec.bits_per_value(_ROW) if codec else 16.0, seconds))
         if size >= _LARGE_BYTES:
-            # All ranks see the same times. An algorithm goes with all its pieces and formats: these change places as
-            # messages grow.
+            # All ranks see the same times. An algorithm is dropped with all its pieces and formats, whose order changes
+            # as messages grow.
             best: dict[tuple[str, Codec], float] = {}
             for way, codec in fit:
                 best[way.algorithm, codec] = min(times[way, codec], best.get((way.algorithm, codec), math.inf))
@@ -106,7 +106,7 @@ def _run(way: Way, x: torch.Tensor, codec: Codec) -> Run:
 def _times(
     size: int, variants: Sequence[tuple[Way, Codec]], repeats: int
 ) -> dict[tuple[Way | None, Codec | None], float]:
-    """Seconds that the slowest rank needs for each variant, and for the backend's own all-reduce."""
+    """Seconds of each variant and of the backend's own all-reduce, on the slowest rank."""
     values = size // 2
     x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.empty_like(x)

@@ -1,14 +1,12 @@
-"""What the commands share: where they print, the options of several, and checks that end a command with a sentence."""
+"""Shared by all commands: consoles, common options, and checks that end a command with a sentence."""
 
-import json
-import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -16,11 +14,16 @@ from rich.console import Console
 from rich.table import Table
 
 import flashcomm
-from flashcomm.bench.lab import Lab
+from flashcomm import planner
+from flashcomm.lab import Lab
+from flashcomm.report import rows
 
-# Tables keep their shape where there is no terminal to fit.
+# Without a terminal, tables keep one width.
 stdout = Console(width=None if sys.stdout.isatty() else 110)
 stderr = Console(stderr=True)
+
+DEMO_PROMPT = "def read_config(path):\n    "
+"""A prompt that the bundled model can continue."""
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.", dir_okay=False)]
 Ranks = Annotated[int, typer.Option("--tp", help="Tensor-parallel ranks, all on this machine.", min=1)]
@@ -38,15 +41,17 @@ Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: b
 _LAST_WORDS_S = 3.0
 
 
-def fail(message: str):
+def fail(message: str) -> NoReturn:
+    """Print the sentence `message` as an error and exit with status 2."""
     stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
     if stderr.quiet:
-        # Whoever started the ranks ends them all with the first that fails, and only one says why.
+        # The launcher ends all ranks when the first one fails, and only rank 0 prints why: leave it the time.
         time.sleep(_LAST_WORDS_S)
     raise typer.Exit(2)
 
 
 def new_table(title: str) -> Table:
+    """Make an empty table in the style of all commands."""
     return Table(
         title=title,
         title_justify="left",
@@ -58,14 +63,8 @@ def new_table(title: str) -> Table:
     )
 
 
-def figure(value: float | None) -> str:
-    """Three digits, but no more than three decimals."""
-    if value is None:
-        return ""
-    return f"{value:.{max(0, min(3, 2 - math.floor(math.log10(value))))}f}" if value > 0 else f"{value:g}"
-
-
 def codec_list(text: str, plain_first: bool = False) -> list[str]:
+    """Parse comma-separated codecs into their canonical spelling; with `plain_first`, ``none`` precedes the others."""
     try:
         specs = [str(flashcomm.codec(part.strip())) for part in text.split(",")]
     except ValueError as error:
@@ -73,31 +72,42 @@ def codec_list(text: str, plain_first: bool = False) -> list[str]:
     return ["none", *(s for s in specs if s != "none")] if plain_first else specs
 
 
+def bundled_or(model: Path) -> Path:
+    """The directory of the model that an argument names: the bundled one's for ``demo``."""
+    from flashcomm.models import BUNDLED
+
+    return BUNDLED if str(model) == "demo" else model
+
+
 def model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:
-    from flashcomm.bench import model
+    """Return `directory` if a model in it can be split over `ranks` ranks."""
+    from flashcomm.models.load import check_directory
 
     need("transformers", "transformers")
     if ranks < least_ranks:
         fail(f"--tp {ranks}: one rank sends nothing. Use --tp {least_ranks} or more")
     try:
-        model.check_directory(directory, ranks)
+        check_directory(directory, ranks)
     except ValueError as error:
         fail(str(error))
     return directory
 
 
 def check_dtype(dtype: str):
+    """Allow the dtypes that all commands know."""
     if dtype not in ("bfloat16", "float16", "float32"):
         fail(f"unknown dtype {dtype!r}. Allowed: bfloat16, float16, float32")
 
 
 def check_plot(path: Path):
+    """Allow the picture formats that are drawn, and require matplotlib."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         fail(f"--plot {str(path)!r}: give a file that ends in .png, .svg or .pdf")
     need("matplotlib", "plot")
 
 
 def need(module: str, extra: str):
+    """Require an optional package, which ``flashcomm[extra]`` installs."""
     if find_spec(module) is None:
         fail(f"this command needs {module}: pip install 'flashcomm[{extra}]'")
 
@@ -113,7 +123,7 @@ def warm_up(specs: list[str]):
 
 @contextmanager
 def in_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Iterator[Lab | None]:
-    """The lab that the options ask for, if any; what is wrong with them is an error before anything starts."""
+    """Enter the lab that the options ask for, if any; wrong options are an error before anything starts."""
     lab = checked_lab(ranks, rate, ranks_per_host)
     if lab is None:
         yield None
@@ -126,7 +136,54 @@ def in_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Iterator[Lab | 
         yield lab
 
 
+def check_algorithm(algorithm: str, specs: list[str], ranks: int | planner.Group):
+    """Allow algorithms that exist and can send each codec."""
+    try:
+        for spec in specs:
+            if spec != "none":
+                planner.choose(0, ranks, flashcomm.codec(spec), algorithm=algorithm)
+    except ValueError as error:
+        fail(str(error))
+
+
+def check_calibration(spec: str, path: Path | None, ranks: int):
+    """Require a calibration where a codec needs one, and that it fits the codec and the ranks."""
+    from flashcomm.calibration import Calibration
+
+    codec = flashcomm.codec(spec)
+    if path is None and codec.unbound:
+        fail(f"--codec {spec} needs --calibration FILE, which 'flashcomm calibrate MODEL' writes")
+    if path is not None:
+        try:
+            calibration = Calibration.load(path)
+            for module in calibration.features:
+                calibration.bind(codec, module, rank=0, ranks=ranks)
+        except ValueError as error:
+            fail(str(error))
+
+
+def read_text(path: Path) -> str:
+    """Read the UTF-8 file of ``--text``, which must not be empty."""
+    if not path.is_file():
+        fail(f"--text {str(path)!r}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        fail(f"--text {str(path)!r} is not UTF-8: {error}")
+    if not text.strip():
+        fail(f"--text {str(path)!r} is empty: give text like what the model will see")
+    return text
+
+
+def number_of_ranks(text: str) -> int:
+    """Parse one of the numbers of ``--tp``."""
+    if not text.strip().isdigit() or int(text) < 2:
+        fail(f"--tp {text!r}: give numbers of ranks of 2 or more, such as 2,4")
+    return int(text)
+
+
 def checked_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Lab | None:
+    """The lab that the options ask for, not yet entered; None if they ask for none."""
     if rate is None and ranks_per_host > 1:
         fail(f"--ranks-per-host {ranks_per_host} is for ranks behind slow links: give --rate too")
     try:
@@ -136,7 +193,7 @@ def checked_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Lab | None
         fail(str(error))
 
 
-def write_json(path: Path | None, document: object):
+def write_rows(path: Path | None, op: str, found: Sequence):
+    """Write rows of results to the file of ``--json``, if there is one."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        rows.write_json(path, rows.document(op, found))

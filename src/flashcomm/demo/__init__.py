@@ -1,5 +1,5 @@
 """`flashcomm demo`: the bundled model over ranks of this machine, every codec side by side."""
 
-from pathlib import Path
+from flashcomm.models import BUNDLED as MODEL
 
-MODEL = Path(__file__).parent / "model"
+__all__ = ["MODEL"]

@@ -1,4 +1,4 @@
-"""What each rank of the demo does, and the rows that come out."""
+"""Measure every codec for the demo, on each rank, and make its rows."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,17 +8,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from flashcomm.bench import model as bench
-from flashcomm.bench.progress import progress
+from flashcomm.accuracy.on_ranks import accuracy
+from flashcomm.bench.prompt import Prompt, prefill
 from flashcomm.codecs import parse
-from flashcomm.demo import text
 from flashcomm.integrations.transformers import calibrate, compressed
+from flashcomm.models import text
+from flashcomm.models.generate import generate
+from flashcomm.models.load import load, switch
+from flashcomm.models.windows import windows
 from flashcomm.overlap import prefill as overlapping
+from flashcomm.report.progress import progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoRow:
-    """One codec's figures, as the table and the JSON show them."""
+    """One codec's figures."""
 
     codec: str
     algorithm: str
@@ -40,11 +44,7 @@ class DemoRow:
     """Time to first token with overlap."""
     overlapped_vs_plain: float | None = None
     predicted_ms: float | None = None
-    """Of the decoder, by the planner of overlap."""
-
-    def as_dict(self) -> dict:
-        """The row as JSON stores it."""
-        return asdict(self)
+    """Predicted time to first token with overlap, for the decoder alone."""
 
 
 def rank_main(
@@ -58,30 +58,31 @@ def rank_main(
     dtype: str,
     overlap: bool = False,
 ) -> tuple[list[DemoRow], int]:
-    """Run on every rank: the rows and the number of held-out tokens. Times are those of the slowest rank."""
-    model, tokenizer = bench.load(directory, getattr(torch, dtype))
+    """Run on every rank and return the rows and the number of held-out tokens. Times are the slowest rank's."""
+    model, tokenizer = load(directory, getattr(torch, dtype))
     hidden = model.config.get_text_config().hidden_size
     # Special tokens between files are part of the stream, and a long text is no mistake here.
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
-    windows = text.windows(ids, eval_tokens)
+    held_out = windows(ids, eval_tokens)
     calibration = None
     if any(parse(spec).unbound for spec in specs):
         calibration = calibrate(model, text.calibration_windows(tokenizer), origin="the demo")
     # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
     with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:
-        total = len(windows) * (len(specs) + 1)
-        accuracy = bench.accuracy(model, handle, specs, windows, algorithm, step("accuracy", total))
-        with overlapping(model) if overlap else nullcontext() as parts:
+        total = len(held_out) * (len(specs) + 1)
+        judged = accuracy(model, handle, specs, held_out, algorithm, step("accuracy", total))
+        with overlapping(model) if overlap else nullcontext() as overlapped:
             advance = step("time to first token", repeats + 1)
-            prefill = bench.prefill(model, handle, specs, windows[0], repeats, algorithm, advance, parts)
+            read = Prompt(model, handle, held_out[0], overlapped, algorithm)
+            times = prefill(read, specs, repeats, advance)
         advance = step("text", len(specs))
         rows = []
         for spec in specs:
-            bench.switch(handle, spec, algorithm)
-            continuation = bench.generate(model, tokenizer, prompt, new_tokens)
+            switch(handle, spec, algorithm)
+            continuation = generate(model, tokenizer, prompt, new_tokens)
             advance()
-            first = prefill[spec]
-            plain_ms = prefill[specs[0]].times.p50_ms
+            first = times[spec]
+            plain_ms = times[specs[0]].times.p50_ms
             more = {}
             if first.overlapped and first.split:
                 more = {
@@ -100,12 +101,12 @@ def rank_main(
                     ttft_vs_plain=plain_ms / first.times.p50_ms,
                     text=continuation,
                     **more,
-                    **accuracy[spec].as_dict(),
+                    **asdict(judged[spec]),
                 )
             )
-    return rows, sum(len(window) for window in windows)
+    return rows, sum(len(window) for window in held_out)
 
 
 def _progress():
-    """On rank 0 alone."""
+    """Progress on rank 0; the other ranks show nothing."""
     return progress() if dist.get_rank() == 0 else nullcontext(lambda name, total: lambda: None)

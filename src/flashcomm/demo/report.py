@@ -5,16 +5,17 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from flashcomm.bench.page import BLUE, COLOURS, GREY, RED, document, figure, images
 from flashcomm.demo.measure import DemoRow
+from flashcomm.report.page import empty_plot, html_page, images
+from flashcomm.report.palette import BLUE, GREY, GRID, LEADER, RED, SERIES
 
 
 def render(rows: Sequence[DemoRow], facts: dict) -> str:
-    """The page.
+    """Render the page.
 
     Args:
         rows: plain first.
-        facts: what was run and where: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``,
+        facts: the origin of the figures: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``,
             and in a lab ``rate`` and ``ranks_per_host``.
     """
     machine = facts["machine"]
@@ -38,11 +39,11 @@ and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b
 {texts}
 <p class="note">{html.escape(versions)}{", commit " + machine["commit"] if machine["commit"] else ""}</p>
 """
-    return document("flashcomm demo", body)
+    return html_page("flashcomm demo", body)
 
 
 def link(facts: dict) -> str:
-    """A sentence about what lies between the ranks, without which times say nothing."""
+    """A sentence about the link between the ranks, without which times say little."""
     if "rate" not in facts:
         return "Ranks share this machine, so there is no slow link here for compression to speed up."
     hosts = facts["ranks"] // facts["ranks_per_host"]
@@ -52,7 +53,7 @@ def link(facts: dict) -> str:
 
 
 def by_text(rows: Sequence[DemoRow]) -> dict[str, list[str]]:
-    """The codecs by what they made the model write, in the order of the rows."""
+    """Codecs by the text that the model wrote with them, in the order of the rows."""
     texts: dict[str, list[str]] = {}
     for row in rows:
         texts.setdefault(row.text, []).append(row.codec)
@@ -84,7 +85,7 @@ def _overlap_cells(row: DemoRow) -> str:
 
 
 def _family(codec: str) -> str:
-    """What a dot's colour tells."""
+    """The kind of a format, which sets its dot's colour."""
     wrappers = {
         "+spike": "spikes reserved",
         "+keep": "features kept",
@@ -98,7 +99,7 @@ def _family(codec: str) -> str:
 
 
 def best(rows: Sequence[DemoRow]) -> list[DemoRow]:
-    """The rows that no other beats or equals in both bits and KL, by bits: the formats worth a choice."""
+    """The rows on the Pareto front of bits and KL, by bits: the formats worth a choice."""
     front: list[DemoRow] = []
     for row in sorted(rows, key=lambda r: (r.bits_per_value, r.kl)):
         if not front or row.kl < front[-1].kl:
@@ -107,15 +108,15 @@ def best(rows: Sequence[DemoRow]) -> list[DemoRow]:
 
 
 def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
-    """KL against bits, a dot per format; names in a column beside it, so that none covers another."""
-    plot, axes = figure(
+    """Draw KL against bits, a dot per format, with names in a column beside it so that none covers another."""
+    plot, axes = empty_plot(
         "Accuracy: KL against plain by bits on the wire; the line joins the formats worth a choice", 7.2
     )
     dots = sorted((r for r in rows if r.kl > 0 and r.bits_per_value < 16), key=lambda r: r.kl)
     front = best(dots)
     axes.plot([r.bits_per_value for r in front], [r.kl for r in front], color=GREY, linewidth=1, zorder=2)
     families = dict.fromkeys(_family(r.codec) for r in dots)
-    for family, colour in zip(families, COLOURS, strict=False):
+    for family, colour in zip(families, SERIES, strict=False):
         members = [r for r in dots if _family(r.codec) == family]
         points = [r.bits_per_value for r in members], [r.kl for r in members]
         axes.scatter(*points, color=colour, s=26, zorder=3, label=family)
@@ -123,7 +124,7 @@ def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
         axes.annotate(
             row.codec, (row.bits_per_value, row.kl), xytext=(1.04, (place + 0.5) / len(dots)), textcoords="axes fraction",
             fontsize=8, va="center", weight="bold" if row in front else "normal",
-            arrowprops={"arrowstyle": "-", "color": "#d1d5db", "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": LEADER, "linewidth": 0.6, "shrinkB": 3, "relpos": (0, 0.5)},
         )  # fmt: skip
     for row in rows:
         if row.codec == "fp32":
@@ -133,7 +134,7 @@ def _accuracy_plot(rows: Sequence[DemoRow]) -> Figure:
     if dots:
         axes.set_yscale("log")
         axes.legend(fontsize=8, loc="lower left", edgecolor="none", framealpha=1)
-    axes.grid(True, color="#f0f0f0")
+    axes.grid(True, color=GRID)
     return plot
 
 
@@ -148,7 +149,7 @@ def _plots(rows: Sequence[DemoRow], rate: str | None):
             "{:.0f}",
         ),
     ):
-        plot, axes = figure(title)
+        plot, axes = empty_plot(title)
         names = [r.codec for r in rows][::-1]
         values = [value(r) for r in rows][::-1]
         bars = axes.barh(names, values, color=[GREY if n == "none" else BLUE for n in names], zorder=3)

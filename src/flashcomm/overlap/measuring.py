@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashcomm.collectives.group import group_of
-from flashcomm.cores import Seat, crowd
+from flashcomm.machine import Seat, crowd
 from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
 
 SHARES = (1, 2, 5)

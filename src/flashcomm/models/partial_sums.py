@@ -1,4 +1,4 @@
-"""What the ranks of the bundled model would send: the real partial sums, in one process.
+"""The values that ranks of a trained model send: real partial sums, computed in one process.
 
 A row-parallel layer that is split over R ranks adds R products, each of a slice of the input with one of the weight.
 """
@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
-from flashcomm.demo import MODEL, text
+from flashcomm.models import text
+from flashcomm.models.load import BUNDLED, load
+from flashcomm.models.windows import windows
 
 
 @torch.inference_mode()
-def partial_sums(directory: Path = MODEL, ranks: int = 4, tokens: int = 2048) -> dict[str, torch.Tensor]:
-    """Partial sums of every layer's attention and MLP output on held-out text.
+def partial_sums(directory: Path = BUNDLED, ranks: int = 4, tokens: int = 2048) -> dict[str, torch.Tensor]:
+    """Compute the partial sums of every layer's attention and MLP on held-out text.
 
     Args:
         directory: a Hugging Face Llama.
@@ -20,14 +22,9 @@ def partial_sums(directory: Path = MODEL, ranks: int = 4, tokens: int = 2048) ->
         tokens: T, a multiple of 1,024.
 
     Returns:
-        By module name, bf16 [R, T, H].
+        bf16 [R, T, H] by module name.
     """
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    model, tokenizer = load(directory, torch.bfloat16)
     ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
     found: dict[str, list[torch.Tensor]] = {}
 
@@ -43,6 +40,6 @@ def partial_sums(directory: Path = MODEL, ranks: int = 4, tokens: int = 2048) ->
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
             module.register_forward_pre_hook(record(name))
-    for window in text.windows(ids, tokens):
+    for window in windows(ids, tokens):
         model(window[None], use_cache=False)
     return {name: torch.cat(parts, 1) for name, parts in found.items()}

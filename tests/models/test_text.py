@@ -1,10 +1,10 @@
-"""The demo's texts: what is measured on was never learnt from, and both read the same everywhere."""
+"""The bundled model's texts: training text and held-out text are apart, and read the same everywhere."""
 
 from pathlib import Path
 
 import pytest
 
-from flashcomm.demo import text
+from flashcomm.models import text
 
 
 @pytest.fixture

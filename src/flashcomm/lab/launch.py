@@ -1,4 +1,4 @@
-"""Start ranks on this machine, with torch's elastic launcher or in a lab, and stop all of them whatever happens.
+"""Start ranks on this machine, with torch's elastic launcher or in a lab, and stop all of them in any case.
 
 Each rank is a process of its own that runs one function; what rank r returns is element r of the result.
 """
@@ -23,8 +23,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flashcomm import cores
-from flashcomm.bench.lab import RATE_VARIABLE, Lab
+from flashcomm import machine
+from flashcomm.lab.hosts import RATE_VARIABLE, Lab
 
 INTERRUPTED = "interrupted; all ranks have been stopped"
 _STOPPED = "the other ranks have been stopped"
@@ -45,11 +45,11 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         function: a module-level function; it and its arguments are pickled.
         args: its arguments.
         ranks: number of processes, all on this machine.
-        timeout_s: after which a collective that some rank has not joined is an error.
-        lab: where the ranks run, behind slow links and over gloo; `ranks` is its number of ranks. None for no lab.
+        timeout_s: seconds after which a collective that some rank has not joined is an error.
+        lab: hosts with slow links for the ranks, which then use gloo; it has `ranks` ranks. None for no lab.
 
     Returns:
-        What each rank returned, in rank order.
+        Each rank's return value, in rank order.
 
     Raises:
         RankError: a rank raised or died; says which and why, and no process is left.
@@ -60,7 +60,7 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         if lab.ranks != ranks:
             raise ValueError(f"{ranks} ranks in a lab of {lab.ranks}: give both the same number")
         return _run_in_lab(lab, function, args, timeout_s)
-    # The launcher's own reports repeat what RankError says, at greater length; each of its modules has a level.
+    # The launcher's reports repeat RankError at greater length. Each of its modules has a log level of its own.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -86,15 +86,15 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
 
 
 def joined() -> bool:
-    """Whether this process is a rank that somebody else started: torchrun, or `flashcomm lab`."""
+    """True if this process is a rank that torchrun or `flashcomm lab` has started."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
-    """Be the rank that the environment says: ``function(*args)`` in this process, with the group of all ranks.
+    """Run ``function(*args)`` in this process as the rank that the environment names, with the group of all ranks.
 
     Args:
-        function, args, timeout_s: as for `run`; nothing is pickled.
+        function, args, timeout_s: see `run`; nothing is pickled.
 
     Returns:
         What the function returned on this rank.
@@ -103,7 +103,7 @@ def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
 
 
 def backend() -> str:
-    """NCCL where every rank can have a GPU of its own, gloo otherwise and in a lab."""
+    """Name of the backend: NCCL if every rank can have its own GPU, otherwise, and in a lab, gloo."""
     if RATE_VARIABLE in os.environ:
         return "gloo"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -122,8 +122,8 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # The hosts of a lab are one machine.
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE", "1"))
-    torch.set_num_threads(max(1, len(cores.available()) // ranks))
-    # The command that started us has compiled the kernels and said so.
+    torch.set_num_threads(max(1, len(machine.cores()) // ranks))
+    # The parent process has compiled the kernels and logged it.
     logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
     name = backend()
     if name == "nccl":
@@ -141,7 +141,7 @@ def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> 
         (folder / "call").write_bytes(pickle.dumps((function, args)))
         paths = os.pathsep.join(path for path in sys.path if path)
         try:
-            command = [sys.executable, "-m", "flashcomm.bench.launch", name, str(timeout_s)]
+            command = [sys.executable, "-m", "flashcomm.lab.launch", name, str(timeout_s)]
             codes = lab.run(command, env={"PYTHONPATH": paths})
         except KeyboardInterrupt as stopped:
             raise Interrupted(INTERRUPTED) from stopped
@@ -157,7 +157,7 @@ def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> 
 
 
 def _errors(folder: Path) -> dict[int, dict]:
-    """What ranks wrote down before they ended, by rank; nothing of those that were stopped while they wrote."""
+    """Errors that ranks wrote before they ended, by rank; files that were cut off are left out."""
     errors = {}
     for path in folder.glob("*.error"):
         with suppress(ValueError):
@@ -166,7 +166,7 @@ def _errors(folder: Path) -> dict[int, dict]:
 
 
 def _lab_main(folder: Path, timeout_s: float):
-    """One rank of `_run_in_lab`: the call from its file, the result or the error into another."""
+    """Run one rank of `_run_in_lab`: read the call from its file, write the result or the error to another."""
     rank = os.environ["RANK"]
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"{rank}.error")
     try:

@@ -1,4 +1,4 @@
-"""`flashcomm generate`: what each rank does."""
+"""Greedy text from a model, and how fast it comes: every rank's part of `flashcomm generate`."""
 
 import time
 from pathlib import Path
@@ -8,12 +8,21 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm.bench import model as bench
 from flashcomm.integrations.transformers import compressed
+from flashcomm.models.load import load
+
+
+@torch.inference_mode()
+def generate(model: Any, tokenizer: Any, prompt: str, tokens: int, streamer: Any = None) -> str:
+    """Greedy continuation of `prompt`, without it."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = inputs.to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, streamer=streamer)[0]
+    return tokenizer.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 class _Clock:
-    """A transformers streamer that notes when tokens arrive and passes them on."""
+    """A transformers streamer that records when tokens arrive and passes them on."""
 
     def __init__(self, inner: Any):
         self.inner, self.times = inner, []
@@ -38,8 +47,8 @@ def rank_main(
     stream: bool,
     calibration: Path | None = None,
 ) -> dict:
-    """Generate greedily; rank 0 prints the text as it comes. Returns the figures."""
-    model, tokenizer = bench.load(directory, getattr(torch, dtype))
+    """Generate on every rank; rank 0 prints the text as it comes. Returns the figures."""
+    model, tokenizer = load(directory, getattr(torch, dtype))
     inner = None
     if stream and dist.get_rank() == 0:
         from transformers import TextStreamer
@@ -51,10 +60,10 @@ def rank_main(
         algorithm = "plain" if spec == "none" else algorithm
         with compressed(model, spec, algorithm=algorithm, calibration=calibration):
             start = time.perf_counter()
-            text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
+            text = generate(model, tokenizer, prompt, new_tokens, clock)
     else:
         start = time.perf_counter()
-        text = bench.generate(model, tokenizer, prompt, new_tokens, clock)
+        text = generate(model, tokenizer, prompt, new_tokens, clock)
     # The streamer is given the prompt first, then one token at a time.
     arrivals = clock.times[1:]
     between = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else 0.0

@@ -1,0 +1,128 @@
+"""Advise on a model and a machine that are given by name or by file, and write the advice as a policy.
+
+The arithmetic is `flashcomm.planner.prefill`; nothing is started and no model is loaded.
+
+Source: our own.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashcomm.codecs import parse
+from flashcomm.planner import hardware, prefill, shapes
+from flashcomm.planner.hardware import Cluster
+from flashcomm.planner.prefill import Advice, Prediction
+from flashcomm.planner.shapes import Shape
+from flashcomm.policy import Policy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A question to the planner and its answer."""
+
+    shape: Shape
+    cluster: Cluster
+    tokens: int
+    """Tokens per prompt."""
+    rows: int
+    """Prompts in the batch."""
+    predictions: tuple[Prediction, ...]
+    """One per codec, plain first."""
+    advice: Advice
+
+    def as_dict(self) -> dict:
+        """The question, the figures and the advice, for JSON."""
+        ranks = {"ranks": self.cluster.group.ranks, "hosts": self.cluster.group.hosts}
+        return {
+            "model": self.shape.name,
+            "machine": self.cluster.name,
+            **ranks,
+            "prompt": self.tokens,
+            "batch": self.rows,
+            "facts": [*self.cluster.facts, *self.notes],
+            "rows": [one.as_dict() for one in self.predictions],
+            "advice": self.advice.as_dict(),
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences about what the figures leave out."""
+        ranks, heads = self.cluster.group.ranks, self.shape.heads
+        return [] if heads % ranks == 0 else [f"{heads} heads do not divide by {ranks}: as if they did"]
+
+
+def plan(
+    model: str,
+    machine: str,
+    *,
+    ranks: int | None = None,
+    tokens: int = 2048,
+    rows: int = 1,
+    codecs: Sequence[str] = prefill.CODECS,
+    ranks_per_host: int | None = None,
+    rate: str | None = None,
+    link: str | None = None,
+) -> Planned:
+    """Predict the first token's time in each codec, and advise.
+
+    Args:
+        model: name, folder or file, see `flashcomm.planner.shapes.load`.
+        machine: a name of `flashcomm.planner.hardware.ACCELERATORS`, or a file of ``flashcomm tune --save``.
+        ranks: 2 or more; 4 if not given, or those of the file.
+        tokens: tokens per prompt.
+        rows: prompts in the batch.
+        codecs: codecs to compare with plain.
+        ranks_per_host, rate, link: see `flashcomm.planner.hardware.cluster`; not with a file.
+
+    Raises:
+        ValueError: an argument is not allowed; names the allowed ones.
+    """
+    shape = shapes.load(model)
+    for name, given in (("prompt", tokens), ("batch", rows)):
+        if given < 1:
+            raise ValueError(f"{name} {given}: give 1 or more")
+    for spec in codecs:
+        if parse(spec).unbound:
+            raise ValueError(f"{spec} needs a calibration of a model: plan with its base, {parse(spec).base}")  # pyright: ignore[reportAttributeAccessIssue]
+    options = {"--ranks-per-host": ranks_per_host, "--rate": rate, "--link": link}
+    cluster = _cluster(machine, ranks, options)
+    predictions = tuple(prefill.compare(shape, cluster, codecs, tokens=tokens, rows=rows))
+    return Planned(
+        shape=shape, cluster=cluster, tokens=tokens, rows=rows, predictions=predictions,
+        advice=prefill.advise(predictions),
+    )  # fmt: skip
+
+
+def _cluster(machine: str, ranks: int | None, options: dict[str, Any]) -> Cluster:
+    if Path(machine).suffix != ".json":
+        per_host, rate, link = options.values()
+        return hardware.cluster(machine, ranks or 4, ranks_per_host=per_host, rate=rate, link=link)
+    if given := [name for name, value in options.items() if value is not None]:
+        raise ValueError(f"{given[0]} with {machine}, which was measured on links of its own: leave it out")
+    try:
+        cluster = Cluster.from_dict(json.loads(Path(machine).read_text()), machine)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {machine!r}: {error}. `flashcomm tune --save {machine}` makes it") from None
+    if ranks not in (None, cluster.group.ranks):
+        raise ValueError(
+            f"--tp {ranks} with {machine}, which was measured on {cluster.group.ranks} ranks: leave it out"
+        )
+    return cluster
+
+
+def policy_of(planned: Planned) -> tuple[Policy, list[str]]:
+    """Make the policy that follows the advice, and comments with the evidence."""
+    advice, plain = planned.advice, planned.predictions[0]
+    policy = Policy(codec=advice.codec, min_bytes=advice.min_bytes)
+    prompts = f"{planned.rows} x {planned.tokens} tokens"
+    comments = [
+        f"flashcomm plan: {planned.shape.name}, {planned.cluster.name}, {prompts}; predicted, not measured",
+        f"first token: plain {1e3 * plain.ttft_s:.4g} ms, as below {1e3 * plain.ttft_s / advice.speedup:.4g} ms",
+        *advice.reasons,
+        *planned.cluster.facts,
+        *planned.notes,
+    ]
+    return policy, comments

@@ -1,0 +1,1 @@
+"""Figures as people see them: rows and tables, pages, pictures' colours, progress."""
