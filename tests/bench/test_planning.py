@@ -10,8 +10,8 @@ import pytest
 import ranks
 from flashcomm.bench import planning
 from flashcomm.planner import Group, Machine
+from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import cluster
-from flashcomm.planner.model import Cost, Point
 from flashcomm.policy import Policy
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli", "plan"]

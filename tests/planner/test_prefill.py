@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from flashcomm.codecs import parse
 from flashcomm.planner import Group, Machine, Way, choose, overlap
+from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, bits_per_second, cluster
-from flashcomm.planner.model import Cost, Point
 from flashcomm.planner.overlap import Line, Profile
 from flashcomm.planner.prefill import CODECS, WORTH, Sums, advise, compare, predict, profile
 from flashcomm.planner.shapes import SHAPES, Shape, load

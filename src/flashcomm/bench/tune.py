@@ -1,7 +1,7 @@
 """`flashcomm tune`: what collectives cost on this group of ranks, measured once, for `algorithm="auto"`.
 
 Every way to run an all-reduce is timed at a few sizes with two formats, 4 and 8 bits, which tells the cores' share of
-the time from the link's; see `flashcomm.planner.model`. A way that has fallen far behind is not tried on larger
+the time from the link's; see `flashcomm.planner.costs`. A way that has fallen far behind is not tried on larger
 messages.
 """
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from flashcomm.planner import MOST_PIECES, PIECE_S, Group
-from flashcomm.planner.model import SIZES, Cost, Machine, Way
+from flashcomm.planner.choose import MOST_PIECES, PIECE_S, Group
+from flashcomm.planner.costs import SIZES, Cost, Machine, Way
 from flashcomm.planner.overlap import CROWDED
 from flashcomm.words import did_you_mean
 
