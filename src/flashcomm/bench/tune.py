@@ -19,7 +19,7 @@ from flashcomm.codecs import Cast, Codec, Levels, parse
 from flashcomm.collectives.levels import hierarchical
 from flashcomm.collectives.moving import mover
 from flashcomm.collectives.state import GroupState, state_of
-from flashcomm.planner import Cost, Machine, Way
+from flashcomm.planner import Algorithm, Cost, LinkCosts
 
 _ROW = 4096
 SIZES = (2 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
@@ -33,7 +33,7 @@ _LEAST_PIECE_BYTES = 1 << 20
 
 def measure(
     repeats: int = 5, sizes: Sequence[int] = SIZES, progress: Callable[[str], object] = lambda text: None
-) -> planner.Group:
+) -> planner.Facts:
     """Measure the default group, on all ranks together.
 
     Args:
@@ -42,7 +42,7 @@ def measure(
         progress: called with what is about to be measured.
 
     Returns:
-        The group with its `machine`, the same on every rank; `flashcomm.collectives.tuning.save` keeps it for later.
+        The group with its `costs`, the same on every rank; `flashcomm.collectives.tuning.save` keeps it for later.
 
     Raises:
         ValueError: one rank, which has nobody to send to.
@@ -55,7 +55,7 @@ def measure(
     variants = [(way, codec) for way in _ways(state.facts) for codec in map(parse, (*CODECS, "bf16"))]
     # Pieces are for what the cores have to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
-    samples: dict[tuple[Way | None, bool], list[tuple[int, float, float]]] = {}
+    samples: dict[tuple[Algorithm | None, bool], list[tuple[int, float, float]]] = {}
     for size in sizes:
         progress(f"messages of {size >> 10} KiB")
         fit = [(way, codec) for way, codec in variants if size >= way.pieces * _LEAST_PIECE_BYTES or way.pieces == 1]
@@ -68,43 +68,43 @@ def measure(
             # messages grow.
             best: dict[tuple[str, Codec], float] = {}
             for way, codec in fit:
-                best[way.algorithm, codec] = min(times[way, codec], best.get((way.algorithm, codec), math.inf))
+                best[way.name, codec] = min(times[way, codec], best.get((way.name, codec), math.inf))
             least = {codec: min(t for (_, c), t in best.items() if c == codec) for _, codec in best}
             behind = {
                 (name, isinstance(codec, Cast)) for (name, codec), t in best.items() if t > _BEHIND * least[codec]
             }
-            variants = [v for v in variants if (v[0].algorithm, isinstance(v[1], Cast)) not in behind]
+            variants = [v for v in variants if (v[0].name, isinstance(v[1], Cast)) not in behind]
     costs = {key: Cost.measured(points) for key, points in samples.items()}
-    machine = Machine(
+    measured = LinkCosts(
         name=state.name,
         plain=costs[None, True],
         compressed={way: cost for (way, exact), cost in costs.items() if way and not exact},
         uncompressed={way: cost for (way, exact), cost in costs.items() if way and exact},
     )
-    return replace(state.facts, machine=Machine.from_dict(state.tell(machine.as_dict())[0]))
+    return replace(state.facts, costs=LinkCosts.from_dict(state.tell(measured.as_dict())[0]))
 
 
-def _ways(group: planner.Group) -> list[Way]:
+def _ways(group: planner.Facts) -> list[Algorithm]:
     algorithms = ["one_step", "two_step", *(["hierarchical"] if group.has_levels else [])]
-    return [Way(algorithm=name, pieces=n) for name in algorithms for n in ((1,) if group.shared else _PIECES)]
+    return [Algorithm(name=name, pieces=n) for name in algorithms for n in ((1,) if group.shared else _PIECES)]
 
 
-def _run(way: Way, x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor):
-    if way.algorithm == "hierarchical":
+def _run(way: Algorithm, x: torch.Tensor, codec: Codec, state: GroupState, out: torch.Tensor):
+    if way.name == "hierarchical":
         hierarchical(x, Levels(parse("bf16"), codec), state, out, way.pieces)
     else:
-        mover(way.algorithm, codec, x, state, way.pieces)(x, codec, state, out)
+        mover(way.name, codec, x, state, way.pieces)(x, codec, state, out)
 
 
 def _times(
-    size: int, variants: Sequence[tuple[Way, Codec]], repeats: int
-) -> dict[tuple[Way | None, Codec | None], float]:
+    size: int, variants: Sequence[tuple[Algorithm, Codec]], repeats: int
+) -> dict[tuple[Algorithm | None, Codec | None], float]:
     """Seconds that the slowest rank needs for each variant, and for the backend's own all-reduce."""
     values = size // 2
     x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
     out, state = torch.empty_like(x), state_of(None)
     calls = 20 if size <= 64 << 10 else 1
-    timed: dict[tuple[Way | None, Codec | None], Callable[[], object]] = {
+    timed: dict[tuple[Algorithm | None, Codec | None], Callable[[], object]] = {
         (None, None): lambda: flashcomm.all_reduce(x, "none", out=out)
     }
     for way, codec in variants:

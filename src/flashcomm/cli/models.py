@@ -27,7 +27,7 @@ from flashcomm.cli.base import (
     warm_up,
     write_json,
 )
-from flashcomm.planner import Group
+from flashcomm.planner import Facts
 
 DEMO_CODECS = (
     "none,int8g128,fp8g128,int6g128,int5g128,fp5_e2m2g32,int4g32,int4g128:int8g128,int4g128+keep64,int4g128,nvfp4,mxfp4,"
@@ -300,7 +300,7 @@ def _setup(model, specs, tp, hosts, algorithm, texts, tokens, window, dtype, cal
         fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
     for spec in specs:
         _check_calibration(spec, calibration, tp)
-    _check_algorithm(algorithm, specs, Group(ranks=tp, hosts=hosts or tp))
+    _check_algorithm(algorithm, specs, Facts(ranks=tp, hosts=hosts or tp))
     warm_up([*specs, "fp32"])
     return command.Setup(
         directory=directory,
@@ -319,7 +319,7 @@ def _setup(model, specs, tp, hosts, algorithm, texts, tokens, window, dtype, cal
     )
 
 
-def _check_algorithm(algorithm: str, specs: list[str], ranks: int | Group):
+def _check_algorithm(algorithm: str, specs: list[str], ranks: int | Facts):
     from flashcomm import planner
 
     try:

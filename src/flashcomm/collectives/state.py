@@ -26,7 +26,7 @@ from torch.distributed import device_mesh
 from flashcomm.collectives import symmetric, tuning
 from flashcomm.collectives.connections import Connections, Transfer
 from flashcomm.collectives.shared import HALF_BYTES, SharedMemory
-from flashcomm.planner import Group
+from flashcomm.planner import Facts
 
 _CONTRACT_BYTES = 512
 _log = logging.getLogger("flashcomm")
@@ -61,7 +61,7 @@ class GroupState:
         self._given = hosts
         self.hosts: list[int] = hosts or [0] * self.ranks
         """Which host each rank is on, counted from 0 in the order of ranks; given, or known after `meet`."""
-        self.facts = Group(ranks=self.ranks, hosts=_num_hosts(self.hosts))
+        self.facts = Facts(ranks=self.ranks, hosts=_num_hosts(self.hosts))
         self.name = ""
         """What measured costs of this group are kept under."""
         self._levels: tuple[GroupState, GroupState] | None = None
@@ -98,7 +98,7 @@ class GroupState:
         dist.all_gather_object(facts, fact, group=self.group)
         return facts
 
-    def facts_for(self, device: torch.device) -> Group:
+    def facts_for(self, device: torch.device) -> Facts:
         """What a plan for tensors on `device` depends on."""
         return self.facts if device.type == "cpu" else replace(self.facts, device=device.type)
 
@@ -122,13 +122,13 @@ class GroupState:
         by = "shared memory" if self.shared else "connections" if self.connections else ""
         labels = [(host, fact.label) for host, fact in zip(self.hosts, facts, strict=True)]
         self.name = tuning.name_of(_cpu_backend(self.group), labels, by)
-        machine = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
-        self.facts = Group(
+        costs = self.tell(tuning.load(self.name) if self.rank == 0 else None)[0]
+        self.facts = Facts(
             ranks=self.ranks,
             hosts=_num_hosts(self.hosts),
             shared=bool(self.shared),
             connected=bool(self.connections),
-            machine=machine,
+            costs=costs,
         )
 
     def _open(self, half_bytes: int, threads: int) -> str:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from flashcomm.planner import Machine
+from flashcomm.planner import LinkCosts
 
 _log = logging.getLogger("flashcomm")
 
@@ -48,11 +48,11 @@ def names() -> list[str]:
         return []
 
 
-def load(name: str) -> Machine | None:
+def load(name: str) -> LinkCosts | None:
     """The machine of that name; None, and a word in the log if the file cannot be read, where there is none."""
     try:
         fields = json.loads(path().read_text()).get(name)
-        return Machine.from_dict(fields) if fields else None
+        return LinkCosts.from_dict(fields) if fields else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -60,7 +60,7 @@ def load(name: str) -> Machine | None:
         return None
 
 
-def save(machine: Machine) -> Path:
+def save(costs: LinkCosts) -> Path:
     """Add a machine to the file, or replace the one of its name."""
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def save(machine: Machine) -> Path:
         machines = json.loads(target.read_text())
     except (OSError, ValueError):
         machines = {}
-    machines[machine.name] = machine.as_dict()
+    machines[costs.name] = costs.as_dict()
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     partial.write_text(json.dumps(machines, indent=1) + "\n")
     partial.replace(target)

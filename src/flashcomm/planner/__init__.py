@@ -1,18 +1,6 @@
-"""How a message is served: arithmetic on facts that are equal on every rank."""
+"""Plan messages and predict prompts: arithmetic on facts that are equal on every rank."""
 
-from flashcomm.planner.choose import ALGORITHMS, Group, Plan, choose, pays_from, pieces
-from flashcomm.planner.costs import SIZES, Cost, Machine, Way, crossover
+from flashcomm.planner.choose import ALGORITHMS, Facts, Plan, choose, pieces
+from flashcomm.planner.costs import SIZES, Algorithm, Cost, LinkCosts, crossover
 
-__all__ = [
-    "ALGORITHMS",
-    "SIZES",
-    "Cost",
-    "Group",
-    "Machine",
-    "Plan",
-    "Way",
-    "choose",
-    "crossover",
-    "pays_from",
-    "pieces",
-]
+__all__ = ["ALGORITHMS", "SIZES", "Algorithm", "Cost", "Facts", "LinkCosts", "Plan", "choose", "crossover", "pieces"]
