@@ -28,9 +28,9 @@ def __getattr__(name: str):
 
 
 def _new_group(*given: Any):
-    from flashcomm.integrations import backend
+    from flashcomm.integrations import torch_backend
 
-    return backend.create(*given)
+    return torch_backend.create(*given)
 
 
 # Here, so that a program needs no more than `import flashcomm` to name the backend; it is loaded when it does.

@@ -443,7 +443,7 @@ _plain: "contextvars.ContextVar[bool]" = contextvars.ContextVar("plain", default
 
 @contextmanager
 def plain_sums():
-    """Around an all-reduce of torch that is to stay what it is, also where `integrations.backend` is the backend."""
+    """Around an all-reduce of torch that is to stay what it is, also where `torch_backend` is the backend."""
     before = _plain.set(True)
     try:
         yield

@@ -4,6 +4,6 @@ import importlib
 
 
 def __getattr__(name: str):
-    if name in ("backend", "dtensor", "lm_eval", "sglang", "transformers", "vllm"):
+    if name in ("dtensor", "lm_eval", "sglang", "torch_backend", "transformers", "vllm"):
         return importlib.import_module(f"flashcomm.integrations.{name}")
     raise AttributeError(f"module 'flashcomm.integrations' has no attribute {name!r}")

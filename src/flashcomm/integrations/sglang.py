@@ -29,7 +29,8 @@ if importlib.util.find_spec("sglang") is None:
     raise ImportError("flashcomm.integrations.sglang needs SGLang: pip install sglang (docs/sglang.md says what for)")
 
 from flashcomm import codecs
-from flashcomm.integrations import reporting, serving
+from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.sums import Sums, asked_for
 from flashcomm.policy import Policy
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
@@ -45,7 +46,7 @@ def register():
         SystemExit: a policy that is wrong. SGLang would log any other exception and serve without us.
     """
     try:
-        policy = serving.asked_for()
+        policy = asked_for()
         if policy and policy.layers:
             raise ValueError("SGLang's layers cannot be told apart yet: leave [[layers]] out of the policy")
     except ValueError as error:
@@ -73,18 +74,18 @@ class Ranks:
 
     def __init__(self, policy: Policy):
         self._policy, self._codec = policy, codecs.parse(policy.codec)
-        self._sums: dict[str, serving.Sums] = {}
+        self._sums: dict[str, Sums] = {}
         self._in_decode = False
-        self.reporter: reporting.Reporter | None = None
+        self.reporter: worker_metrics.Reporter | None = None
 
     def meet(self, init: Callable, group: Any, *args: Any, **kwargs: Any):
         """A group is made, on all of its ranks."""
         init(group, *args, **kwargs)
         if group.world_size > 1 and group.unique_name.split(":")[0] == "tp":
-            sums = serving.Sums(self._policy, group.device_group, lambda: self._in_decode, _log)
+            sums = Sums(self._policy, group.device_group, lambda: self._in_decode, _log)
             sums.meet(group.device)
             self._sums[group.unique_name] = sums
-            self.reporter = self.reporter or reporting.Reporter(group.rank, _log)
+            self.reporter = self.reporter or worker_metrics.Reporter(group.rank, _log)
 
     def all_reduce(self, plain: Callable, group: Any, x: torch.Tensor) -> torch.Tensor:
         """A sum; in a graph that is being compiled it becomes SGLang's operator, which comes to the next method."""

@@ -39,7 +39,8 @@ if importlib.util.find_spec("vllm") is None:
     )
 
 from flashcomm import codecs
-from flashcomm.integrations import reporting, serving
+from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
 from flashcomm.policy import Policy
 
 _originals: dict[tuple[type, str], Callable] = {}
@@ -78,11 +79,11 @@ def _checking_policy(create_engine_config: Callable) -> Callable:
     """Before anything is loaded: a policy that is wrong ends the command."""
 
     def checked(self, *args: Any, **kwargs: Any):
-        if policy := serving.asked_for(self.additional_config):
+        if policy := asked_for(self.additional_config):
             prepare(self, policy)
             # Of the hosts of a server only the first answers /metrics.
             if not kwargs.get("headless"):
-                reporting.serve()
+                worker_metrics.serve()
         return create_engine_config(self, *args, **kwargs)
 
     return checked
@@ -93,7 +94,7 @@ def _compressing(init: Callable) -> Callable:
 
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
-        policy = serving.asked_for(self.vllm_config.additional_config)
+        policy = asked_for(self.vllm_config.additional_config)
         if policy and not worker and self.vllm_config.parallel_config.tensor_parallel_size > 1:
             install(policy, self.vllm_config, self.rank)
 
@@ -118,7 +119,7 @@ def prepare(arguments: Any, policy: Policy):
         return
     if arguments.enable_dbo:
         raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
-    arguments.additional_config = {**(arguments.additional_config or {}), serving.OPTION: serving.keys_of(policy)}
+    arguments.additional_config = {**(arguments.additional_config or {}), OPTION: keys_of(policy)}
     # Where workers live in this process, nobody calls `register` after they were loaded.
     _replace(worker_base.WorkerBase, "__init__", _compressing)
     if current_platform.is_cuda_alike():
@@ -185,15 +186,15 @@ class Worker:
         self.policy = policy
         speculative = config.speculative_config
         self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
-        self._sums: dict[str, serving.Sums] = {}
-        self.reporter = reporting.Reporter(rank, _log())
+        self._sums: dict[str, Sums] = {}
+        self.reporter = worker_metrics.Reporter(rank, _log())
         if config.parallel_config.nnodes > 1:
             # By it ranks find the interface that leads to the others, if GLOO_SOCKET_IFNAME does not name it.
             os.environ.setdefault("MASTER_ADDR", config.parallel_config.master_addr)
 
     def meet(self, group: Any):
         """Get to know the ranks of a ``GroupCoordinator`` that has been made on all of them."""
-        sums = serving.Sums(self.policy, group.device_group, self.in_decode, _log())
+        sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
 

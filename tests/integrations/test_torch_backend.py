@@ -17,7 +17,7 @@ import promises
 import ranks
 from flashcomm import collectives
 from flashcomm.demo import MODEL
-from flashcomm.integrations.backend import CompressedGroup, _Handle, create, set_policy
+from flashcomm.integrations.torch_backend import CompressedGroup, _Handle, create, set_policy
 from flashcomm.policy import Policy, Rule
 
 INT8 = "all_reduce/one_step/int8g128"

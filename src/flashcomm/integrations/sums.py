@@ -19,7 +19,7 @@ from flashcomm import collectives, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
 from flashcomm.collectives.state import state_of
 from flashcomm.collectives.stats import record_plain
-from flashcomm.integrations import reporting
+from flashcomm.integrations import worker_metrics
 from flashcomm.policy import Policy
 
 OPTION = "flashcomm"
@@ -102,7 +102,7 @@ class Sums:
         try:
             result = collectives.all_reduce(x, codec, self.group, algorithm=self.policy.algorithm)
         except Exception as error:
-            reporting.count_error(error)
+            worker_metrics.count_error(error)
             raise
         assert isinstance(result, torch.Tensor)
         return result

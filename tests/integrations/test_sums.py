@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
-from flashcomm.integrations import reporting, serving
+from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.sums import Sums, asked_for, keys_of
 from flashcomm.policy import Policy, Rule
 from flashcomm.simulate import all_reduce
 
@@ -23,22 +24,22 @@ def _nothing_asked(monkeypatch):
 
 
 def test_off_unless_asked_for(monkeypatch):
-    assert serving.asked_for() is None
-    assert serving.asked_for({}) is None
-    assert serving.asked_for(object()) is None
-    assert serving.asked_for({"flashcomm": "none"}) is None
+    assert asked_for() is None
+    assert asked_for({}) is None
+    assert asked_for(object()) is None
+    assert asked_for({"flashcomm": "none"}) is None
     monkeypatch.setenv("FLASHCOMM_CODEC", "int6g128")
-    assert str(serving.asked_for()).startswith("int6g128; prefill")
+    assert str(asked_for()).startswith("int6g128; prefill")
 
 
 def test_options_win_and_survive_the_way_to_workers(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHCOMM_CODEC", "int6g128")
     policy = Policy(codec="none", layers=(Rule(match="*.o_proj", codec="int4g32"),), min_bytes=5, algorithm="one_step")
     policy.save(tmp_path / "policy.toml")
-    assert serving.asked_for({"flashcomm": str(tmp_path / "policy.toml")}) == policy
-    keys = json.loads(json.dumps(serving.keys_of(policy)))
-    assert serving.asked_for({"flashcomm": keys}) == policy
-    assert serving.asked_for({"flashcomm": "int8g128"}) == Policy()
+    assert asked_for({"flashcomm": str(tmp_path / "policy.toml")}) == policy
+    keys = json.loads(json.dumps(keys_of(policy)))
+    assert asked_for({"flashcomm": keys}) == policy
+    assert asked_for({"flashcomm": "int8g128"}) == Policy()
 
 
 @pytest.mark.parametrize(
@@ -53,13 +54,13 @@ def test_options_win_and_survive_the_way_to_workers(monkeypatch, tmp_path):
 )
 def test_a_wrong_wish_is_refused(given, message):
     with pytest.raises(ValueError) as error:
-        serving.asked_for({"flashcomm": given})
+        asked_for({"flashcomm": given})
     assert message in str(error.value)
 
 
 def reduced(policy: Policy, decoding: bool, shape: tuple[int, int]):
     """x, its sum, whether the engine made it, and the counts."""
-    sums = serving.Sums(policy, dist.group.WORLD, lambda: decoding, LOG)
+    sums = Sums(policy, dist.group.WORLD, lambda: decoding, LOG)
     sums.meet(torch.device("cpu"))
     x = torch.randn(shape, generator=torch.Generator().manual_seed(dist.get_rank())).to(torch.bfloat16)
     before, asked = x.clone(), []
@@ -106,10 +107,10 @@ def test_decode_steps_too_if_asked():
 
 
 def failed():
-    sums = serving.Sums(Policy(min_bytes=0, algorithm="one_step"), dist.group.WORLD, lambda: False, LOG)
+    sums = Sums(Policy(min_bytes=0, algorithm="one_step"), dist.group.WORLD, lambda: False, LOG)
     with pytest.raises(ValueError, match="requires_grad|gradient"):
         sums.reduce(torch.ones(64, 256, requires_grad=True), flashcomm.codec("int8g128"), lambda x: x)
-    return dict(reporting._errors)
+    return dict(worker_metrics._errors)
 
 
 def test_failures_are_counted():
@@ -117,8 +118,8 @@ def test_failures_are_counted():
 
 
 def test_workers_write_what_they_count(monkeypatch, tmp_path):
-    monkeypatch.setenv(reporting.FOLDER_VARIABLE, str(tmp_path))
-    reporter = reporting.Reporter(3, LOG)
+    monkeypatch.setenv(worker_metrics.FOLDER_VARIABLE, str(tmp_path))
+    reporter = worker_metrics.Reporter(3, LOG)
     try:
         reporter.report()
         assert set(json.loads((tmp_path / "3.json").read_text())) == {
@@ -130,8 +131,8 @@ def test_workers_write_what_they_count(monkeypatch, tmp_path):
 
 
 def test_workers_that_nobody_sees_log(monkeypatch, caplog):
-    monkeypatch.delenv(reporting.FOLDER_VARIABLE, raising=False)
-    reporter = reporting.Reporter(0, LOG)
+    monkeypatch.delenv(worker_metrics.FOLDER_VARIABLE, raising=False)
+    reporter = worker_metrics.Reporter(0, LOG)
     try:
         with caplog.at_level(logging.INFO, LOG.name):
             reporter.report()
