@@ -63,7 +63,7 @@ def test_compresses_large_sums_of_the_tp_group(fresh_ranks, tmp_path):
     # bf16 rounds the sum once: 8 bits of mantissa.
     assert torch.allclose(first[1].float(), exact, rtol=2**-8, atol=0)
     assert stats["calls"] == {"all_reduce/one_step/int8g128": 2}
-    assert stats["plain"] == {"message under 4 KiB": 1}
+    assert stats["plain"] == {"message under the policy's min_bytes = 4 KiB": 1}
 
 
 def decode_steps_of_rank():

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.distributed as dist
 
 import flashcomm
 import ranks
+from flashcomm.accuracy.simulated import Simulation
 from flashcomm.integrations import worker_metrics
 from flashcomm.integrations.sums import Sums, asked_for, keys_of
+from flashcomm.integrations.transformers import Compression
 from flashcomm.policy import Policy, Rule
 from flashcomm.simulate import all_reduce
 
@@ -87,7 +90,7 @@ def test_large_sums_are_compressed():
 @pytest.mark.parametrize(
     "policy, decoding, reason",
     [
-        (Policy(min_bytes=1 << 20, algorithm="one_step"), False, "message under 1024 KiB"),
+        (Policy(min_bytes=1 << 20, algorithm="one_step"), False, "message under the policy's min_bytes = 1 MiB"),
         (Policy(min_bytes=0, algorithm="one_step"), True, "decode step"),
         (Policy(min_bytes=0, codec="none", layers=(Rule(match="a", codec="int8g128"),)), False, "codec none"),
         (Policy(min_bytes=0), False, "compression does not pay in shared memory"),
@@ -104,6 +107,85 @@ def test_the_rest_is_the_engines(policy, decoding, reason):
 def test_decode_steps_too_if_asked():
     policy = Policy(min_bytes=0, phase="all", algorithm="one_step")
     assert not any(left for _, _, left, _ in ranks.shared(2).run(reduced, policy, True, (1, 256)))
+
+
+def after_another_policy():
+    sums = Sums(Policy(min_bytes=0), dist.group.WORLD, lambda: False, LOG)
+    sums.meet(torch.device("cpu"))
+    x = torch.ones(64, 256)
+    sums.reduce(x, flashcomm.codec("int8g128"), torch.clone)
+    sums.policy = Policy(min_bytes=0, algorithm="one_step")
+    flashcomm.reset_stats()
+    sums.reduce(x, flashcomm.codec("int8g128"), torch.clone)
+    return flashcomm.stats()
+
+
+def test_another_policy_forgets_what_the_first_one_refused():
+    # `auto` does not compress in shared memory, and an algorithm that is named does.
+    for stats in ranks.shared(2).run(after_another_policy):
+        assert stats["calls"] == {"all_reduce/one_step/int8g128": 1}
+        assert not stats["plain"]
+
+
+def reasons_of_engines(policy: Policy, dtype: torch.dtype, tokens: int):
+    """Why each engine leaves the same sum plain, as its own counts say it; {} where it compresses."""
+    x = torch.ones(1, tokens, 256, dtype=dtype)
+    decoding = tokens == 1
+    flashcomm.reset_stats()
+
+    def counted() -> dict[str, int]:
+        stats = flashcomm.stats()["plain"]
+        flashcomm.reset_stats()
+        return stats
+
+    server = Sums(policy, dist.group.WORLD, lambda: decoding, LOG)
+    server.reduce(x, policy.codec_for("layers.0.o_proj"), torch.clone)
+    found = {"vllm and sglang": counted()}
+    # A compression without its model: what it decides needs none.
+    model = Compression.__new__(Compression)
+    model.codec, model.algorithm, model.calibration, model._options = policy, "auto", None, {}
+    model.group, model.wait, model._observe, model._decoding = dist.group.WORLD, None, None, False
+    model.calls = {"layers.0.o_proj": 0}
+    model.reduce("layers.0.o_proj", x)
+    found["transformers"] = counted()
+    if not decoding or policy.phase == "all":
+        # A process group and a simulation know no decode steps.
+        if not policy.layers:
+            group = dist.new_group([0, 1], backend="flashcomm", pg_options=policy)
+            dist.all_reduce(x.clone(), group=group)
+            found["torch"] = counted()
+            dist.destroy_process_group(group)
+        simulation = Simulation.__new__(Simulation)
+        simulation.policy, simulation.plain, simulation.ranks, simulation.hosts = policy, Counter(), 2, 0
+        simulation.calibration = simulation.observe = None
+        simulation._sum("layers.0.o_proj", [x, x])
+        found["simulation"] = dict(simulation.plain)
+    return found
+
+
+@pytest.mark.parametrize(
+    "policy, dtype, tokens, reason",
+    [
+        (Policy(min_bytes=1 << 20, algorithm="one_step"), torch.bfloat16, 64, "under the policy's min_bytes = 1 MiB"),
+        (Policy(min_bytes=1000, algorithm="one_step"), torch.bfloat16, 1, "under the policy's min_bytes = 1000 bytes"),
+        (Policy(min_bytes=0, algorithm="one_step"), torch.bfloat16, 1, "decode step"),
+        (Policy(min_bytes=0, codec="none"), torch.bfloat16, 64, "codec none"),
+        (Policy(min_bytes=0, layers=(Rule(match="*.o_proj", codec="none"),)), torch.float32, 64, "codec none"),
+        (Policy(min_bytes=0, algorithm="two_step"), torch.float16, 64, None),
+        (Policy(min_bytes=0, phase="all", algorithm="two_step"), torch.float16, 1, None),
+    ],
+)
+def test_every_engine_has_the_same_reason(policy, dtype, tokens, reason):
+    for found in ranks.shared(2).run(reasons_of_engines, policy, dtype, tokens):
+        for engine, counts in found.items():
+            assert len(counts) == (reason is not None), (engine, counts)
+            for said, count in counts.items():
+                assert said.endswith(reason) and count == 1, (engine, counts)
+        assert len({tuple(counts) for counts in found.values()}) == 1
+
+
+def test_other_types_have_one_reason():
+    assert Policy(min_bytes=0).choose(4096, torch.int64).reason == "dtype torch.int64"
 
 
 def failed():

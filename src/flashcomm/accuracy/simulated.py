@@ -11,6 +11,7 @@ Source: our own.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,8 @@ from torch import nn
 
 from flashcomm import simulate
 from flashcomm.calibration import Calibration, MovingReach
-from flashcomm.codecs import Features, Plain
+from flashcomm.codecs import Features
+from flashcomm.integrations.sums import apply
 from flashcomm.policy import Policy
 
 # Styles of transformers' plans, of modules.
@@ -42,6 +44,8 @@ class Simulation:
     """May be assigned to between forward passes."""
     modules: dict[str, int]
     """The features of each sum, by the name of the module whose outputs are summed."""
+    plain: Counter[str]
+    """Number of sums that stayed plain, by the policy's reason."""
     observe: Observer | None
     """Called after each sum with the module's name, what each rank adds, and the sum."""
 
@@ -49,7 +53,7 @@ class Simulation:
         self, model: Any, ranks: int, policy: Policy, *, hosts: int = 0, calibration: Calibration | None = None
     ):
         self.ranks, self.policy, self.hosts, self.calibration = ranks, policy, hosts, calibration
-        self.modules, self.observe = {}, None
+        self.modules, self.plain, self.observe = {}, Counter(), None
         self._dtype = model.dtype
         self._undo: list[Callable[[], None]] = []
         planned = list(_planned(model))
@@ -119,15 +123,17 @@ class Simulation:
             module._parameters.update(whole)
 
     def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-        codec = self.policy.codec_for(name)
-        if self.calibration is not None:
-            codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
-        if isinstance(codec, Plain) or parts[0].numel() * parts[0].element_size() < self.policy.min_bytes:
-            total = ring_sum(parts)
-        else:
-            options = {"algorithm": self.policy.algorithm, "hosts": self.hosts}
-            # As ranks choose where a token must not depend on its batch: the algorithm that sends the fewest bytes.
-            total = simulate.all_reduce(parts, codec, batch_invariant=True, **options)
+        choice = self.policy.choose(parts[0].numel() * parts[0].element_size(), parts[0].dtype, name)
+
+        def compressed() -> torch.Tensor:
+            codec = choice.codec
+            if self.calibration is not None:
+                codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
+            # Ranks choose so if a token must not depend on its batch: the algorithm that sends the fewest bytes.
+            return simulate.all_reduce(parts, codec, choice.algorithm, hosts=self.hosts, batch_invariant=True)
+
+        count = lambda reason: self.plain.update([reason])  # noqa: E731
+        total = apply(choice, compressed=compressed, plain=lambda: ring_sum(parts), count=count)
         if self.observe:
             self.observe(name, parts, total)
         return total

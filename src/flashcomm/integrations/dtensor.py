@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from flashcomm import codecs, collectives
 from flashcomm.codecs import Codec
 from flashcomm.collectives.stats import record_plain
+from flashcomm.integrations.sums import refuse_unbound
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
@@ -193,7 +194,7 @@ def _why_not(x: DTensor, old: Placement, new: Placement) -> str:
     if x.device_mesh.ndim > 1:
         return f"a mesh of {x.device_mesh.ndim} dimensions"
     if x.dtype not in codecs.FLOAT_DTYPES:
-        return f"codecs are for bf16, fp16 and fp32, not {x.dtype}"
+        return f"dtype {x.dtype}"
     # Embeddings have one of their own, which masks values first.
     if old.is_partial() and old != Partial():
         return f"the layout {old} is no plain sum"
@@ -250,6 +251,5 @@ def _done(out: "torch.Tensor | collectives.Work") -> torch.Tensor:
 
 def _usable(codec: str | Codec) -> Codec:
     codec = codecs.parse(codec)
-    if codec.unbound:
-        raise ValueError(f"{codec} needs a calibration, which these classes cannot bind: give a codec without")
+    refuse_unbound([codec], "which these classes cannot bind")
     return codec

@@ -1,34 +1,79 @@
-"""The sums of an inference engine's worker: compressed where the policy says so, otherwise the engine's own.
+"""Make a model's sums as the policy says: compressed, or plain with a reason that is counted.
 
-What every engine needs and no engine knows: which messages are worth compressing, whether this link rewards it, a line
-at the start that says so, and counts of everything that stayed plain. The adapters beside this file know the engines.
+`Policy.choose` decides for every engine, and `apply` carries the decision out. Only the meaning of plain differs from
+engine to engine, so it is an argument; docs/choosing.md lists what it is. `Sums` adds what inference servers need and
+do not have: whether this link rewards compression, and a line at the start that says so.
 
 Source: our own.
 """
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from flashcomm import collectives, planner
-from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain
+from flashcomm.codecs import Codec
 from flashcomm.collectives.state import state_of
 from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations import worker_metrics
-from flashcomm.policy import Policy
+from flashcomm.policy import Choice, Policy
 
 OPTION = "flashcomm"
-"""The key of what an engine's own options say to us."""
+"""Key of the engine's own options that holds our policy."""
 _LARGE_BYTES = 16 << 20
+
+Result = TypeVar("Result")
+_count = partial(record_plain, "all_reduce")
+
+
+def apply(
+    choice: Choice,
+    *,
+    compressed: Callable[[], Result],
+    plain: Callable[[], Result],
+    count: Callable[[str], object] = _count,
+) -> Result:
+    """Make one sum the way that a policy chose.
+
+    Args:
+        choice: from `Policy.choose`.
+        compressed: makes the sum in the chosen codec.
+        plain: makes the sum uncompressed, as this engine does it.
+        count: called with the reason if the sum stays plain; counts in `flashcomm.stats()` if not given.
+    """
+    if choice.reason is None:
+        return compressed()
+    count(choice.reason)
+    return plain()
+
+
+def refuse_unbound(codecs: Iterable[Codec], why: str | None = None):
+    """Refuse codecs that lack their calibration.
+
+    Args:
+        codecs: all that can be used.
+        why: reason that the caller cannot use a calibration; None if it can and was given none.
+
+    Raises:
+        ValueError: a codec that lacks its calibration.
+    """
+    for codec in codecs:
+        if codec.unbound and why is None:
+            codec.check(1)
+        if codec.unbound:
+            raise ValueError(
+                f"codec {codec} needs a calibration, {why}: use a codec without keep or static, such as int4g32"
+            )
 
 
 def asked_for(options: Any = None) -> Policy | None:
-    """What the engine's options or the environment ask for; the options win.
+    """Read the policy that the engine's options or the environment ask for; the options win.
 
     Args:
         options: a mapping whose key ``flashcomm`` is a codec, the path of a policy (``.toml``), or a policy's keys.
@@ -52,11 +97,7 @@ def asked_for(options: Any = None) -> Policy | None:
             raise ValueError(f"option {OPTION}: {error}") from None
     if policy is None or not policy.codecs:
         return None
-    if unbound := [str(codec) for codec in policy.codecs if codec.unbound]:
-        raise ValueError(
-            f"codec {unbound[0]} needs a calibration, which engines do not have yet: use a codec without "
-            "keep or static, such as int4g32"
-        )
+    refuse_unbound(policy.codecs, "which engines do not have yet")
     return policy
 
 
@@ -69,7 +110,7 @@ def _parsed(given: Any) -> Policy:
 
 
 def keys_of(policy: Policy) -> dict[str, Any]:
-    """A policy as `asked_for` reads it, in types that JSON has: what an engine passes on to its workers."""
+    """Convert a policy to types that JSON has; an engine passes them to its workers, and `asked_for` reads them."""
     return {**asdict(policy), "layers": [asdict(rule) for rule in policy.layers]}
 
 
@@ -77,57 +118,54 @@ class Sums:
     """The sums of one tensor-parallel group in this process.
 
     Args:
-        policy: what is compressed.
+        policy: says what is compressed; may be assigned to between steps, on all ranks alike.
         group: the ranks, with the backend that carries this device's tensors.
-        in_decode: whether the step that runs has no prompt in it; asked during each sum.
+        in_decode: whether the step that runs is a decode step; asked during each sum.
         log: for the line that says what is done.
     """
 
     def __init__(self, policy: Policy, group: dist.ProcessGroup, in_decode: Callable[[], bool], log: logging.Logger):
         self.policy, self.group, self._in_decode, self._log = policy, group, in_decode, log
         self._state = state_of(group)
-        self._declined: dict[tuple[int, Codec], str | None] = {}
+        self._declined: dict[tuple[int, Codec, str], str | None] = {}
 
     def reduce(self, x: torch.Tensor, codec: Codec, plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The sum of `x` over the ranks.
+        """Sum `x` over the ranks.
 
         Args:
             x: of any shape; not changed by us.
             codec: wire format, if it is compressed.
-            plain: the engine's own sum, for what is not.
+            plain: the engine's own sum.
         """
-        if reason := self._why_plain(x, codec):
-            record_plain("all_reduce", reason)
-            return plain(x)
+        choice = self._choose(x, codec)
+        return apply(choice, compressed=partial(self._compressed, x, choice), plain=partial(plain, x))
+
+    def _compressed(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
         try:
-            result = collectives.all_reduce(x, codec, self.group, algorithm=self.policy.algorithm)
+            result = collectives.all_reduce(x, choice.codec, self.group, algorithm=choice.algorithm)
         except Exception as error:
             worker_metrics.count_error(error)
             raise
         assert isinstance(result, torch.Tensor)
         return result
 
-    def _why_plain(self, x: torch.Tensor, codec: Codec) -> str | None:
-        """Decided from facts that are equal on all ranks."""
+    def _choose(self, x: torch.Tensor, codec: Codec) -> Choice:
+        """Follow the policy, unless the sum is captured in a CUDA graph or the planner declines it."""
         message_bytes = x.numel() * x.element_size()
-        if message_bytes < self.policy.min_bytes:
-            return f"message under {self.policy.min_bytes / 1024:g} KiB"
-        if x.dtype not in FLOAT_DTYPES:
-            return f"dtype {x.dtype}"
+        choice = self.policy.choose(message_bytes, x.dtype, decoding=self._in_decode, codec=codec)
+        if choice.reason:
+            return choice
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return "captured in a CUDA graph"
-        if self.policy.phase == "prefill" and self._in_decode():
-            return "decode step"
-        if isinstance(codec, Plain):
-            return "codec none"
-        key = message_bytes, codec
+            return choice.declined("captured in a CUDA graph")
+        key = message_bytes, codec, choice.algorithm
         if key not in self._declined:
             plan = self._plan(message_bytes, codec)
             self._declined[key] = plan.reason if plan.declined else None
-        return self._declined[key]
+        reason = self._declined[key]
+        return choice.declined(reason) if reason else choice
 
     def meet(self, device: torch.device):
-        """Learn how the ranks reach each other, and say what will be done; before the first sum, on all ranks."""
+        """Learn how the ranks reach each other, and log what will be done; before the first sum, on all ranks."""
         state = self._state
         state.meet(device)
         # On all ranks, because it refuses an algorithm that this group cannot serve.

@@ -17,6 +17,7 @@ Hazard: a process group sees tensors, no modules and no phases, so of a policy i
 
 import logging
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,8 @@ from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
 from flashcomm.collectives.state import is_plain
-from flashcomm.collectives.stats import record_plain
-from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Policy
+from flashcomm.integrations.sums import apply, refuse_unbound
+from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Choice, Policy
 
 _log = logging.getLogger("flashcomm")
 
@@ -60,31 +61,29 @@ class CompressedGroup(dist.ProcessGroup):
         """
         options = args[0] if args else kwargs.get("opts", kwargs.get("op", dist.ReduceOp.SUM))
         x = tensors if isinstance(tensors, torch.Tensor) else tensors[0] if len(tensors) == 1 else None
-        if x is None or getattr(options, "reduceOp", options) != dist.ReduceOp.SUM or not self._compresses(x):
-            return self._plain.allreduce(tensors, *args, **kwargs)
-        assert self.policy is not None
-        # Like torch's own, which works on values and knows no gradients.
-        x = x.detach()
+        plain = partial(self._plain.allreduce, tensors, *args, **kwargs)
+        if x is None or getattr(options, "reduceOp", options) != dist.ReduceOp.SUM:
+            return plain()
+        choice = self._choose(x)
+        if choice is None:
+            return plain()
+        # Like torch's own, which works on values and ignores gradients.
         async_op = getattr(options, "asyncOp", True)
-        codec, algorithm = self.policy.codec, self.policy.algorithm
-        work = collectives.all_reduce(x, codec, self, algorithm=algorithm, out=x, async_op=async_op)
+        return apply(choice, compressed=partial(self._compressed, x.detach(), choice, async_op), plain=plain)
+
+    def _compressed(self, x: torch.Tensor, choice: Choice, async_op: bool) -> dist.Work:
+        work = collectives.all_reduce(x, choice.codec, self, algorithm=choice.algorithm, out=x, async_op=async_op)
         if not isinstance(work, collectives.Work):
             work = collectives.Work(x)
         return work.backend_work or _Handle(work, x)
 
-    def _compresses(self, x: torch.Tensor) -> bool:
-        """Whether a sum of `x` is to go through flashcomm; counts one that could and does not."""
+    def _choose(self, x: torch.Tensor) -> Choice | None:
+        """Ask the policy about a sum of `x`; None for a sum that no policy could compress, which is not counted."""
         if self.policy is None or is_plain() or self.size() == 1:
-            return False
+            return None
         if not x.is_floating_point() or x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
-            return False
-        if x.dtype not in codecs.FLOAT_DTYPES:
-            record_plain("all_reduce", f"codecs are for bf16, fp16 and fp32, not {x.dtype}")
-            return False
-        if x.numel() * x.element_size() < self.policy.min_bytes:
-            record_plain("all_reduce", f"message under the policy's min_bytes = {self.policy.min_bytes}")
-            return False
-        return True
+            return None
+        return self.policy.choose(x.numel() * x.element_size(), x.dtype)
 
     def _agree(self, said: str):
         """Compare what the ranks say about their policies, through the store, because the group may be half made.
@@ -217,11 +216,8 @@ def _policy(given: Any) -> Policy | None:
 def _check(policy: Any) -> Policy | None:
     if policy is not None and not isinstance(policy, Policy):
         raise ValueError(f'a flashcomm.policy.Policy is needed, such as Policy(codec="int8g128"), not {policy!r}')
-    if policy is not None and codecs.parse(policy.codec).unbound:
-        raise ValueError(
-            f"{policy.codec} needs a calibration of each module, and a process group sees no modules: "
-            "use another codec, or flashcomm.integrations.transformers"
-        )
+    if policy is not None:
+        refuse_unbound([codecs.parse(policy.codec)], "and a process group sees no modules")
     return policy
 
 

@@ -38,7 +38,8 @@ from torch.distributed import distributed_c10d
 from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features, Plain
-from flashcomm.collectives.stats import record_plain
+from flashcomm.collectives.stats import plain_because, record_plain
+from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
 
 # Styles of transformers' plans that shard a module but leave no sum to make after it.
@@ -193,9 +194,7 @@ class Compression:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
-        for name in reducing:
-            if self._codec_of(name).unbound:
-                self._codec_of(name).check(1)
+        refuse_unbound(map(self._codec_of, reducing))
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
@@ -244,8 +243,8 @@ class Compression:
         """Sum `x` over the ranks as the output of module `name`."""
         self.calls[name] += 1
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
-        reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, **self._how(name, x))
-        result = self.wait(functools.partial(reduce, async_op=True), name) if self.wait else reduce()
+        start = functools.partial(self._start, name, x, out)
+        result = self.wait(functools.partial(start, async_op=True), name) if self.wait else start()
         assert isinstance(result, torch.Tensor)
         if self._observe and part is not None:
             self._observe(name, part, result.reshape(part.shape))
@@ -262,24 +261,31 @@ class Compression:
             self._bound[key] = self.calibration.bind(codec, name, rank=rank, ranks=ranks)
         return self._bound[key]
 
-    def _how(self, name: str, x: torch.Tensor) -> dict[str, Any]:
-        """The options of the all-reduce of `x` after a module."""
+    def _start(
+        self, name: str, x: torch.Tensor, out: torch.Tensor | None, async_op: bool = False
+    ) -> "torch.Tensor | collectives.Work":
+        """Start the all-reduce of `x` after a module."""
         codec, policy = self._codec_of(name), self.codec
+        reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, async_op=async_op)
         if not isinstance(policy, Policy):
-            return {"codec": codec, "algorithm": self.algorithm, **self._options}
+            return reduce(codec=codec, algorithm=self.algorithm, **self._options)
         # Experts see all tokens in one dimension, after other modules of the same pass saw the sequences.
         if x.dim() > 2:
             self._decoding = x.shape[-2] == 1
-        if isinstance(codec, Plain):
-            return {"codec": codec, "algorithm": "plain"}
-        if (self._decoding and policy.phase == "prefill") or x.numel() * x.element_size() < policy.min_bytes:
-            # As they are, by the fastest way that there is for it.
-            return {"codec": "bf16" if x.dtype == torch.bfloat16 else "fp32"}
-        return {
-            "codec": codec,
-            "algorithm": policy.algorithm if self.algorithm == "auto" else self.algorithm,
-            **self._options,
-        }
+        choice = policy.choose(x.numel() * x.element_size(), x.dtype, name, self._decoding, codec=codec)
+        algorithm = choice.algorithm if self.algorithm == "auto" else self.algorithm
+
+        def plain():
+            assert choice.reason
+            with plain_because(choice.reason):
+                if isinstance(codec, Plain):
+                    return reduce(codec=codec, algorithm="plain")
+                # Uncompressed, by the fastest algorithm.
+                return reduce(codec="bf16" if x.dtype == torch.bfloat16 else "fp32")
+
+        compressed = functools.partial(reduce, codec=codec, algorithm=algorithm, **self._options)
+        # `plain_because` counts: these sums are our own calls.
+        return apply(choice, compressed=compressed, plain=plain, count=lambda reason: None)
 
 
 def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
