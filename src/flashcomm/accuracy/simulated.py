@@ -22,6 +22,7 @@ from torch import nn
 from flashcomm import simulate
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Features
+from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply
 from flashcomm.policy import Policy
 
@@ -55,7 +56,7 @@ class Simulation:
         self.ranks, self.policy, self.hosts, self.calibration = ranks, policy, hosts, calibration
         self.modules, self.plain, self.observe = {}, Counter(), None
         self._dtype = model.dtype
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches("flashcomm.accuracy.simulated")
         planned = list(_planned(model))
         _check(model, ranks, [(name, style) for name, _, style, _ in planned])
         for name, module, style, parameters in planned:
@@ -67,8 +68,7 @@ class Simulation:
 
     def undo(self):
         """The model is as it was. Harmless when repeated."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     def bits_per_value(self, policy: Policy) -> float:
         """Bits on the wire per value, on average over all sums of a token."""
@@ -76,7 +76,7 @@ class Simulation:
         return sum(bits) / sum(self.modules.values())
 
     def _replace(self, name: str, module: nn.Module, style: str, parameters: Mapping[str, str]):
-        forward, own = module.forward, vars(module).get("forward")
+        forward = module.forward
 
         def joined(*args: Any, **kwargs: Any) -> torch.Tensor:
             outputs = self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs))
@@ -96,16 +96,9 @@ class Simulation:
             found, owner = forward(ids), (ids // stripe).unsqueeze(-1)
             return self._sum(name, [found.masked_fill(owner != rank, 0) for rank in range(self.ranks)])
 
-        def restore():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
-
         kinds = {**dict.fromkeys(_JOINED, joined), **dict.fromkeys(_LINEAR, linear)}
         kinds |= {**dict.fromkeys(_EXPERTS, experts), **dict.fromkeys(_EMBEDDING, embedding)}
-        module.forward = kinds[style]
-        self._undo.append(restore)
+        self._patches.replace(module, "forward", kinds[style])
 
     def _each_rank(
         self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor]

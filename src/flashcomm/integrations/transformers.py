@@ -39,6 +39,7 @@ from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features, Plain
 from flashcomm.collectives.stats import plain_because, record_plain
+from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
 
@@ -51,7 +52,7 @@ _NOT_REDUCING = re.compile(
 _running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
 _patch_lock = threading.Lock()
-_originals: dict[str, Callable] = {}
+_patches = Patches(__name__)
 
 
 def compress(
@@ -198,22 +199,26 @@ class Compression:
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
-        self._undo = [self._mark(name, module) for name, (module, _) in reducing.items()]
+        self._marks = Patches("flashcomm.integrations.transformers.compress")
+        try:
+            for name, (module, _) in reducing.items():
+                self._mark(name, module)
+        except RuntimeError:
+            self._marks.undo()
+            raise
         _handles.append(self)
         _patch()
 
     def undo(self):
         """Take the hooks out again; the model is as it was. Harmless when repeated."""
-        while self._undo:
-            self._undo.pop()()
+        self._marks.undo()
         if self in _handles:
             _handles.remove(self)
             _unpatch()
 
-    def _mark(self, name: str, module: torch.nn.Module) -> Callable[[], None]:
-        """Note on the stack when `module` runs, with all of its hooks; returns what takes the mark away."""
-        before = module._compiled_call_impl
-        inner: Callable = before or module._call_impl
+    def _mark(self, name: str, module: torch.nn.Module):
+        """Note on the stack when `module` runs, with all of its hooks."""
+        inner: Callable = module._compiled_call_impl or module._call_impl
 
         # A graph would not see what the stack says, so a compiled model is left for the length of this module.
         @torch.compiler.disable
@@ -224,8 +229,7 @@ class Compression:
             finally:
                 self._leave(name)
 
-        module._compiled_call_impl = call
-        return lambda: setattr(module, "_compiled_call_impl", before)
+        self._marks.replace(module, "_compiled_call_impl", call)
 
     def _enter(self, name: str):
         _running.set((*_running.get(), (self, name, self.calls[name])))
@@ -369,11 +373,10 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
 def _patch():
     """Route the two names under which sums are started through us."""
     with _patch_lock:
-        if _originals:
+        if _patches.has(dist, "all_reduce"):
             return
         plain: Any = dist.all_reduce
         plain_functional: Any = functional.all_reduce
-        _originals.update(plain=plain, functional=plain_functional)
 
         @functools.wraps(plain)
         def all_reduce(tensor, *args, **kwargs):
@@ -390,14 +393,14 @@ def _patch():
                 return plain_functional(self, reduceOp, group, tag)
             return _compressed_sum(marked, self, None)  # pyright: ignore[reportCallIssue]
 
-        dist.all_reduce, functional.all_reduce = all_reduce, functional_all_reduce
+        _patches.replace(dist, "all_reduce", all_reduce)
+        _patches.replace(functional, "all_reduce", functional_all_reduce)
 
 
 def _unpatch():
     with _patch_lock:
-        if _originals and not _handles:
-            dist.all_reduce, functional.all_reduce = _originals["plain"], _originals["functional"]
-            _originals.clear()
+        if not _handles:
+            _patches.undo()
 
 
 def _resolve(group: Any) -> Any:

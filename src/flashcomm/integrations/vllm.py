@@ -40,11 +40,11 @@ if importlib.util.find_spec("vllm") is None:
 
 from flashcomm import codecs
 from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
 from flashcomm.policy import Policy
 
-_originals: dict[tuple[type, str], Callable] = {}
-"""What was replaced, by class and name."""
+_patches = Patches(__name__)
 worker: "Worker | None" = None
 """What this process compresses, if it is a worker and somebody asked."""
 
@@ -61,18 +61,16 @@ def register():
 def undo():
     """Give vLLM its own methods back; engines that were started keep what they have compiled."""
     global worker
-    for (owner, name), original in _originals.items():
-        setattr(owner, name, original)
-    _originals.clear()
+    _patches.undo()
     if worker:
         worker.reporter.close()
     worker = None
 
 
-def _replace(owner: type, name: str, wrapped: Callable[[Callable], Callable]):
-    if (owner, name) not in _originals:
-        original = _originals[owner, name] = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(wrapped(original)))
+def _replace(owner: type, name: str, wrapper: Callable[[Callable], Callable]):
+    # vLLM may call `register` again in the same process.
+    if not _patches.has(owner, name):
+        _patches.wrap(owner, name, wrapper)
 
 
 def _checking_policy(create_engine_config: Callable) -> Callable:

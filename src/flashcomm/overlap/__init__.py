@@ -24,6 +24,7 @@ import torch
 
 from flashcomm.codecs import Codec
 from flashcomm.collectives.stats import record_prefill
+from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.transformers import Compression, compress, compression_of
 from flashcomm.overlap import splitting, turns
 from flashcomm.overlap.measuring import SHARES, Stopwatch, profile_of
@@ -98,14 +99,12 @@ class Overlap:
         self.compression = owned or existing  # pyright: ignore[reportAttributeAccessIssue]
         self.profiles = {}
         self._running = False
-        self._inner = inner = self._decoder.forward
-        self._replaces = "forward" in vars(self._decoder)
-
-        @functools.wraps(inner)
-        def forward(*args: Any, **kwargs: Any):
-            return self._forward(*args, **kwargs)
-
-        self._decoder.forward = forward
+        self._inner = self._decoder.forward
+        self._patches = Patches("flashcomm.overlap")
+        # A function, because a bound method cannot take the name and signature of what it replaces.
+        self._patches.wrap(
+            self._decoder, "forward", lambda inner: lambda *args, **kwargs: self._forward(*args, **kwargs)
+        )
         _overlaps.append(self)
 
     @property
@@ -124,10 +123,7 @@ class Overlap:
         """Let prompts run in one piece again; the model is as it was. Harmless when repeated."""
         if self in _overlaps:
             _overlaps.remove(self)
-            if self._replaces:
-                self._decoder.forward = self._inner
-            else:
-                del self._decoder.forward
+            self._patches.undo()
             if self._owned:
                 self._owned.undo()
 
