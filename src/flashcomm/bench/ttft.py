@@ -31,7 +31,7 @@ from flashcomm.bench.lab import RATE_VARIABLE
 from flashcomm.bench.timing import interleaved
 from flashcomm.integrations.transformers import Compression, compress
 from flashcomm.overlap import Overlap, turns, wrap
-from flashcomm.overlap.measuring import Stopwatch, Times
+from flashcomm.overlap.measuring import PartTimes, Stopwatch
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-160m": dict(
@@ -150,7 +150,7 @@ class _Runs:
         self._overlap.parts = parts
         return int(self._model(self._ids, use_cache=True, logits_to_keep=1).logits.argmax(-1).item())
 
-    def timed(self, spec: str) -> Times:
+    def timed(self, spec: str) -> PartTimes:
         """Run the prompt in one piece, its sums and what lies between them timed."""
         watch = Stopwatch(self._ids.device)
         self._handle.wait = watch.wait
@@ -173,7 +173,7 @@ class _Runs:
             split = self._overlap.last_split
             assert split is not None
             splits[spec] = "+".join(map(str, split.sizes)), split.seconds
-        laps: dict[str, list[Times]] = {spec: [] for spec in specs}
+        laps: dict[str, list[PartTimes]] = {spec: [] for spec in specs}
         variants = {
             f"{spec} {n}": partial(self.first_token, spec, p) for spec in specs for n, p in enumerate((1, "auto"))
         }
@@ -184,7 +184,8 @@ class _Runs:
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, {spec: list(map(tuple, laps[spec])) for spec in specs})
         parts = {
-            spec: [_shared([Times(*rank[spec][n]) for rank in everyone]) for n in range(repeats + 1)] for spec in specs
+            spec: [_shared([PartTimes(*rank[spec][n]) for rank in everyone]) for n in range(repeats + 1)]
+            for spec in specs
         }
         compute_s = statistics.median(c for spec in specs for c, _, _ in parts[spec][1:])
         ends_s = statistics.median(e for spec in specs for _, _, e in parts[spec][1:])
@@ -281,7 +282,7 @@ class _Watch:
                 time.sleep(self._POLL_S)
 
 
-def _shared(ranks: Sequence[Times]) -> tuple[float, float, float]:
+def _shared(ranks: Sequence[PartTimes]) -> tuple[float, float, float]:
     """(compute, communication, what cannot overlap) of a prompt in one piece, in seconds, from each rank's times."""
     compute_s = max(sum(rank.segments) for rank in ranks)
     communication_s = sum(map(min, zip(*(rank.sums for rank in ranks), strict=True)))

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import flashcomm
-from flashcomm import codecs
+from flashcomm import codecs, collectives
 from flashcomm.integrations.transformers import compress, tensor_parallel_argument
 
 
@@ -76,7 +75,7 @@ def main():
     cli_evaluate()
     if dist.is_initialized():
         if dist.get_rank() == 0:
-            stats = flashcomm.stats()
+            stats = collectives.stats()
             print(f"flashcomm: {stats['calls']}, {stats['wire_bytes']:,} bytes instead of {stats['plain_bytes']:,}")
         dist.destroy_process_group()
 

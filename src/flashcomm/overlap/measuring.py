@@ -25,7 +25,7 @@ REPEATS = 4
 """Of sums whose rate is taken."""
 
 
-class Times(NamedTuple):
+class PartTimes(NamedTuple):
     """Seconds of one part: what lies between its sums, and the sums."""
 
     segments: list[float]
@@ -63,9 +63,9 @@ class Stopwatch:
         self._sums.append(self._lap())
         return result
 
-    def part(self) -> Times:
+    def part(self) -> PartTimes:
         """The times of the part that has just ended."""
-        times = Times([*self._segments, self._lap()], self._sums)
+        times = PartTimes([*self._segments, self._lap()], self._sums)
         self._segments, self._sums = [], []
         self._restart()
         return times
@@ -95,7 +95,7 @@ class Stopwatch:
 
 
 def profile_of(
-    parts: Sequence[Times],
+    parts: Sequence[PartTimes],
     rates: Sequence[Rate],
     names: Sequence[str],
     sizes: Sequence[int],
@@ -120,7 +120,7 @@ def profile_of(
     """
     mine = [*map(tuple, parts)], [*map(tuple, rates)], Seat.mine()
     told: list[tuple] = state_of(group).tell(mine)
-    times = [[Times(*part) for part in theirs] for theirs, *_ in told]
+    times = [[PartTimes(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
     kinds = [re.sub(r"\d+", "*", name) for name in names] + ["end"]
     starts = [before + sum(sizes[:n]) for n in range(len(sizes))]
