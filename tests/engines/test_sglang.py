@@ -78,12 +78,12 @@ def decode_steps_of_rank():
             def is_decode(cls):
                 return cls.decoding
 
-    ranks = sglang.Ranks(Policy(min_bytes=0, algorithm="one_step"))
+    hooks = sglang.Hooks(Policy(min_bytes=0, algorithm="one_step"))
     group = group_of_sglang("tp")
-    ranks.meet(lambda group: None, group)
+    hooks.meet(lambda group: None, group)
     x = some_values()
     for Batch.forward_mode.decoding in (False, True):
-        ranks.forward(lambda runner, batch: ranks.all_reduce(lambda group, x: x, group, x), None, Batch)
+        hooks.forward(lambda runner, batch: hooks.all_reduce(lambda group, x: x, group, x), None, Batch)
     return flashcomm.stats()
 
 

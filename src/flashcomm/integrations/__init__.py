@@ -1,4 +1,4 @@
-"""Hooks into the frameworks that run models. Each is imported on demand; none is needed to use the collectives."""
+"""Hooks into the frameworks that run models. Each is imported on demand; the collectives need none of them."""
 
 import importlib
 

@@ -113,20 +113,20 @@ def calibrate(
     modules: str = "",
     origin: str = "",
 ) -> Calibration:
-    """Run `model` on real text, its sums as they are, and record how far each feature reaches.
+    """Run `model` on real text, uncompressed, and record how far each feature reaches.
 
     Args:
         model: tensor parallel, not compressed.
-        batches: token ids, each [tokens]; the same on every rank. A few dozen of a thousand tokens do.
+        batches: token ids, each [tokens]; the same on every rank. A few dozen batches of a thousand tokens are enough.
         gamma: weight of a new batch in the moving averages.
-        modules: as for `compress`.
+        modules: see `compress`.
         origin: a remark for the file.
 
     Returns:
         The same `Calibration` on every rank.
 
     Raises:
-        ValueError: no batches, or what `compress` raises.
+        ValueError: no batches, or a model that `compress` refuses.
     """
     seen: dict[str, tuple[MovingReach, MovingReach]] = {}
 
@@ -154,21 +154,21 @@ class Compression:
     """A model whose all-reduces are compressed; made by `compress`."""
 
     codec: Codec | Policy
-    """The wire format, or that of each module. May be assigned to between forward passes, on all ranks alike."""
+    """The wire format, or a policy for each module. May be assigned to between forward passes, on all ranks alike."""
     algorithm: str
-    """As for `flashcomm.all_reduce`; may be assigned to like `codec`."""
+    """Algorithm of `flashcomm.all_reduce`; may be assigned to like `codec`."""
     modules: dict[str, str]
-    """The style in transformers' plan, by the name of each module whose sum is compressed."""
+    """Styles in transformers' plan, by the name of each module whose sum is compressed."""
     calls: dict[str, int]
-    """Sums that went through flashcomm so far, by module."""
+    """Number of sums that went through flashcomm so far, by module."""
 
     calibration: Calibration | None
-    """What calibrated codecs are bound with."""
+    """The calibration to which codecs are bound."""
     group: dist.ProcessGroup
     """The ranks over which the model is tensor parallel."""
     wait: "Callable[[Callable[[], Any], str], torch.Tensor] | None"
-    """Given what starts a sum and returns its `flashcomm.Work`, and the module's name, returns the sum; None if sums
-    are simply made."""
+    """Function that makes the sums while it is set. It gets one that starts a sum and returns a `flashcomm.Work`,
+    and the module's name; it returns the sum."""
 
     def __init__(
         self,
@@ -210,17 +210,17 @@ class Compression:
         _patch()
 
     def undo(self):
-        """Take the hooks out again; the model is as it was. Harmless when repeated."""
+        """Restore the model. Harmless when repeated."""
         self._marks.undo()
         if self in _handles:
             _handles.remove(self)
             _unpatch()
 
     def _mark(self, name: str, module: torch.nn.Module):
-        """Note on the stack when `module` runs, with all of its hooks."""
+        """Note on the stack when `module` and its hooks run."""
         inner: Callable = module._compiled_call_impl or module._call_impl
 
-        # A graph would not see what the stack says, so a compiled model is left for the length of this module.
+        # A graph would not see the stack, so a compiled model leaves its graph for this module.
         @torch.compiler.disable
         def call(*args: Any, **kwargs: Any):
             self._enter(name)
@@ -235,7 +235,7 @@ class Compression:
         _running.set((*_running.get(), (self, name, self.calls[name])))
 
     def _leave(self, name: str):
-        # Above our entry there can be those of modules that raised before their own hook.
+        # Entries of modules that raised before their own hook may lie above ours.
         running = _running.get()
         while running[-1][:2] != (self, name):
             running = running[:-1]
@@ -244,7 +244,7 @@ class Compression:
             record_plain("all_reduce", f"no sum seen in {self.modules[name]} module {re.sub(r'[0-9]+', '*', name)}")
 
     def reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum `x` over the ranks as the output of module `name`."""
+        """Sum `x`, the output of module `name`, over the ranks."""
         self.calls[name] += 1
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
         start = functools.partial(self._start, name, x, out)
@@ -255,7 +255,7 @@ class Compression:
         return result
 
     def _codec_of(self, name: str) -> Codec:
-        """The codec of a module, bound to what calibration knows about it."""
+        """Find the codec of a module, bound to its calibration."""
         codec = self.codec.codec_for(name) if isinstance(self.codec, Policy) else self.codec
         if self.calibration is None:
             return codec
@@ -297,12 +297,12 @@ def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
 
 
 def compression_of(model: Any) -> "Compression | None":
-    """The compression of `model`, if it is compressed."""
+    """Find the compression of `model`; None if it is not compressed."""
     return next((handle for handle in _handles if handle._model is model), None)
 
 
 def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
-    """The process group over which a loaded model is tensor parallel.
+    """Find the process group over which a loaded model is tensor parallel.
 
     Raises:
         ValueError: the model is not tensor parallel, or over one rank only.
@@ -321,10 +321,10 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
 
 
 def tensor_parallel_argument() -> dict[str, Any]:
-    """How this transformers wants to hear of tensor parallelism: by ``tp_plan``, in later ones by a config.
+    """Make the arguments that load a model over all ranks: ``tp_plan``, or a config in later releases.
 
     Returns:
-        What to give `from_pretrained`, to load over all ranks of the default group.
+        Keyword arguments of `from_pretrained`.
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -334,7 +334,7 @@ def tensor_parallel_argument() -> dict[str, Any]:
 
 
 def _reducing_modules(model: Any):
-    """(name, module, style) of every module whose output transformers sums over ranks."""
+    """Yield (name, module, style) of every module whose output transformers sums over ranks."""
     plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
     for name, module in model.named_modules():
         style = getattr(module, "_hf_tp_plan", None)
@@ -345,12 +345,12 @@ def _reducing_modules(model: Any):
 
 
 def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
-    """Whether an all-reduce with these arguments is a sum that the caller waits for, and over which group."""
+    """Whether an all-reduce with these arguments is a sum that the caller waits for, and its group."""
     return op == dist.ReduceOp.SUM and not async_op, group
 
 
 def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
-    """The compression and module that this all-reduce belongs to, if any."""
+    """Find the compression and the module of this all-reduce; None if it is not part of a compressed model."""
     running = _running.get()
     if not is_sum or not running or running[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
         return None
@@ -363,7 +363,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
     handle, name = marked
     if type(x) is not torch.Tensor:
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
-    before = _running.set((*_running.get(), None))  # What flashcomm itself sends passes through.
+    before = _running.set((*_running.get(), None))  # Sums of flashcomm itself pass through.
     try:
         return handle.reduce(name, x, out)
     finally:
@@ -371,7 +371,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
 
 
 def _patch():
-    """Route the two names under which sums are started through us."""
+    """Replace the two functions that start sums."""
     with _patch_lock:
         if _patches.has(dist, "all_reduce"):
             return
@@ -404,7 +404,7 @@ def _unpatch():
 
 
 def _resolve(group: Any) -> Any:
-    """The process group that a collective names: nothing, its name, itself, a mesh, or a mesh and a dimension."""
+    """Find the process group that a collective names: by None, a name, itself, a mesh, or a mesh and a dimension."""
     if group is None:
         return dist.group.WORLD
     if isinstance(group, str):

@@ -1,14 +1,14 @@
-"""Overlap inside of one prompt: one part of it computes while the sums of another are on the wire.
+"""Run a model's prompts in parts: one part computes while the sums of another are on the wire.
 
     with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded with tp_plan="auto"
         model.generate(**inputs)
 
 The model is not changed and needs no schedule: its decoder runs once for each part, and the runs take turns where they
 wait for a sum (`flashcomm.overlap.turns`). The first part always leads, so at every layer its keys and values are in
-the cache before the second part needs them. Steps of one token run as they are. So does, counted in
-`flashcomm.stats()`, a prompt that cannot be split or would not gain by it.
+the cache before the second part needs them. Steps of one token run unchanged. So does a prompt that cannot be split or
+would not gain by it; `flashcomm.stats()` counts it.
 
-Hazard: hooks on modules inside of the decoder run once for each part, on that part's tokens.
+Hazard: hooks on modules inside the decoder run once for each part, on that part's tokens.
 
 Source: ISO (arXiv 2409.11155); the turns at the sums, and views of one cache, are our own.
 """
@@ -43,9 +43,9 @@ def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str 
     Args:
         model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
         parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times taken of the first prompt of 256 tokens or
-            more, whose parts run one after the other; or a number of parts of about as many tokens each, 1 for none; or
+            more, whose parts run one after the other; or a number of parts of about equal size, 1 for no overlap; or
             shares of the tokens, such as ``(3, 2)``.
-        codec: wire format of the sums, or a policy; None for what `model` is compressed with already, or plain.
+        codec: wire format of the sums, or a policy; None to keep the compression of `model`, or plain if it has none.
 
     Raises:
         ValueError: a model whose prompts cannot be split, that is not tensor parallel, or that is overlapped already,
@@ -76,14 +76,14 @@ class Overlap:
     """A model whose prefill overlaps; made by `prefill` and `wrap`."""
 
     compression: Compression
-    """Of the model; its ``codec`` and ``algorithm`` may be assigned to between prompts, on all ranks alike."""
+    """The model's compression; its ``codec`` and ``algorithm`` may be set between prompts, on all ranks alike."""
     profiles: "dict[tuple[str, str], Profile]"
-    """What was measured, by codec and algorithm; without an entry the next prompt is measured."""
+    """Measured profiles, by codec and algorithm; without an entry the next prompt is measured."""
 
     last_split: Split | None
-    """How the latest prompt was cut, and what the planner expected; None if it was not planned."""
+    """Parts of the latest prompt and their predicted times; None if it was not planned."""
     wait: Callable[[Callable[[], Any], str], torch.Tensor]
-    """How sums are made while parts take turns, as `Compression.wait` has it; replaced by who wants to watch."""
+    """Function that makes the sums while parts take turns, like `Compression.wait`; a benchmark may replace it."""
 
     def __init__(self, model: Any, parts: "int | str | Sequence[int]", codec: str | Codec | Policy | None):
         self.parts, self.last_split = parts, None
@@ -107,7 +107,7 @@ class Overlap:
 
     @property
     def parts(self) -> "str | tuple[int, ...]":
-        """As for `prefill`, a number as so many equal shares; may be assigned to like ``compression.codec``."""
+        """Shares of the parts, or ``auto``; may be assigned to like ``compression.codec``, also a number of parts."""
         return self._parts
 
     @parts.setter
@@ -156,7 +156,7 @@ class Overlap:
         return output
 
     def _split_of(self, prompt: splitting.Prompt) -> Split | None:
-        """How to run a prompt, or None to measure it; the same on every rank."""
+        """Choose the parts of a prompt, or None to measure it; the same on every rank."""
         if len(self.parts) == 1:
             raise splitting.Refused("asked for")
         if not isinstance(self.parts, str):
@@ -179,7 +179,7 @@ class Overlap:
             return splitting.joined(prompt, turns.run(self._calls(prompt, sizes)))
 
     def _measured(self, prompt: splitting.Prompt) -> Any:
-        """Run a prompt's parts one after the other, and keep what they cost."""
+        """Run a prompt's parts one after the other, and keep their profile."""
         sizes, watch = cut(prompt.tokens, SHARES), Stopwatch(prompt.device)
         outputs, times = [], []
         with self._waiting(watch.wait):
@@ -208,7 +208,7 @@ class Overlap:
 
     @contextmanager
     def _waiting(self, wait: Callable[[Callable[[], Any], str], torch.Tensor]):
-        """Have the sums of the model made by `wait`."""
+        """Make the sums of the model by `wait` in this block."""
         self._running, self.compression.wait = True, wait
         try:
             yield
@@ -217,7 +217,7 @@ class Overlap:
 
 
 def cut(tokens: int, shares: Sequence[int]) -> list[int]:
-    """How many of `tokens` each part gets.
+    """Divide `tokens` among parts.
 
     Raises:
         Refused: fewer tokens than parts.

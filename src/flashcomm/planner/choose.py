@@ -40,7 +40,7 @@ class Facts:
     connected: bool = False
     """Whether ranks have connections of our own, which are faster than the backend's messages."""
     costs: LinkCosts | None = None
-    """What `flashcomm tune` measured on this group; None if it was not run."""
+    """Costs that `flashcomm tune` measured on this group; None if it was not run."""
     device: str = "cpu"
     """Type of the device that holds the tensors; it decides how fast the codecs are."""
 
@@ -52,7 +52,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a collective does and why."""
+    """The way to run one collective, and the reason for it."""
 
     algorithm: str
     """``one_step``, ``two_step``, ``hierarchical`` or ``plain``."""
