@@ -38,8 +38,9 @@ def test_public_names_exist():
 
 
 def test_parts_are_loaded_when_named():
-    code = "import flashcomm; flashcomm.integrations.transformers.compress; flashcomm.bench"
+    code = "import flashcomm; flashcomm.integrations.transformers.compress; flashcomm.bench; flashcomm.policy.Policy"
     assert "transformers" not in imported_by(code)
+    assert flashcomm.Policy is flashcomm.policy.Policy
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         flashcomm.nonsense  # noqa: B018
 

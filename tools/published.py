@@ -54,11 +54,11 @@ def _saved(model: str, ranks: Cluster, codec: str, tokens: int, rows: int) -> Ca
 
 def _sum_us(ranks: Cluster, codec: str, values: int) -> Callable[[], float]:
     """Microseconds of one all-reduce of 16-bit values."""
-    machine = ranks.group.machine
-    assert machine is not None
+    costs = ranks.group.costs
+    assert costs is not None
     if codec == "none":
-        return lambda: 1e6 * machine.plain.seconds(2 * values)
-    two_step = next(cost for way, cost in machine.compressed.items() if way.algorithm == "two_step")
+        return lambda: 1e6 * costs.plain.seconds(2 * values)
+    two_step = next(cost for way, cost in costs.compressed.items() if way.name == "two_step")
     return lambda: 1e6 * two_step.seconds(2 * values, parse(codec).bits_per_value(4096))
 
 

@@ -64,8 +64,8 @@ def rows_of(ranks: int, rate: str, directory: Path, tokens: tuple[int, ...], rep
     shape = Shape.from_config(json.loads((directory / "config.json").read_text()), MODEL)
     with Lab(ranks=ranks, rate=rate) as lab:
         cluster = launch.run(compute.measure, (repeats,), ranks=ranks, lab=lab)[0]
-        assert cluster.group.machine is not None
-        tuning.save(cluster.group.machine)
+        assert cluster.group.costs is not None
+        tuning.save(cluster.group.costs)
         arguments = (directory, MODEL, CODECS, tokens, repeats, torch.bfloat16)
         measured, _ = launch.run(ttft.rank_main, arguments, ranks=ranks, lab=lab)[0]
     rows = []

@@ -7,7 +7,7 @@ process what the ranks would get, `stats` tells what happened. `flashcomm.integr
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
@@ -17,20 +17,25 @@ from flashcomm.codecs import parse as codec
 from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
 from flashcomm.kernels import decode, encode
 
+if TYPE_CHECKING:
+    from flashcomm.policy import Policy
+
 __version__ = "0.3.0"
 
 
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap"):
+    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap", "policy"):
         return importlib.import_module(f"flashcomm.{name}")
+    if name == "Policy":
+        return importlib.import_module("flashcomm.policy").Policy
     raise AttributeError(f"module 'flashcomm' has no attribute {name!r}")
 
 
 def _new_group(*given: Any):
-    from flashcomm.integrations import backend
+    from flashcomm.integrations import torch_backend
 
-    return backend.create(*given)
+    return torch_backend.create(*given)
 
 
 # Here, so that a program needs no more than `import flashcomm` to name the backend; it is loaded when it does.
@@ -38,6 +43,7 @@ dist.Backend.register_backend("flashcomm", _new_group, extended_api=True, device
 
 __all__ = [
     "Codec",
+    "Policy",
     "Work",
     "all_gather",
     "all_reduce",

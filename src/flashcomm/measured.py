@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flashcomm import settings
-from flashcomm.planner import Machine
+from flashcomm.planner import LinkCosts
 
 _log = logging.getLogger("flashcomm")
 
@@ -56,17 +56,17 @@ def names() -> list[str]:
     return [str(name) for name in _read()]
 
 
-def load(name: str) -> Machine | None:
+def load(name: str) -> LinkCosts | None:
     """Costs under the key `name`; None if there are none, or if the file cannot be read."""
     try:
         fields = _read().get(name)
-        return Machine.from_dict(fields) if fields else None
+        return LinkCosts.from_dict(fields) if fields else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         _ignore(error)
         return None
 
 
-def save(machine: Machine) -> Path:
+def save(machine: LinkCosts) -> Path:
     """Add costs to the file, or replace those under the same name."""
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which codec which sum of a model gets, in a file that every integration reads.
+"""A policy says which codec each sum of a model gets. It is a file that every integration reads.
 
     codec = "int8g128"      # of the layers that no rule names; "none" for plain
     phase = "prefill"       # or "all"
@@ -10,6 +10,7 @@
     codec = "int4g128"
 
 `Policy.from_environment` finds it, or a codec alone: ``FLASHCOMM_POLICY=policy.toml``, ``FLASHCOMM_CODEC=int8g128``.
+`Policy.choose` decides about one sum, by the same rules and in the same words for every engine.
 
 Source: our own.
 """
@@ -18,13 +19,15 @@ import fnmatch
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flashcomm.codecs import Codec, parse
+import torch
+
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain, parse
 from flashcomm.errors import did_you_mean
 
 if sys.version_info >= (3, 11):
@@ -40,19 +43,35 @@ CODEC_VARIABLE = "FLASHCOMM_CODEC"
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """What some layers get."""
+    """The codec of all modules whose name matches a pattern."""
 
     match: str
     """Pattern of `fnmatch` for the whole name of a module; ``*`` matches dots too."""
     codec: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The decision about one sum; made by `Policy.choose`."""
+
+    codec: Codec
+    """Format of the module's sums, named even if this sum stays plain."""
+    algorithm: str
+    """Name for `flashcomm.all_reduce`; ``plain`` for a sum that is not compressed."""
+    reason: str | None
+    """Sentence that says why the sum stays plain; None if it is compressed."""
+
+    def declined(self, reason: str) -> "Choice":
+        """Return the same choice for a sum that stays plain."""
+        return Choice(codec=self.codec, algorithm="plain", reason=reason)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What is compressed, and how.
+    """Rules that say which sums are compressed, and in which codec.
 
     Raises:
-        ValueError: a field that is not allowed; says which, what was given, and what is allowed.
+        ValueError: a value that is not allowed; the message says which field, what was given, and what is allowed.
 
     >>> policy = Policy(codec="int8g128", layers=(Rule(match="*.down_proj", codec="int5g128"),))
     >>> str(policy.codec_for("model.layers.7.mlp.down_proj")), str(policy.codec_for("model.layers.7.self_attn.o_proj"))
@@ -62,11 +81,11 @@ class Policy:
     """
 
     codec: str = "int8g128"
-    """Of the layers that no rule matches."""
+    """Codec of the layers that no rule matches."""
     phase: str = "prefill"
-    """``all`` for decode steps too."""
+    """``prefill``, or ``all`` to compress decode steps too."""
     min_bytes: int = 64 * 2**10
-    """Of a message in the dtype of the model."""
+    """Smallest message that is compressed, in bytes of the model's dtype."""
     algorithm: str = "auto"
     layers: tuple[Rule, ...] = ()
 
@@ -91,9 +110,50 @@ class Policy:
             found[module] = parse(next(rules, self.codec))
         return found[module]
 
+    def choose(
+        self,
+        message_bytes: int,
+        dtype: torch.dtype,
+        module: str | None = None,
+        decoding: "bool | Callable[[], bool]" = False,
+        *,
+        codec: Codec | None = None,
+    ) -> Choice:
+        """Decide whether a sum is compressed, by arithmetic on facts that are equal on all ranks.
+
+        Args:
+            message_bytes: size of the sum on one rank.
+            dtype: of its values.
+            module: name of the module whose outputs are summed; None if the engine does not know it, so that no rule
+                for layers applies.
+            decoding: whether the step that runs is a decode step; a function is called only if the answer matters.
+            codec: format of the module's sums, if the caller has looked it up already, or has bound it.
+
+        >>> policy = Policy(codec="int8g128", min_bytes=1 << 20)
+        >>> policy.choose(1 << 20, torch.bfloat16).reason, policy.choose(1 << 20, torch.bfloat16, decoding=True).reason
+        (None, 'decode step')
+        >>> policy.choose(4096, torch.bfloat16).reason
+        "message under the policy's min_bytes = 1 MiB"
+        """
+        if codec is None:
+            codec = self._default if module is None else self.codec_for(module)
+        reason = self._why_plain(message_bytes, dtype, codec, decoding)
+        return Choice(codec=codec, algorithm="plain" if reason else self.algorithm, reason=reason)
+
+    def _why_plain(
+        self, message_bytes: int, dtype: torch.dtype, codec: Codec, decoding: "bool | Callable[[], bool]"
+    ) -> str | None:
+        if message_bytes < self.min_bytes:
+            return f"message under the policy's min_bytes = {_size(self.min_bytes)}"
+        if dtype not in FLOAT_DTYPES:
+            return f"dtype {dtype}"
+        if self.phase == "prefill" and (decoding() if callable(decoding) else decoding):
+            return "decode step"
+        return "codec none" if isinstance(codec, Plain) else None
+
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """All that some module can get, without `none`."""
+        """All codecs that a module can get, without `none`."""
         names = dict.fromkeys([self.codec, *(rule.codec for rule in self.layers)])
         return tuple(parse(name) for name in names if name != "none")
 
@@ -102,11 +162,11 @@ class Policy:
         """Read TOML.
 
         Args:
-            text: as in this module's description.
-            source: where it is from, for error messages.
+            text: with the keys that this module's description shows.
+            source: origin of the text, for error messages.
 
         Raises:
-            ValueError: no TOML, or a key or value that is not allowed.
+            ValueError: not TOML, or a key or value that is not allowed.
         """
         try:
             return cls.from_keys(tomllib.loads(text))
@@ -115,7 +175,7 @@ class Policy:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> "Policy":
-        """What a file with these keys says, such as ``{"codec": "int8g128", "layers": [{...}]}``.
+        """Read the keys of a file, such as ``{"codec": "int8g128", "layers": [{...}]}``.
 
         Raises:
             ValueError: a key or value that is not allowed.
@@ -135,7 +195,7 @@ class Policy:
         """Read a file.
 
         Raises:
-            ValueError: no such file, or as for `parse`.
+            ValueError: no such file, or one that `parse` refuses.
         """
         try:
             text = Path(path).read_text()
@@ -145,7 +205,7 @@ class Policy:
 
     @classmethod
     def from_environment(cls) -> "Policy | None":
-        """What ``FLASHCOMM_POLICY`` or ``FLASHCOMM_CODEC`` says; None if neither is set.
+        """Read the policy that ``FLASHCOMM_POLICY`` or ``FLASHCOMM_CODEC`` names; None if neither is set.
 
         Raises:
             ValueError: both are set, or one cannot be read.
@@ -167,7 +227,7 @@ class Policy:
 
         Args:
             path: of the file.
-            comments: lines to begin it with, such as what the choice is based on.
+            comments: lines at its beginning, such as the evidence for the policy.
         """
         lines = [f"# {line}".rstrip() for line in comments]
         lines += [f"{field.name} = {_toml(getattr(self, field.name))}" for field in fields(self)[:-1]]
@@ -186,6 +246,10 @@ class Policy:
     @cached_property
     def _found(self) -> dict[str, Codec]:
         return {}
+
+    @cached_property
+    def _default(self) -> Codec:
+        return parse(self.codec)
 
 
 def _known(keys: Mapping[str, Any], allowed: Sequence[str], where: str):
@@ -207,6 +271,12 @@ def _canonical(field: str, given: object) -> str:
         raise ValueError(f"{field} = {given!r}: {error}") from None
 
 
+def _size(count: int) -> str:
+    """Write bytes for people; `min_bytes` is usually a power of two."""
+    scales = ((1 << 20, "MiB"), (1 << 10, "KiB"))
+    return next((f"{count / scale:g} {unit}" for scale, unit in scales if count >= scale), f"{count} bytes")
+
+
 def _toml(value: object) -> str:
-    """A text or number as TOML; basic strings escape as JSON's do."""
+    """Write a text or number as TOML, whose basic strings escape like JSON's."""
     return json.dumps(value)

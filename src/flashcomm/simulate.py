@@ -43,9 +43,9 @@ def all_reduce(
     size = x.numel() * x.element_size()
     if hosts and ranks % hosts:
         raise ValueError(f"{ranks} ranks do not divide evenly among {hosts} hosts: give a divisor of {ranks}")
-    group = planner.Group(ranks=ranks, hosts=hosts or ranks)
+    facts = planner.Facts(ranks=ranks, hosts=hosts or ranks)
     exact = "bf16" if x.dtype == torch.bfloat16 else "fp32"
-    plan = planner.choose(size, group, codec, algorithm=algorithm, batch_invariant=batch_invariant, exact=exact)
+    plan = planner.choose(size, facts, codec, algorithm=algorithm, batch_invariant=batch_invariant, exact=exact)
     codec = plan.codec
     if ranks == 1 or x.numel() == 0:
         return x.clone()

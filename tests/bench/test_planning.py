@@ -9,9 +9,9 @@ import pytest
 
 import ranks
 from flashcomm.cli.plan import draw
-from flashcomm.planner import Group, Machine, advice
+from flashcomm.planner import Facts, LinkCosts, advice
+from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import cluster
-from flashcomm.planner.model import Cost, Point
 from flashcomm.policy import Policy
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli", "plan"]
@@ -100,7 +100,7 @@ def computes():
     cost = Cost((Point(1024, 1e-3, 0.0),))
     compute.LENGTHS, compute._REPEATS = (32, 64, 128), 1
     compute.PROBE = dataclasses.replace(compute.PROBE, layers=2, hidden=256, intermediate=512)
-    return compute.computed(Group(ranks=2, machine=Machine(name="here", plain=cost))).as_dict()
+    return compute.computed(Facts(ranks=2, costs=LinkCosts(name="here", plain=cost))).as_dict()
 
 
 def test_what_ranks_compute_is_measured_alike_on_all_of_them():

@@ -12,11 +12,11 @@ from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compress
 from flashcomm.models.random import random_model
 from flashcomm.overlap import wrap
-from flashcomm.overlap.measuring import Times
+from flashcomm.overlap.measuring import PartTimes
 
 
 def test_compute_is_the_slowest_ranks_and_a_sum_the_shortest():
-    early, late = Times([1.0, 2.0, 1.0], [5.0, 1.0]), Times([3.0, 2.5, 1.0], [3.0, 1.5])
+    early, late = PartTimes([1.0, 2.0, 1.0], [5.0, 1.0]), PartTimes([3.0, 2.5, 1.0], [3.0, 1.5])
     assert ttft._shared([early, late]) == (6.5, 4.0, 4.0)
 
 

@@ -12,7 +12,7 @@ import ranks
 from flashcomm import measured
 from flashcomm.bench import tune
 from flashcomm.collectives.group import group_of
-from flashcomm.planner import Cost, Machine, Way
+from flashcomm.planner import Algorithm, Cost, LinkCosts
 
 
 def tuned_on_ranks(file: str):
@@ -20,27 +20,27 @@ def tuned_on_ranks(file: str):
     import os
 
     group = tune.measure(repeats=1, sizes=(4096, 1 << 20))
-    assert group.machine is not None
+    assert group.costs is not None
     home = group_of(None)
-    assert group.machine.name == home.name
-    again = home.ranks.tell(group.machine.as_dict())
+    assert group.costs.name == home.name
+    again = home.ranks.tell(group.costs.as_dict())
     assert all(costs == again[0] for costs in again), "ranks hold different costs"
     os.environ["FLASHCOMM_TUNING"] = file
     if home.ranks.rank == 0:
-        measured.save(group.machine)
+        measured.save(group.costs)
     dist.barrier()
     fresh = dist.new_group(list(range(dist.get_world_size())))
     x = torch.ones(64, 1024).bfloat16()
     flashcomm.reset_stats()
     flashcomm.all_reduce(x, "int4g128", fresh)
     facts = group_of(fresh).facts
-    assert facts.machine is not None
-    assert vars(facts.machine) == vars(group.machine)
+    assert facts.costs is not None
+    assert vars(facts.costs) == vars(group.costs)
     # On this machine only two steps with 4 bits are fast: the decision follows the costs that were kept.
     slow = Cost.measured([(4096, 16.0, 1.0), (1 << 20, 16.0, 2.0)])
     fast = Cost.measured([(4096, 4.25, 0.1), (1 << 20, 4.25, 0.2)])
     group_of(fresh).facts = replace(
-        facts, machine=Machine(name="here", plain=slow, compressed={Way(algorithm="two_step", pieces=1): fast})
+        facts, costs=LinkCosts(name="here", plain=slow, compressed={Algorithm(name="two_step", pieces=1): fast})
     )
     group_of(fresh).calls.clear()
     flashcomm.reset_stats()
@@ -73,7 +73,7 @@ def test_machines_are_kept_beside_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("FLASHCOMM_TUNING", str(tmp_path / "deep" / "tuning.json"))
     cost = Cost.measured([(4096, 16.0, 1.0)])
     for name in ("a", "b", "a"):
-        measured.save(Machine(name=name, plain=cost))
+        measured.save(LinkCosts(name=name, plain=cost))
     assert [vars(measured.load(name))["name"] for name in ("a", "b")] == ["a", "b"]
     assert measured.load("c") is None
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tuning.json"]

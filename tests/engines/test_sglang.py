@@ -63,7 +63,7 @@ def test_compresses_large_sums_of_the_tp_group(fresh_ranks, tmp_path):
     # bf16 rounds the sum once: 8 bits of mantissa.
     assert torch.allclose(first[1].float(), exact, rtol=2**-8, atol=0)
     assert stats["calls"] == {"all_reduce/one_step/int8g128": 2}
-    assert stats["plain"] == {"message under 4 KiB": 1}
+    assert stats["plain"] == {"message under the policy's min_bytes = 4 KiB": 1}
 
 
 def decode_steps_of_rank():
@@ -78,12 +78,12 @@ def decode_steps_of_rank():
             def is_decode(cls):
                 return cls.decoding
 
-    ranks = sglang.Ranks(Policy(min_bytes=0, algorithm="one_step"))
+    hooks = sglang.Hooks(Policy(min_bytes=0, algorithm="one_step"))
     group = group_of_sglang("tp")
-    ranks.meet(lambda group: None, group)
+    hooks.meet(lambda group: None, group)
     x = some_values()
     for Batch.forward_mode.decoding in (False, True):
-        ranks.forward(lambda runner, batch: ranks.all_reduce(lambda group, x: x, group, x), None, Batch)
+        hooks.forward(lambda runner, batch: hooks.all_reduce(lambda group, x: x, group, x), None, Batch)
     return flashcomm.stats()
 
 

@@ -188,7 +188,7 @@ def test_metrics(eager):
     expected = {
         "flashcomm_calls_total": 'call="all_reduce/one_step/int8g128",rank="{}"',
         "flashcomm_saved_bytes_total": 'rank="{}"',
-        "flashcomm_plain_total": 'rank="{}",reason="message under 4 KiB"',
+        "flashcomm_plain_total": 'rank="{}",reason="message under the policy\'s min_bytes = 4 KiB"',
     }
     end = time.monotonic() + 30
     for name, labels in expected.items():

@@ -125,7 +125,7 @@ def what_stays_plain():
     reasons = list(stats["plain"])
     assert reasons[:3] == [
         "shards of the last dimension",
-        "codecs are for bf16, fp16 and fp32, not torch.int64",
+        "dtype torch.int64",
         f"the layout {Partial('max')} is no plain sum",
     ]
     assert len(reasons) == 4

@@ -169,16 +169,19 @@ def follows_a_policy():
         flashcomm.reset_stats()
         logits(model, 256)
         assert flashcomm.stats()["calls"] == {"all_reduce/two_step/int8g128": others, "all_reduce/plain/none": rule}
+        assert flashcomm.stats()["plain"] == {"codec none": rule}
         handle.codec = replace(policy, min_bytes=2**20)
         flashcomm.reset_stats()
         logits(model, 256)
         assert flashcomm.stats()["calls"] == {"all_reduce/one_step/bf16": others, "all_reduce/plain/none": rule}
+        assert flashcomm.stats()["plain"] == {"message under the policy's min_bytes = 1 MiB": others + rule}
         for phase, codec in (("prefill", "one_step/bf16"), ("all", "two_step/int8g128")):
             handle.codec = replace(policy, min_bytes=0, phase=phase)
             flashcomm.reset_stats()
             generate(model, tokenizer, "def f(x):", 4)
             calls = flashcomm.stats()["calls"]
             assert calls[f"all_reduce/{codec}"] == (3 + (phase == "all")) * others
+            assert flashcomm.stats()["plain"].get("decode step", 0) == (phase == "prefill") * 3 * (others + rule)
 
 
 def gradients_pass_straight_through():

@@ -7,7 +7,7 @@ import torch
 
 from flashcomm.machine import Seat
 from flashcomm.overlap import measuring
-from flashcomm.overlap.measuring import Rate, Times, profile_of
+from flashcomm.overlap.measuring import PartTimes, Rate, profile_of
 from flashcomm.planner.overlap import CROWDED
 
 SIZES = (128, 256, 640)
@@ -34,7 +34,7 @@ def times(slow_places=(), token_s=1e-5, sum_s=3e-5, burst_s=0.0):
     parts = []
     for size in SIZES:
         segments = [size * token_s * (2 if n in slow_places else 1) for n in range(len(NAMES) + 1)]
-        parts.append(Times(segments, [max(0.0, size * sum_s - burst_s)] * len(NAMES)))
+        parts.append(PartTimes(segments, [max(0.0, size * sum_s - burst_s)] * len(NAMES)))
     return parts
 
 

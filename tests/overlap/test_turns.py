@@ -7,7 +7,8 @@ from itertools import count
 import greenlet
 import pytest
 
-from flashcomm.overlap import cut, turns
+from flashcomm.overlap import turns
+from flashcomm.overlap.prompts import cut
 from flashcomm.overlap.splitting import Refused
 
 

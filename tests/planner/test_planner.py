@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from flashcomm.codecs import parse
-from flashcomm.planner import Cost, Group, Machine, Way, choose
+from flashcomm.planner import Algorithm, Cost, Facts, LinkCosts, choose
 
 MIB = 1 << 20
 
@@ -35,11 +35,11 @@ def test_only_a_declined_compression_counts_as_declined():
 
 
 def test_small_messages_go_as_they_are_by_the_fastest_way():
-    for group in (Group(ranks=4, hosts=4, connected=True), Group(ranks=4, shared=True)):
+    for group in (Facts(ranks=4, hosts=4, connected=True), Facts(ranks=4, shared=True)):
         plan = choose(4096, group, parse("int8"))
         assert (plan.algorithm, str(plan.codec), plan.declined) == ("one_step", "bf16", True)
-    assert choose(8 * MIB, Group(ranks=4, hosts=4, connected=True), parse("int8")).algorithm == "two_step"
-    assert choose(8 * MIB, Group(ranks=4, shared=True), parse("int8")).codec == parse("bf16")
+    assert choose(8 * MIB, Facts(ranks=4, hosts=4, connected=True), parse("int8")).algorithm == "two_step"
+    assert choose(8 * MIB, Facts(ranks=4, shared=True), parse("int8")).codec == parse("bf16")
 
 
 def test_batch_invariant_ignores_the_size():
@@ -52,23 +52,23 @@ def test_one_rank_needs_no_algorithm():
     assert choose(MIB, 1, parse("int8"), algorithm="two_step").algorithm == "plain"
 
 
-def machine(plain, two_step, one_step, exact=None):
+def link_costs(plain, two_step, one_step, exact=None):
     """Costs of 10 us and so many seconds per MiB, of plain, of compressed at 4 bits, and of one step as it is."""
 
     def cost(per_mib, few=4.25):
         return Cost.measured([(size, bits, 1e-5 + per_mib * size / MIB * bits / few) for size in (4096, MIB, 16 * MIB)
                               for bits in (4.25, 8.25)])  # fmt: skip
 
-    return Machine(
+    return LinkCosts(
         name="here",
         plain=Cost.measured([(size, 16.0, 2e-5 + plain * size / MIB) for size in (4096, MIB, 16 * MIB)]),
-        compressed={Way(algorithm="two_step"): cost(two_step), Way(algorithm="one_step"): cost(one_step)},
-        uncompressed={Way(algorithm="one_step"): cost(exact, 16.0)} if exact else {},
+        compressed={Algorithm(name="two_step"): cost(two_step), Algorithm(name="one_step"): cost(one_step)},
+        uncompressed={Algorithm(name="one_step"): cost(exact, 16.0)} if exact else {},
     )
 
 
 def test_a_measured_group_takes_what_costs_least():
-    group = Group(ranks=4, hosts=4, machine=machine(plain=10e-3, two_step=3e-3, one_step=6e-3))
+    group = Facts(ranks=4, hosts=4, costs=link_costs(plain=10e-3, two_step=3e-3, one_step=6e-3))
     plan = choose(8 * MIB, group, parse("int4g128"))
     assert (plan.algorithm, plan.reason, plan.declined) == ("two_step", "measured to win from 1 KiB on", False)
     # 8 bits take 5.8 ms per MiB, 16 bits 11 ms, more than plain.
@@ -80,7 +80,7 @@ def test_a_measured_group_takes_what_costs_least():
 
 
 def test_values_travel_as_they_are_where_that_is_fastest():
-    group = Group(ranks=2, shared=True, machine=machine(plain=1e-3, two_step=4e-4, one_step=4e-4, exact=2e-4))
+    group = Facts(ranks=2, shared=True, costs=link_costs(plain=1e-3, two_step=4e-4, one_step=4e-4, exact=2e-4))
     plan = choose(8 * MIB, group, parse("int4g128"), exact="fp32")
     assert (plan.algorithm, str(plan.codec), plan.declined) == ("one_step", "fp32", True)
     assert choose(8 * MIB, group, parse("int4g128"), algorithm="two_step").codec == parse("int4g128")
@@ -90,37 +90,55 @@ def test_compression_starts_where_it_wins_for_good():
     # One lucky size among losses.
     plain = Cost.measured([(4096, 16.0, 1.0), (65536, 16.0, 5.0), (MIB, 16.0, 5.0), (16 * MIB, 16.0, 50.0)])
     two_step = Cost.measured([(4096, 4.25, 2.0), (65536, 4.25, 4.0), (MIB, 4.25, 6.0), (16 * MIB, 4.25, 20.0)])
-    here = Machine(name="here", plain=plain, compressed={Way(algorithm="two_step"): two_step})
-    group = Group(ranks=4, hosts=4, machine=here)
+    here = LinkCosts(name="here", plain=plain, compressed={Algorithm(name="two_step"): two_step})
+    group = Facts(ranks=4, hosts=4, costs=here)
     assert choose(65536, group, parse("int4g128")).algorithm == "plain"
     assert choose(65536, group, parse("int4g128")).reason == "message under 2 MiB"
     assert choose(4 * MIB, group, parse("int4g128")).algorithm == "two_step"
 
 
 def test_what_was_given_up_is_not_taken_beyond():
-    costs = machine(plain=10e-3, two_step=3e-3, one_step=1e-3)
-    short = Cost(costs.compressed[Way(algorithm="one_step")].points[:2])
-    given_up = replace(costs, compressed={**costs.compressed, Way(algorithm="one_step"): short})
-    group = Group(ranks=4, hosts=4, machine=given_up)
+    costs = link_costs(plain=10e-3, two_step=3e-3, one_step=1e-3)
+    short = Cost(costs.compressed[Algorithm(name="one_step")].points[:2])
+    given_up = replace(costs, compressed={**costs.compressed, Algorithm(name="one_step"): short})
+    group = Facts(ranks=4, hosts=4, costs=given_up)
     assert choose(MIB, group, parse("int4g128")).algorithm == "one_step"
     assert choose(2 * MIB, group, parse("int4g128")).algorithm == "two_step"
 
 
-def test_a_machine_survives_json():
-    costs = machine(plain=10e-3, two_step=3e-3, one_step=6e-3, exact=1e-3)
-    again = Machine.from_dict(json.loads(json.dumps(costs.as_dict())))
+def test_files_of_flashcomm_tune_are_read():
+    stored = {
+        "name": "gloo: 1 on a, 1 on b",
+        "plain": [[4096, 1.0, 0.0]],
+        "compressed": {"two_step": [[4096, 0.1, 0.05]], "two_step/3": [[4096, 0.1, 0.025]]},
+        "uncompressed": {"one_step": [[4096, 0.5, 0.0]]},
+    }
+    costs = LinkCosts.from_dict(stored)
+    assert json.loads(json.dumps(costs.as_dict())) == stored
+    # The size of the message, 4 bits and two words of 16 for 128 values.
+    best = costs.cheapest(parse("int4g128"), 4096)
+    assert (str(best.algorithm), best.seconds) == ("two_step/3", 0.1 + 0.025 * 4.25)
+    assert (str(costs.exact(4096).algorithm), costs.exact(4096).seconds) == ("one_step", 0.5)
+    assert costs.pieces(parse("int4g128"), "two_step", 4096) == 3
+    assert costs.pieces(parse("int4g128"), "one_step", 4096) is None
+    assert costs.pays_from(parse("int4g128")) == 1024
+
+
+def test_link_costs_survive_json():
+    costs = link_costs(plain=10e-3, two_step=3e-3, one_step=6e-3, exact=1e-3)
+    again = LinkCosts.from_dict(json.loads(json.dumps(costs.as_dict())))
     assert vars(again) == vars(costs)
-    assert Way.parse(str(Way(algorithm="two_step", pieces=4))) == Way(algorithm="two_step", pieces=4)
+    assert Algorithm.parse(str(Algorithm(name="two_step", pieces=4))) == Algorithm(name="two_step", pieces=4)
 
 
 def test_hosts_with_several_ranks_get_levels():
-    two_hosts = Group(ranks=4, hosts=2)
+    two_hosts = Facts(ranks=4, hosts=2)
     plan = choose(8 * MIB, two_hosts, parse("int4g128"))
     assert (plan.algorithm, str(plan.codec)) == ("hierarchical", "bf16/int4g128")
     plan = choose(8 * MIB, two_hosts, parse("int8/int4:int8"))
     assert (plan.algorithm, str(plan.codec)) == ("hierarchical", "int8g128/int4g128:int8g128")
     # Levels that a group does not have leave their format unused.
-    assert str(choose(8 * MIB, Group(ranks=4), parse("int8/int4")).codec) == "int8g128"
+    assert str(choose(8 * MIB, Facts(ranks=4), parse("int8/int4")).codec) == "int8g128"
     assert str(choose(8 * MIB, 4, parse("int8/int4")).codec) == "int4g128"
 
 
@@ -128,10 +146,10 @@ def test_hosts_with_several_ranks_get_levels():
     ("group", "codec", "algorithm", "message"),
     [
         (4, "int8", "hierarchical", "this group of 4 has one rank on each host. Use two_step"),
-        (Group(ranks=4), "int8", "hierarchical", "this group of 4 has one host"),
-        (Group(ranks=5, hosts=0), "int8", "hierarchical", "hosts with different numbers of ranks"),
-        (Group(ranks=4, hosts=2), "int8/int4", "two_step", "two_step knows no levels"),
-        (Group(ranks=4, hosts=2), "none", "hierarchical", "codec 'none' is the plain collective"),
+        (Facts(ranks=4), "int8", "hierarchical", "this group of 4 has one host"),
+        (Facts(ranks=5, hosts=0), "int8", "hierarchical", "hosts with different numbers of ranks"),
+        (Facts(ranks=4, hosts=2), "int8/int4", "two_step", "two_step knows no levels"),
+        (Facts(ranks=4, hosts=2), "none", "hierarchical", "codec 'none' is the plain collective"),
     ],
 )
 def test_what_a_group_cannot_do_is_refused(group, codec, algorithm, message):
@@ -140,7 +158,7 @@ def test_what_a_group_cannot_do_is_refused(group, codec, algorithm, message):
 
 
 def test_a_format_whose_algorithm_was_given_up_travels_as_it_is():
-    costs = machine(plain=10e-3, two_step=3e-3, one_step=1e-3)
-    alone = replace(costs, compressed={Way(algorithm="one_step"): costs.compressed[Way(algorithm="one_step")]})
-    plan = choose(8 * MIB, Group(ranks=4, hosts=4, machine=alone), parse("int4:int8"))
+    costs = link_costs(plain=10e-3, two_step=3e-3, one_step=1e-3)
+    alone = replace(costs, compressed={Algorithm(name="one_step"): costs.compressed[Algorithm(name="one_step")]})
+    plan = choose(8 * MIB, Facts(ranks=4, hosts=4, costs=alone), parse("int4:int8"))
     assert (plan.algorithm, plan.declined) == ("plain", True)

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcomm.codecs import parse
-from flashcomm.planner import Group, Machine, Way, choose, overlap
+from flashcomm.planner import Algorithm, Facts, LinkCosts, choose, overlap
+from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, bits_per_second, cluster
-from flashcomm.planner.model import Cost, Point
 from flashcomm.planner.overlap import Line, Profile
-from flashcomm.planner.prefill import CODECS, WORTH, Sums, advise, compare, predict, profile
+from flashcomm.planner.prefill import CODECS, WORTH, SumCosts, advise, compare, predict, profile
 from flashcomm.planner.shapes import SHAPES, Shape, load
 
 MIB = 1 << 20
@@ -98,8 +98,8 @@ def by_hand(plain_s=1e-3, per_mib_s=1e-3):
     """Two ranks on which everything has a round number."""
     cost = Cost((Point(1 << 10, plain_s, 0.0), Point(256 * MIB, plain_s + 256 * per_mib_s, 0.0)))
     few = Cost((Point(1 << 10, plain_s / 2, 0.0), Point(256 * MIB, plain_s / 2, 64 * per_mib_s / 4.25)))
-    machine = Machine(name="hand", plain=cost, compressed={Way(algorithm="two_step"): few})
-    group = Group(ranks=2, hosts=2, machine=machine)
+    costs = LinkCosts(name="hand", plain=cost, compressed={Algorithm(name="two_step"): few})
+    group = Facts(ranks=2, hosts=2, costs=costs)
     return Cluster(name="hand", group=group, flops=1e12, attention_flops=1e11, bytes_s=1e10, segment_s=1e-4)
 
 
@@ -115,7 +115,7 @@ def test_a_prediction_is_its_formula():
     look_up = 1e-4 + 2048 * 4 * 4096 / 1e10
     assert math.isclose(found.compute_s, 3 * layer + 2 * look_up, rel_tol=1e-9)
     message = 2048 * 4096 * 2
-    assert math.isclose(found.sums_s, 7 * ranks.group.machine.plain.seconds(message), rel_tol=1e-9)
+    assert math.isclose(found.sums_s, 7 * ranks.group.costs.plain.seconds(message), rel_tol=1e-9)
     assert math.isclose(found.ttft_s, found.compute_s + found.sums_s + found.head_s)
     assert math.isclose(found.share, found.sums_s / found.prefill_s)
 
@@ -176,7 +176,7 @@ def test_the_lab_is_predicted_from_its_rate_alone(codec):
     algorithm = "plain" if codec == "none" else "two_step"
     for row in rows:
         if row["codec"] == codec and row["algorithm"] == algorithm and row["message_bytes"] >= 4 * MIB:
-            sums = Sums(cluster=ranks, codec=parse(codec), token_bytes=row["message_bytes"])
+            sums = SumCosts(cluster=ranks, codec=parse(codec), token_bytes=row["message_bytes"])
             assert math.isclose(1e3 * sums.seconds(1), row["p50_ms"], rel_tol=0.25)
 
 

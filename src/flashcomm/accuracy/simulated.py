@@ -11,6 +11,7 @@ Source: our own.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,9 @@ from torch import nn
 
 from flashcomm import simulate
 from flashcomm.calibration import Calibration, MovingReach
-from flashcomm.codecs import Features, Plain
+from flashcomm.codecs import Features
+from flashcomm.integrations.patches import Patches
+from flashcomm.integrations.sums import apply
 from flashcomm.policy import Policy
 
 # Styles of transformers' plans, of modules.
@@ -42,6 +45,8 @@ class Simulation:
     """Codec of each sum; may be replaced between forward passes."""
     modules: dict[str, int]
     """Number of features of each sum, by the name of the module that is summed."""
+    plain: Counter[str]
+    """Number of sums that stayed plain, by the policy's reason."""
     observe: Observer | None
     """Called after each sum with the module's name, the ranks' terms and the sum."""
 
@@ -49,9 +54,9 @@ class Simulation:
         self, model: Any, ranks: int, policy: Policy, *, hosts: int = 0, calibration: Calibration | None = None
     ):
         self.ranks, self.policy, self.hosts, self.calibration = ranks, policy, hosts, calibration
-        self.modules, self.observe = {}, None
+        self.modules, self.plain, self.observe = {}, Counter(), None
         self._dtype = model.dtype
-        self._undo: list[Callable[[], None]] = []
+        self._patches = Patches("flashcomm.accuracy.simulated")
         planned = list(_planned(model))
         _check(model, ranks, [(name, style) for name, _, style, _ in planned])
         for name, module, style, parameters in planned:
@@ -63,8 +68,7 @@ class Simulation:
 
     def undo(self):
         """Restore the model. Harmless when repeated."""
-        while self._undo:
-            self._undo.pop()()
+        self._patches.undo()
 
     def bits_per_value(self, policy: Policy) -> float:
         """Bits on the wire per value, mean over all sums of a token."""
@@ -72,7 +76,7 @@ class Simulation:
         return sum(bits) / sum(self.modules.values())
 
     def _replace(self, name: str, module: nn.Module, style: str, parameters: Mapping[str, str]):
-        forward, own = module.forward, vars(module).get("forward")
+        forward = module.forward
 
         def joined(*args: Any, **kwargs: Any) -> torch.Tensor:
             outputs = self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs))
@@ -92,16 +96,9 @@ class Simulation:
             found, owner = forward(ids), (ids // stripe).unsqueeze(-1)
             return self._sum(name, [found.masked_fill(owner != rank, 0) for rank in range(self.ranks)])
 
-        def restore():
-            if own is None:
-                del module.forward
-            else:
-                module.forward = own
-
         kinds = {**dict.fromkeys(_JOINED, joined), **dict.fromkeys(_LINEAR, linear)}
         kinds |= {**dict.fromkeys(_EXPERTS, experts), **dict.fromkeys(_EMBEDDING, embedding)}
-        module.forward = kinds[style]
-        self._undo.append(restore)
+        self._patches.replace(module, "forward", kinds[style])
 
     def _each_rank(
         self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor]
@@ -119,15 +116,17 @@ class Simulation:
             module._parameters.update(whole)
 
     def _sum(self, name: str, parts: list[torch.Tensor]) -> torch.Tensor:
-        codec = self.policy.codec_for(name)
-        if self.calibration is not None:
-            codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
-        if isinstance(codec, Plain) or parts[0].numel() * parts[0].element_size() < self.policy.min_bytes:
-            total = ring_sum(parts)
-        else:
-            options = {"algorithm": self.policy.algorithm, "hosts": self.hosts}
+        choice = self.policy.choose(parts[0].numel() * parts[0].element_size(), parts[0].dtype, name)
+
+        def compressed() -> torch.Tensor:
+            codec = choice.codec
+            if self.calibration is not None:
+                codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
             # Batch-invariant ranks choose the same: the algorithm that sends the fewest bytes.
-            total = simulate.all_reduce(parts, codec, batch_invariant=True, **options)
+            return simulate.all_reduce(parts, codec, choice.algorithm, hosts=self.hosts, batch_invariant=True)
+
+        count = lambda reason: self.plain.update([reason])  # noqa: E731
+        total = apply(choice, compressed=compressed, plain=lambda: ring_sum(parts), count=count)
         if self.observe:
             self.observe(name, parts, total)
         return total

@@ -23,7 +23,7 @@ from flashcomm.bench import tune
 from flashcomm.machine import Seat, crowd
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import CROWDED, Line, pairs
-from flashcomm.planner.shapes import Shape, Work
+from flashcomm.planner.shapes import Shape, Workload
 
 PROBE = Shape(
     name="probe", hidden=1024, layers=4, heads=16, kv_heads=16, head_dim=64, intermediate=3072, vocabulary=1024
@@ -49,9 +49,9 @@ def measure(repeats: int = 5) -> Cluster:
     return computed(tune.measure(repeats))
 
 
-def computed(group: planner.Group) -> Cluster:
+def computed(group: planner.Facts) -> Cluster:
     """Measure how fast the ranks of the default group compute, given its measured collectives."""
-    assert group.machine is not None
+    assert group.costs is not None
     ranks = dist.get_world_size()
     share = replace(PROBE, heads=-(-PROBE.heads // ranks), kv_heads=-(-PROBE.kv_heads // ranks))
     share = replace(share, intermediate=PROBE.intermediate // ranks)
@@ -63,7 +63,7 @@ def computed(group: planner.Group) -> Cluster:
     crowded = crowd(seats)
     plain_core, codec_core = (crowded * _core_s(spec) if crowded else 0.0 for spec in ("none", "int8g128"))
     cluster = Cluster(
-        name=group.machine.name,
+        name=group.costs.name,
         group=group,
         flops=flops,
         attention_flops=share.attention(1).pair_flops / max(attention.pair_s, 1e-15),
@@ -76,13 +76,13 @@ def computed(group: planner.Group) -> Cluster:
     )
     everyone: list = [None] * ranks
     dist.all_gather_object(everyone, cluster.as_dict())
-    return Cluster.from_dict(everyone[0], group.machine.name)
+    return Cluster.from_dict(everyone[0], group.costs.name)
 
 
-def _rates(*segments: tuple[Work, float]) -> tuple[float, float]:
+def _rates(*segments: tuple[Workload, float]) -> tuple[float, float]:
     """Operations and bytes per second, from two segments and their seconds per token.
 
-    >>> attention, mlp = Work(flops=400.0, weight_bytes=0, value_bytes=100.0), Work(1600.0, 0, 100.0)
+    >>> attention, mlp = Workload(flops=400.0, weight_bytes=0, value_bytes=100.0), Workload(1600.0, 0, 100.0)
     >>> _rates((attention, 400 / 50 + 100 / 10), (mlp, 1600 / 50 + 100 / 10))
     (50.0, 10.0)
     """

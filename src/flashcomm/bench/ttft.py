@@ -28,7 +28,7 @@ from flashcomm.integrations.transformers import Compression, compress
 from flashcomm.lab.hosts import RATE_VARIABLE
 from flashcomm.models.load import load_model
 from flashcomm.overlap import Overlap, turns, wrap
-from flashcomm.overlap.measuring import Stopwatch, Times
+from flashcomm.overlap.measuring import PartTimes, Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +106,7 @@ class _Runs(Prompt):
         ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(tokens))
         super().__init__(model, handle, ids, overlap)
 
-    def timed(self, spec: str) -> Times:
+    def timed(self, spec: str) -> PartTimes:
         """Run the prompt in one piece, its sums and what lies between them timed."""
         watch = Stopwatch(self.ids.device)
         self.handle.wait = watch.wait
@@ -129,7 +129,7 @@ class _Runs(Prompt):
             split = self.overlap.last_split
             assert split is not None
             splits[spec] = "+".join(map(str, split.sizes)), split.seconds
-        laps: dict[str, list[Times]] = {spec: [] for spec in specs}
+        laps: dict[str, list[PartTimes]] = {spec: [] for spec in specs}
         variants = {
             f"{spec} {n}": partial(self.first_token, spec, p) for spec in specs for n, p in enumerate((1, "auto"))
         }
@@ -140,7 +140,8 @@ class _Runs(Prompt):
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, {spec: list(map(tuple, laps[spec])) for spec in specs})
         parts = {
-            spec: [_shared([Times(*rank[spec][n]) for rank in everyone]) for n in range(repeats + 1)] for spec in specs
+            spec: [_shared([PartTimes(*rank[spec][n]) for rank in everyone]) for n in range(repeats + 1)]
+            for spec in specs
         }
         compute_s = statistics.median(c for spec in specs for c, _, _ in parts[spec][1:])
         ends_s = statistics.median(e for spec in specs for _, _, e in parts[spec][1:])
@@ -237,7 +238,7 @@ class _Watch:
                 time.sleep(self._POLL_S)
 
 
-def _shared(ranks: Sequence[Times]) -> tuple[float, float, float]:
+def _shared(ranks: Sequence[PartTimes]) -> tuple[float, float, float]:
     """(compute, communication, segments that cannot overlap) of a prompt in one piece, in seconds."""
     compute_s = max(sum(rank.segments) for rank in ranks)
     communication_s = sum(map(min, zip(*(rank.sums for rank in ranks), strict=True)))

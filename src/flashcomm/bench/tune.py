@@ -1,7 +1,7 @@
 """`flashcomm tune`: measure the costs of collectives on this group of ranks once, for `algorithm="auto"`.
 
 Every way to run an all-reduce is timed at a few sizes with two formats, 4 and 8 bits, which separates the cores' share
-of the time from the link's; see `flashcomm.planner.model`. A way that has fallen far behind is not tried on larger
+of the time from the link's; see `flashcomm.planner.costs`. A way that has fallen far behind is not tried on larger
 messages.
 """
 
@@ -19,7 +19,7 @@ from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Cast, Codec, Levels, parse
 from flashcomm.collectives.group import group_of
 from flashcomm.collectives.routes import runs
-from flashcomm.planner import Cost, Machine, Way
+from flashcomm.planner import Algorithm, Cost, LinkCosts
 from flashcomm.transports.base import Run, Task
 
 _ROW = 4096
@@ -34,7 +34,7 @@ _LEAST_PIECE_BYTES = 1 << 20
 
 def measure(
     repeats: int = 5, sizes: Sequence[int] = SIZES, progress: Callable[[str], object] = lambda text: None
-) -> planner.Group:
+) -> planner.Facts:
     """Measure the default group, on all ranks together.
 
     Args:
@@ -43,7 +43,7 @@ def measure(
         progress: called with a description before each size.
 
     Returns:
-        The group with its `machine`, the same on every rank; `flashcomm.measured.save` keeps it for later.
+        The facts of the group with its `costs`, the same on every rank; `flashcomm.measured.save` keeps them for later.
 
     Raises:
         ValueError: a group of one rank, which has no link to measure.
@@ -55,7 +55,7 @@ def measure(
     variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, (*CODECS, "bf16"))]
     # Pieces only help where the cores have work to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
-    samples: dict[tuple[Way | None, bool], list[tuple[int, float, float]]] = {}
+    samples: dict[tuple[Algorithm | None, bool], list[tuple[int, float, float]]] = {}
     for size in sizes:
         progress(f"messages of {size >> 10} KiB")
         fit = [(way, codec) for way, codec in variants if size >= way.pieces * _LEAST_PIECE_BYTES or way.pieces == 1]
@@ -68,31 +68,31 @@ def measure(
             # as messages grow.
             best: dict[tuple[str, Codec], float] = {}
             for way, codec in fit:
-                best[way.algorithm, codec] = min(times[way, codec], best.get((way.algorithm, codec), math.inf))
+                best[way.name, codec] = min(times[way, codec], best.get((way.name, codec), math.inf))
             least = {codec: min(t for (_, c), t in best.items() if c == codec) for _, codec in best}
             behind = {
                 (name, isinstance(codec, Cast)) for (name, codec), t in best.items() if t > _BEHIND * least[codec]
             }
-            variants = [v for v in variants if (v[0].algorithm, isinstance(v[1], Cast)) not in behind]
+            variants = [v for v in variants if (v[0].name, isinstance(v[1], Cast)) not in behind]
     costs = {key: Cost.measured(points) for key, points in samples.items()}
-    machine = Machine(
+    measured = LinkCosts(
         name=group.name,
         plain=costs[None, True],
         compressed={way: cost for (way, exact), cost in costs.items() if way and not exact},
         uncompressed={way: cost for (way, exact), cost in costs.items() if way and exact},
     )
-    return replace(group.facts, machine=Machine.from_dict(group.ranks.tell(machine.as_dict())[0]))
+    return replace(group.facts, costs=LinkCosts.from_dict(group.ranks.tell(measured.as_dict())[0]))
 
 
-def _ways(facts: planner.Group) -> list[Way]:
+def _ways(facts: planner.Facts) -> list[Algorithm]:
     algorithms = ["one_step", "two_step", *(["hierarchical"] if facts.has_levels else [])]
-    return [Way(algorithm=name, pieces=n) for name in algorithms for n in ((1,) if facts.shared else _PIECES)]
+    return [Algorithm(name=name, pieces=n) for name in algorithms for n in ((1,) if facts.shared else _PIECES)]
 
 
-def _run(way: Way, x: torch.Tensor, codec: Codec) -> Run:
+def _run(way: Algorithm, x: torch.Tensor, codec: Codec) -> Run:
     task = Task(
-        name=way.algorithm,
-        codec=Levels(parse("bf16"), codec) if way.algorithm == "hierarchical" else codec,
+        name=way.name,
+        codec=Levels(parse("bf16"), codec) if way.name == "hierarchical" else codec,
         rows=x.shape[0],
         cols=x.shape[1],
         dtype=x.dtype,
@@ -104,14 +104,14 @@ def _run(way: Way, x: torch.Tensor, codec: Codec) -> Run:
 
 
 def _times(
-    size: int, variants: Sequence[tuple[Way, Codec]], repeats: int
-) -> dict[tuple[Way | None, Codec | None], float]:
+    size: int, variants: Sequence[tuple[Algorithm, Codec]], repeats: int
+) -> dict[tuple[Algorithm | None, Codec | None], float]:
     """Seconds of each variant and of the backend's own all-reduce, on the slowest rank."""
     values = size // 2
     x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
     out = torch.empty_like(x)
     calls = 20 if size <= 64 << 10 else 1
-    timed: dict[tuple[Way | None, Codec | None], Callable[[], object]] = {
+    timed: dict[tuple[Algorithm | None, Codec | None], Callable[[], object]] = {
         (None, None): lambda: flashcomm.all_reduce(x, "none", out=out)
     }
     for way, codec in variants:

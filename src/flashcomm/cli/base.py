@@ -136,7 +136,7 @@ def in_lab(ranks: int, rate: str | None, ranks_per_host: int) -> Iterator[Lab | 
         yield lab
 
 
-def check_algorithm(algorithm: str, specs: list[str], ranks: int | planner.Group):
+def check_algorithm(algorithm: str, specs: list[str], ranks: int | planner.Facts):
     """Allow algorithms that exist and can send each codec."""
     try:
         for spec in specs:

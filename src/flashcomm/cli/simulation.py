@@ -16,7 +16,7 @@ from flashcomm.cli.base import (
     read_text,
     warm_up,
 )
-from flashcomm.planner import Group
+from flashcomm.planner import Facts
 
 if TYPE_CHECKING:
     from flashcomm.accuracy.setup import Setup
@@ -59,7 +59,7 @@ def setup(
         fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
     for spec in specs:
         check_calibration(spec, calibration, tp)
-    check_algorithm(algorithm, specs, Group(ranks=tp, hosts=hosts or tp))
+    check_algorithm(algorithm, specs, Facts(ranks=tp, hosts=hosts or tp))
     warm_up([*specs, "fp32"])
     given = {"texts": [*map(read_text, texts)], "text": ", ".join(path.name for path in texts)} if texts else {}
     return Setup(

@@ -20,7 +20,7 @@ from flashcomm.cli.base import (
     stdout,
     warm_up,
 )
-from flashcomm.planner import Group
+from flashcomm.planner import Facts
 from flashcomm.report.rows import write_json
 from flashcomm.units import bytes_text
 
@@ -70,15 +70,15 @@ def tune(
     if save:
         write_json(save, group.as_dict())
         group = group.group
-    assert group.machine is not None
-    target = measured.save(group.machine)
+    assert group.costs is not None
+    target = measured.save(group.costs)
     _print_tuning(group)
     stdout.print(f"Kept in {target}; rank 0 reads it when ranks meet.", highlight=False, soft_wrap=True)
-    write_json(json_file, {"machine": group.machine.as_dict(), "ranks": group.ranks, "hosts": group.hosts})
+    write_json(json_file, {"machine": group.costs.as_dict(), "ranks": group.ranks, "hosts": group.hosts})
 
 
-def _print_tuning(group: Group):
-    costs = group.machine
+def _print_tuning(group: Facts):
+    costs = group.costs
     assert costs is not None
     sizes = [point.message_bytes for point in costs.plain.points]
     table = new_table(f"{costs.name}: milliseconds by message, at 4 and at 8 bits")

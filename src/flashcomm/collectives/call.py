@@ -286,7 +286,7 @@ def _runs(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Gro
     )
 
 
-def _plan_single_step(size: int, facts: planner.Group, codec: Codec, algorithm: str) -> planner.Plan:
+def _plan_single_step(size: int, facts: planner.Facts, codec: Codec, algorithm: str) -> planner.Plan:
     plan = planner.choose(0, facts.ranks, codec, algorithm=algorithm, batch_invariant=True)
     if plan.algorithm == "plain":
         return plan

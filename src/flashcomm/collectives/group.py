@@ -65,7 +65,7 @@ class Group:
         """Decided calls, by their arguments."""
         self._contracts: set[str] = set()
         self._meetings: dict[torch.device, lanes.Meeting] = {}
-        self.facts = planner.Group(
+        self.facts = planner.Facts(
             ranks=self.ranks.world_size, hosts=topology.num_hosts(hosts or [0] * self.ranks.world_size)
         )
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -92,16 +92,16 @@ class Group:
         carrier = "" if meeting.carrier == backend else meeting.carrier
         self.name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier)
         # Only rank 0 reads the file, so that all ranks plan with the same figures.
-        machine = self.ranks.each(lambda: measured.load(self.name) if self.ranks.rank == 0 else None)[0]
-        self.facts = planner.Group(
+        costs = self.ranks.each(lambda: measured.load(self.name) if self.ranks.rank == 0 else None)[0]
+        self.facts = planner.Facts(
             ranks=self.ranks.world_size,
             hosts=topology.num_hosts(meeting.hosts),
             shared=meeting.shared,
             connected=meeting.connected,
-            machine=machine,
+            costs=costs,
         )
 
-    def facts_for(self, device: torch.device) -> planner.Group:
+    def facts_for(self, device: torch.device) -> planner.Facts:
         """The facts that a plan for tensors on `device` depends on."""
         return self.facts if device.type == "cpu" else replace(self.facts, device=device.type)
 

@@ -1,10 +1,10 @@
-"""Tensor and sequence parallel modules of torch (DTensor), whose sums and gathers are compressed.
+"""Compress the sums and gathers of torch's tensor and sequence parallel modules (DTensor).
 
     from flashcomm.integrations.dtensor import ColwiseParallel, RowwiseParallel
     parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel(codec="int8g128")})
 
-The classes of `torch.distributed.tensor.parallel` of the same names, with a codec. They change what happens where a
-module's input or output gets its layout, on a mesh of one dimension:
+These classes have the names of those of `torch.distributed.tensor.parallel`, and a codec. They act where a module's
+input or output changes its layout, on a mesh of one dimension:
 
     Partial -> Replicate    `flashcomm.all_reduce`: after a row-wise module
     Partial -> Shard        `flashcomm.reduce_scatter`: the same, under sequence parallelism
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from flashcomm import codecs, collectives
 from flashcomm.codecs import Codec
 from flashcomm.collectives.stats import record_plain
+from flashcomm.integrations.sums import refuse_unbound
 
 
 class RowwiseParallel(parallel.RowwiseParallel):
@@ -34,7 +35,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
     Args:
         codec: wire format of the all-reduce, or of the reduce-scatter if `output_layouts` is a `Shard`.
         algorithm: as for `flashcomm.all_reduce`, or for `flashcomm.reduce_scatter`.
-        input_layouts, output_layouts, use_local_output: as torch's class has them.
+        input_layouts, output_layouts, use_local_output: those of torch's class.
 
     Raises:
         ValueError: unknown codec, or one that needs a calibration.
@@ -66,7 +67,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
 
     Args:
         codec: wire format of the all-gather.
-        input_layouts, output_layouts, use_local_output: as torch's class has them.
+        input_layouts, output_layouts, use_local_output: those of torch's class.
 
     Raises:
         ValueError: unknown codec, or one that needs a calibration.
@@ -99,8 +100,8 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
 
     Args:
         codec: wire format of the all-gather.
-        input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts, use_local_output: as
-            torch's class has them.
+        input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts, use_local_output: those
+            of torch's class.
 
     Raises:
         ValueError: unknown codec, or one that needs a calibration.
@@ -156,7 +157,7 @@ def redistribute(
         with the same bits on every rank.
 
     Raises:
-        ValueError, RuntimeError: as for the verbs of flashcomm.
+        ValueError, RuntimeError: those of the verbs of flashcomm.
 
     Example::
 
@@ -175,7 +176,7 @@ def redistribute(
 
 
 def _verb(x: DTensor, placements: "tuple[Placement, ...]") -> Any:
-    """What makes the new layout of `x` in a codec; None where torch has to."""
+    """Find the function that makes the new layout of `x` in a codec; None if torch must make it."""
     changes = [(old, new) for old, new in zip(x.placements, placements, strict=True) if old != new]
     moving = [(old, new) for old, new in changes if old.is_partial() or (old.is_shard() and new.is_replicate())]
     if not moving:
@@ -189,12 +190,12 @@ def _verb(x: DTensor, placements: "tuple[Placement, ...]") -> Any:
 
 
 def _why_not(x: DTensor, old: Placement, new: Placement) -> str:
-    """Why torch has to make `new` of a layout that a collective of ours could replace; "" if it need not."""
+    """Explain why torch must make the layout `new`; "" if a collective of ours can."""
     if x.device_mesh.ndim > 1:
         return f"a mesh of {x.device_mesh.ndim} dimensions"
     if x.dtype not in codecs.FLOAT_DTYPES:
-        return f"codecs are for bf16, fp16 and fp32, not {x.dtype}"
-    # Embeddings have one of their own, which masks values first.
+        return f"dtype {x.dtype}"
+    # Embeddings have a layout of their own, which masks values first.
     if old.is_partial() and old != Partial():
         return f"the layout {old} is no plain sum"
     # Groups of a codec run along this dimension, and would mix tokens.
@@ -227,7 +228,7 @@ _NAMES = {_sum: "all_reduce", _sum_and_keep: "reduce_scatter", _gather: "all_gat
 
 
 def _part(x: DTensor, dim: int) -> int:
-    """Size of a rank's shard of dimension `dim`, where the last ones may be smaller or empty."""
+    """Size of a full shard of dimension `dim`; the last shards may be smaller or empty."""
     return -(-x.shape[dim] // x.device_mesh.size())
 
 
@@ -250,6 +251,5 @@ def _done(out: "torch.Tensor | collectives.Work") -> torch.Tensor:
 
 def _usable(codec: str | Codec) -> Codec:
     codec = codecs.parse(codec)
-    if codec.unbound:
-        raise ValueError(f"{codec} needs a calibration, which these classes cannot bind: give a codec without")
+    refuse_unbound([codec], "which these classes cannot bind")
     return codec

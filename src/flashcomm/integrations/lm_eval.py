@@ -1,14 +1,14 @@
-"""lm-evaluation-harness on a model whose sums over ranks are compressed, by the harness's own command line.
+"""Run lm-evaluation-harness on a model whose sums over ranks are compressed, by the harness's own command line.
 
     torchrun --nproc-per-node 2 -m flashcomm.integrations.lm_eval run --model flashcomm ...
 
 This command adds one model, ``flashcomm``, to those that the harness knows: its ``hf`` over all ranks of torchrun,
 tensor parallel and compressed. Every rank evaluates every document, and the first of each host reports. Sums are
-compressed on any machine, whatever their size (``batch_invariant``), because what is asked is what the codec costs.
+compressed on any machine and at any size (``batch_invariant``), because the question is how accurate the codec is.
 
 Hazard: ranks must run the same batches, so give ``--batch_size`` a number, not ``auto``.
 
-Source: the harness is EleutherAI's; that its sums are compressed is our own.
+Source: the harness is EleutherAI's; the compression is our own.
 """
 
 import sys
@@ -17,13 +17,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import flashcomm
-from flashcomm import codecs
+from flashcomm import codecs, collectives
 from flashcomm.integrations.transformers import compress, tensor_parallel_argument
 
 
 def model_class() -> Any:
-    """The harness's ``hf`` model, with two more arguments.
+    """Make the harness's ``hf`` model with two more arguments.
 
     Returns:
         A class whose ``codec`` (``int8g128`` by default, ``none`` for plain sums) and ``algorithm`` are as for
@@ -76,7 +75,7 @@ def main():
     cli_evaluate()
     if dist.is_initialized():
         if dist.get_rank() == 0:
-            stats = flashcomm.stats()
+            stats = collectives.stats()
             print(f"flashcomm: {stats['calls']}, {stats['wire_bytes']:,} bytes instead of {stats['plain_bytes']:,}")
         dist.destroy_process_group()
 

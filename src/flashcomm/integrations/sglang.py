@@ -1,4 +1,4 @@
-"""Compress the sums of SGLang's tensor-parallel ranks. SGLang finds this as a plugin; off unless asked for.
+"""Compress the sums of SGLang's tensor-parallel ranks. SGLang finds this as a plugin; it is off by default.
 
     FLASHCOMM_CODEC=int8g128 python -m sglang.launch_server --model-path MODEL --tp 2
     FLASHCOMM_POLICY=policy.toml python -m sglang.launch_server --model-path MODEL --tp 2
@@ -7,13 +7,13 @@ How: hooks around methods of SGLang's group of ranks, for the group named ``tp``
 
     `GroupCoordinator.__init__`              the ranks meet, and the log says what will be done
     `GroupCoordinator.all_reduce`            eager sums
-    `GroupCoordinator._all_reduce_out_place` sums of compiled graphs, whose operator leaves the choice of a way to it
+    `GroupCoordinator._all_reduce_out_place` sums of compiled graphs, whose operator lets it choose the method
     `ModelRunner.forward`                    whether the step that runs is a decode step
 
 Not compressed: sums that SGLang fuses with the norm behind them, of groups with other names (attention under data
 parallelism), or captured in a CUDA graph. Not supported: rules for layers.
 
-No engine has run this: docs/sglang.md says what was tested.
+Not run in an engine yet; docs/sglang.md says what was tested.
 
 Source: our own; hooks and their places are those of SGLang 0.5.23.
 """
@@ -29,7 +29,8 @@ if importlib.util.find_spec("sglang") is None:
     raise ImportError("flashcomm.integrations.sglang needs SGLang: pip install sglang (docs/sglang.md says what for)")
 
 from flashcomm import codecs
-from flashcomm.integrations import reporting, serving
+from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.sums import Sums, asked_for
 from flashcomm.policy import Policy
 
 GROUP = "sglang.srt.distributed.parallel_state.GroupCoordinator"
@@ -42,10 +43,10 @@ def register():
     """Place the hooks if the environment asks for compression; SGLang calls this once in each of its processes.
 
     Raises:
-        SystemExit: a policy that is wrong. SGLang would log any other exception and serve without us.
+        SystemExit: a wrong policy. SGLang would log any other exception and serve without us.
     """
     try:
-        policy = serving.asked_for()
+        policy = asked_for()
         if policy and policy.layers:
             raise ValueError("SGLang's layers cannot be told apart yet: leave [[layers]] out of the policy")
     except ValueError as error:
@@ -54,53 +55,53 @@ def register():
         return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    ranks = Ranks(policy)
+    hooks = Hooks(policy)
     for target, hook in (
-        (f"{GROUP}.__init__", ranks.meet),
-        (f"{GROUP}.all_reduce", ranks.all_reduce),
-        (f"{GROUP}._all_reduce_out_place", ranks.all_reduce_out_place),
-        (f"{RUNNER}.forward", ranks.forward),
+        (f"{GROUP}.__init__", hooks.meet),
+        (f"{GROUP}.all_reduce", hooks.all_reduce),
+        (f"{GROUP}._all_reduce_out_place", hooks.all_reduce_out_place),
+        (f"{RUNNER}.forward", hooks.forward),
     ):
         HookRegistry.register(target, hook, HookType.AROUND)
 
 
-class Ranks:
-    """The hooks of one process; each gets what it is around, and its arguments.
+class Hooks:
+    """The hooks of one process; each gets the function that it wraps, and its arguments.
 
     Args:
-        policy: what is compressed.
+        policy: says what is compressed.
     """
 
     def __init__(self, policy: Policy):
         self._policy, self._codec = policy, codecs.parse(policy.codec)
-        self._sums: dict[str, serving.Sums] = {}
+        self._sums: dict[str, Sums] = {}
         self._in_decode = False
-        self.reporter: reporting.Reporter | None = None
+        self.reporter: worker_metrics.Reporter | None = None
 
     def meet(self, init: Callable, group: Any, *args: Any, **kwargs: Any):
-        """A group is made, on all of its ranks."""
+        """Make a group, on all of its ranks."""
         init(group, *args, **kwargs)
         if group.world_size > 1 and group.unique_name.split(":")[0] == "tp":
-            sums = serving.Sums(self._policy, group.device_group, lambda: self._in_decode, _log)
+            sums = Sums(self._policy, group.device_group, lambda: self._in_decode, _log)
             sums.meet(group.device)
             self._sums[group.unique_name] = sums
-            self.reporter = self.reporter or reporting.Reporter(group.rank, _log)
+            self.reporter = self.reporter or worker_metrics.Reporter(group.rank, _log)
 
     def all_reduce(self, plain: Callable, group: Any, x: torch.Tensor) -> torch.Tensor:
-        """A sum; in a graph that is being compiled it becomes SGLang's operator, which comes to the next method."""
+        """Sum; in a graph that is being compiled, SGLang's operator is called instead, which calls the next method."""
         if torch.compiler.is_compiling() or (sums := self._sums.get(group.unique_name)) is None:
             return plain(group, x)
         return sums.reduce(x, self._codec, lambda x: plain(group, x))
 
     def all_reduce_out_place(self, plain: Callable, group: Any, x: torch.Tensor, method: str) -> torch.Tensor:
-        """The same inside of SGLang's operator."""
+        """Sum within SGLang's operator."""
         sums = self._sums.get(group.unique_name)
-        # Of an eager sum we have been asked before, and its method is chosen.
+        # An eager sum has come to `all_reduce` before, and its method is chosen.
         if sums is None or method != "auto":
             return plain(group, x, method)
         return sums.reduce(x, self._codec, lambda x: plain(group, x, method))
 
     def forward(self, run: Callable, runner: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        """A step of the model."""
+        """Run a step of the model."""
         self._in_decode = batch.forward_mode.is_decode()
         return run(runner, batch, *args, **kwargs)

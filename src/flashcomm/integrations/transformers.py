@@ -38,7 +38,9 @@ from torch.distributed import distributed_c10d
 from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features, Plain
-from flashcomm.collectives.stats import record_plain
+from flashcomm.collectives.stats import plain_because, record_plain
+from flashcomm.integrations.patches import Patches
+from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
 
 # Styles of transformers' plans that shard a module but leave no sum to make after it.
@@ -50,7 +52,7 @@ _NOT_REDUCING = re.compile(
 _running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
 _patch_lock = threading.Lock()
-_originals: dict[str, Callable] = {}
+_patches = Patches(__name__)
 
 
 def compress(
@@ -111,20 +113,20 @@ def calibrate(
     modules: str = "",
     origin: str = "",
 ) -> Calibration:
-    """Run `model` on real text, its sums as they are, and record how far each feature reaches.
+    """Run `model` on real text, uncompressed, and record how far each feature reaches.
 
     Args:
         model: tensor parallel, not compressed.
-        batches: token ids, each [tokens]; the same on every rank. A few dozen of a thousand tokens do.
+        batches: token ids, each [tokens]; the same on every rank. A few dozen batches of a thousand tokens are enough.
         gamma: weight of a new batch in the moving averages.
-        modules: as for `compress`.
+        modules: see `compress`.
         origin: a remark for the file.
 
     Returns:
         The same `Calibration` on every rank.
 
     Raises:
-        ValueError: no batches, or what `compress` raises.
+        ValueError: no batches, or a model that `compress` refuses.
     """
     seen: dict[str, tuple[MovingReach, MovingReach]] = {}
 
@@ -152,21 +154,21 @@ class Compression:
     """A model whose all-reduces are compressed; made by `compress`."""
 
     codec: Codec | Policy
-    """The wire format, or that of each module. May be assigned to between forward passes, on all ranks alike."""
+    """The wire format, or a policy for each module. May be assigned to between forward passes, on all ranks alike."""
     algorithm: str
-    """As for `flashcomm.all_reduce`; may be assigned to like `codec`."""
+    """Algorithm of `flashcomm.all_reduce`; may be assigned to like `codec`."""
     modules: dict[str, str]
-    """The style in transformers' plan, by the name of each module whose sum is compressed."""
+    """Styles in transformers' plan, by the name of each module whose sum is compressed."""
     calls: dict[str, int]
-    """Sums that went through flashcomm so far, by module."""
+    """Number of sums that went through flashcomm so far, by module."""
 
     calibration: Calibration | None
-    """What calibrated codecs are bound with."""
+    """The calibration to which codecs are bound."""
     group: dist.ProcessGroup
     """The ranks over which the model is tensor parallel."""
     wait: "Callable[[Callable[[], Any], str], torch.Tensor] | None"
-    """Given what starts a sum and returns its `flashcomm.Work`, and the module's name, returns the sum; None if sums
-    are simply made."""
+    """Function that makes the sums while it is set. It gets one that starts a sum and returns a `flashcomm.Work`,
+    and the module's name; it returns the sum."""
 
     def __init__(
         self,
@@ -193,30 +195,32 @@ class Compression:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
-        for name in reducing:
-            if self._codec_of(name).unbound:
-                self._codec_of(name).check(1)
+        refuse_unbound(map(self._codec_of, reducing))
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
-        self._undo = [self._mark(name, module) for name, (module, _) in reducing.items()]
+        self._marks = Patches("flashcomm.integrations.transformers.compress")
+        try:
+            for name, (module, _) in reducing.items():
+                self._mark(name, module)
+        except RuntimeError:
+            self._marks.undo()
+            raise
         _handles.append(self)
         _patch()
 
     def undo(self):
-        """Take the hooks out again; the model is as it was. Harmless when repeated."""
-        while self._undo:
-            self._undo.pop()()
+        """Restore the model. Harmless when repeated."""
+        self._marks.undo()
         if self in _handles:
             _handles.remove(self)
             _unpatch()
 
-    def _mark(self, name: str, module: torch.nn.Module) -> Callable[[], None]:
-        """Note on the stack when `module` runs, with all of its hooks; returns what takes the mark away."""
-        before = module._compiled_call_impl
-        inner: Callable = before or module._call_impl
+    def _mark(self, name: str, module: torch.nn.Module):
+        """Note on the stack when `module` and its hooks run."""
+        inner: Callable = module._compiled_call_impl or module._call_impl
 
-        # A graph would not see what the stack says, so a compiled model is left for the length of this module.
+        # A graph would not see the stack, so a compiled model leaves its graph for this module.
         @torch.compiler.disable
         def call(*args: Any, **kwargs: Any):
             self._enter(name)
@@ -225,14 +229,13 @@ class Compression:
             finally:
                 self._leave(name)
 
-        module._compiled_call_impl = call
-        return lambda: setattr(module, "_compiled_call_impl", before)
+        self._marks.replace(module, "_compiled_call_impl", call)
 
     def _enter(self, name: str):
         _running.set((*_running.get(), (self, name, self.calls[name])))
 
     def _leave(self, name: str):
-        # Above our entry there can be those of modules that raised before their own hook.
+        # Entries of modules that raised before their own hook may lie above ours.
         running = _running.get()
         while running[-1][:2] != (self, name):
             running = running[:-1]
@@ -241,18 +244,18 @@ class Compression:
             record_plain("all_reduce", f"no sum seen in {self.modules[name]} module {re.sub(r'[0-9]+', '*', name)}")
 
     def reduce(self, name: str, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Sum `x` over the ranks as the output of module `name`."""
+        """Sum `x`, the output of module `name`, over the ranks."""
         self.calls[name] += 1
         part = x.reshape(-1, x.shape[-1]).clone() if self._observe else None
-        reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, **self._how(name, x))
-        result = self.wait(functools.partial(reduce, async_op=True), name) if self.wait else reduce()
+        start = functools.partial(self._start, name, x, out)
+        result = self.wait(functools.partial(start, async_op=True), name) if self.wait else start()
         assert isinstance(result, torch.Tensor)
         if self._observe and part is not None:
             self._observe(name, part, result.reshape(part.shape))
         return result
 
     def _codec_of(self, name: str) -> Codec:
-        """The codec of a module, bound to what calibration knows about it."""
+        """Find the codec of a module, bound to its calibration."""
         codec = self.codec.codec_for(name) if isinstance(self.codec, Policy) else self.codec
         if self.calibration is None:
             return codec
@@ -262,24 +265,31 @@ class Compression:
             self._bound[key] = self.calibration.bind(codec, name, rank=rank, ranks=ranks)
         return self._bound[key]
 
-    def _how(self, name: str, x: torch.Tensor) -> dict[str, Any]:
-        """The options of the all-reduce of `x` after a module."""
+    def _start(
+        self, name: str, x: torch.Tensor, out: torch.Tensor | None, async_op: bool = False
+    ) -> "torch.Tensor | collectives.Work":
+        """Start the all-reduce of `x` after a module."""
         codec, policy = self._codec_of(name), self.codec
+        reduce = functools.partial(collectives.all_reduce, x, group=self.group, out=out, async_op=async_op)
         if not isinstance(policy, Policy):
-            return {"codec": codec, "algorithm": self.algorithm, **self._options}
+            return reduce(codec=codec, algorithm=self.algorithm, **self._options)
         # Experts see all tokens in one dimension, after other modules of the same pass saw the sequences.
         if x.dim() > 2:
             self._decoding = x.shape[-2] == 1
-        if isinstance(codec, Plain):
-            return {"codec": codec, "algorithm": "plain"}
-        if (self._decoding and policy.phase == "prefill") or x.numel() * x.element_size() < policy.min_bytes:
-            # As they are, by the fastest way that there is for it.
-            return {"codec": "bf16" if x.dtype == torch.bfloat16 else "fp32"}
-        return {
-            "codec": codec,
-            "algorithm": policy.algorithm if self.algorithm == "auto" else self.algorithm,
-            **self._options,
-        }
+        choice = policy.choose(x.numel() * x.element_size(), x.dtype, name, self._decoding, codec=codec)
+        algorithm = choice.algorithm if self.algorithm == "auto" else self.algorithm
+
+        def plain():
+            assert choice.reason
+            with plain_because(choice.reason):
+                if isinstance(codec, Plain):
+                    return reduce(codec=codec, algorithm="plain")
+                # Uncompressed, by the fastest algorithm.
+                return reduce(codec="bf16" if x.dtype == torch.bfloat16 else "fp32")
+
+        compressed = functools.partial(reduce, codec=codec, algorithm=algorithm, **self._options)
+        # `plain_because` counts: these sums are our own calls.
+        return apply(choice, compressed=compressed, plain=plain, count=lambda reason: None)
 
 
 def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
@@ -287,12 +297,12 @@ def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
 
 
 def compression_of(model: Any) -> "Compression | None":
-    """The compression of `model`, if it is compressed."""
+    """Find the compression of `model`; None if it is not compressed."""
     return next((handle for handle in _handles if handle._model is model), None)
 
 
 def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
-    """The process group over which a loaded model is tensor parallel.
+    """Find the process group over which a loaded model is tensor parallel.
 
     Raises:
         ValueError: the model is not tensor parallel, or over one rank only.
@@ -311,10 +321,10 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
 
 
 def tensor_parallel_argument() -> dict[str, Any]:
-    """How this transformers wants to hear of tensor parallelism: by ``tp_plan``, in later ones by a config.
+    """Make the arguments that load a model over all ranks: ``tp_plan``, or a config in later releases.
 
     Returns:
-        What to give `from_pretrained`, to load over all ranks of the default group.
+        Keyword arguments of `from_pretrained`.
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -324,7 +334,7 @@ def tensor_parallel_argument() -> dict[str, Any]:
 
 
 def _reducing_modules(model: Any):
-    """(name, module, style) of every module whose output transformers sums over ranks."""
+    """Yield (name, module, style) of every module whose output transformers sums over ranks."""
     plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
     for name, module in model.named_modules():
         style = getattr(module, "_hf_tp_plan", None)
@@ -335,12 +345,12 @@ def _reducing_modules(model: Any):
 
 
 def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
-    """Whether an all-reduce with these arguments is a sum that the caller waits for, and over which group."""
+    """Whether an all-reduce with these arguments is a sum that the caller waits for, and its group."""
     return op == dist.ReduceOp.SUM and not async_op, group
 
 
 def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
-    """The compression and module that this all-reduce belongs to, if any."""
+    """Find the compression and the module of this all-reduce; None if it is not part of a compressed model."""
     running = _running.get()
     if not is_sum or not running or running[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
         return None
@@ -353,7 +363,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
     handle, name = marked
     if type(x) is not torch.Tensor:
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
-    before = _running.set((*_running.get(), None))  # What flashcomm itself sends passes through.
+    before = _running.set((*_running.get(), None))  # Sums of flashcomm itself pass through.
     try:
         return handle.reduce(name, x, out)
     finally:
@@ -361,13 +371,12 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
 
 
 def _patch():
-    """Route the two names under which sums are started through us."""
+    """Replace the two functions that start sums."""
     with _patch_lock:
-        if _originals:
+        if _patches.has(dist, "all_reduce"):
             return
         plain: Any = dist.all_reduce
         plain_functional: Any = functional.all_reduce
-        _originals.update(plain=plain, functional=plain_functional)
 
         @functools.wraps(plain)
         def all_reduce(tensor, *args, **kwargs):
@@ -384,18 +393,18 @@ def _patch():
                 return plain_functional(self, reduceOp, group, tag)
             return _compressed_sum(marked, self, None)  # pyright: ignore[reportCallIssue]
 
-        dist.all_reduce, functional.all_reduce = all_reduce, functional_all_reduce
+        _patches.replace(dist, "all_reduce", all_reduce)
+        _patches.replace(functional, "all_reduce", functional_all_reduce)
 
 
 def _unpatch():
     with _patch_lock:
-        if _originals and not _handles:
-            dist.all_reduce, functional.all_reduce = _originals["plain"], _originals["functional"]
-            _originals.clear()
+        if not _handles:
+            _patches.undo()
 
 
 def _resolve(group: Any) -> Any:
-    """The process group that a collective names: nothing, its name, itself, a mesh, or a mesh and a dimension."""
+    """Find the process group that a collective names: by None, a name, itself, a mesh, or a mesh and a dimension."""
     if group is None:
         return dist.group.WORLD
     if isinstance(group, str):

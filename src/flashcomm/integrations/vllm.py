@@ -1,4 +1,4 @@
-"""Compress the sums of vLLM's tensor-parallel workers. vLLM finds this by its plugin entry point; off unless asked for.
+"""Compress the sums of vLLM's tensor-parallel workers. vLLM finds this by its entry point; it is off by default.
 
     FLASHCOMM_CODEC=int8g128 vllm serve MODEL -tp 2
     FLASHCOMM_POLICY=policy.toml vllm serve MODEL -tp 2
@@ -12,7 +12,7 @@ replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
     `GroupCoordinator._all_reduce_out_place`  which vLLM's own operator calls on GPUs, if all layers get the same codec
 
 In the second case vLLM's compiler passes still find its operator and fuse it with the norm behind it, where messages
-are so small that we leave them alone. Whatever is not compressed goes the way that it would go without us.
+are so small that we leave them alone. Sums that are not compressed are made as they would be without us.
 
 Rules for layers: the class of row-parallel linears notes whose turn it is while it runs, and as a model is traced that
 becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
@@ -39,18 +39,19 @@ if importlib.util.find_spec("vllm") is None:
     )
 
 from flashcomm import codecs
-from flashcomm.integrations import reporting, serving
+from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.patches import Patches
+from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
 from flashcomm.policy import Policy
 
-_originals: dict[tuple[type, str], Callable] = {}
-"""What was replaced, by class and name."""
+_patches = Patches(__name__)
 worker: "Worker | None" = None
-"""What this process compresses, if it is a worker and somebody asked."""
+"""State of this process, if it is a worker and compression was asked for."""
 
 
 def register():
-    """Wait for somebody to ask for compression; vLLM calls this in each of its processes, once or more often."""
-    # Whatever is not loaded yet is not needed by this process: it has read no command line, or is no worker.
+    """Prepare for a policy; vLLM calls this in each of its processes, once or more often."""
+    # A module that is not loaded yet is not needed: this process reads no command line, or is not a worker.
     if arguments := sys.modules.get("vllm.engine.arg_utils"):
         _replace(arguments.EngineArgs, "create_engine_config", _checking_policy)
     if workers := sys.modules.get("vllm.v1.worker.worker_base"):
@@ -58,42 +59,40 @@ def register():
 
 
 def undo():
-    """Give vLLM its own methods back; engines that were started keep what they have compiled."""
+    """Give vLLM its own methods back; running engines keep the graphs that they have compiled."""
     global worker
-    for (owner, name), original in _originals.items():
-        setattr(owner, name, original)
-    _originals.clear()
+    _patches.undo()
     if worker:
         worker.reporter.close()
     worker = None
 
 
-def _replace(owner: type, name: str, wrapped: Callable[[Callable], Callable]):
-    if (owner, name) not in _originals:
-        original = _originals[owner, name] = getattr(owner, name)
-        setattr(owner, name, functools.wraps(original)(wrapped(original)))
+def _replace(owner: type, name: str, wrapper: Callable[[Callable], Callable]):
+    # vLLM may call `register` again in the same process.
+    if not _patches.has(owner, name):
+        _patches.wrap(owner, name, wrapper)
 
 
 def _checking_policy(create_engine_config: Callable) -> Callable:
-    """Before anything is loaded: a policy that is wrong ends the command."""
+    """Check the policy before anything is loaded; a wrong one ends the command."""
 
     def checked(self, *args: Any, **kwargs: Any):
-        if policy := serving.asked_for(self.additional_config):
+        if policy := asked_for(self.additional_config):
             prepare(self, policy)
-            # Of the hosts of a server only the first answers /metrics.
+            # Only the first host of a server answers /metrics.
             if not kwargs.get("headless"):
-                reporting.serve()
+                worker_metrics.serve()
         return create_engine_config(self, *args, **kwargs)
 
     return checked
 
 
 def _compressing(init: Callable) -> Callable:
-    """As a worker is made, before it has groups or weights."""
+    """Install us as a worker is made, before it has groups or weights."""
 
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
-        policy = serving.asked_for(self.vllm_config.additional_config)
+        policy = asked_for(self.vllm_config.additional_config)
         if policy and not worker and self.vllm_config.parallel_config.tensor_parallel_size > 1:
             install(policy, self.vllm_config, self.rank)
 
@@ -101,11 +100,11 @@ def _compressing(init: Callable) -> Callable:
 
 
 def prepare(arguments: Any, policy: Policy):
-    """Hand `policy` on to the workers, and see to it that vLLM's compiler leaves them the sums it is about.
+    """Pass `policy` to the workers, and keep vLLM's compiler from replacing the sums that it compresses.
 
     Args:
         arguments: vLLM's ``EngineArgs``, before they become a configuration; changed.
-        policy: what is compressed.
+        policy: says what is compressed.
 
     Raises:
         ValueError: an option of vLLM that cannot be combined with it.
@@ -118,8 +117,8 @@ def prepare(arguments: Any, policy: Policy):
         return
     if arguments.enable_dbo:
         raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
-    arguments.additional_config = {**(arguments.additional_config or {}), serving.OPTION: serving.keys_of(policy)}
-    # Where workers live in this process, nobody calls `register` after they were loaded.
+    arguments.additional_config = {**(arguments.additional_config or {}), OPTION: keys_of(policy)}
+    # If workers live in this process, `register` is not called again after they were loaded.
     _replace(worker_base.WorkerBase, "__init__", _compressing)
     if current_platform.is_cuda_alike():
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
@@ -130,7 +129,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
 
     Args:
         passes: vLLM's ``PassConfig``; changed.
-        policy: what is compressed.
+        policy: says what is compressed.
         ranks: tensor-parallel ranks.
     """
     # Releases before 0.32 have these, too.
@@ -149,12 +148,12 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
 
 
 def install(policy: Policy, config: Any, rank: int):
-    """In a worker, before it makes its groups and loads its model: compress the sums of its ``tp`` group.
+    """Compress the sums of this worker's ``tp`` group; called before it makes its groups and loads its model.
 
     Args:
-        policy: what is compressed.
+        policy: says what is compressed.
         config: vLLM's ``VllmConfig``.
-        rank: of this worker among all.
+        rank: this worker's, among all.
     """
     global worker
     from vllm.distributed.parallel_state import GroupCoordinator
@@ -173,32 +172,32 @@ def install(policy: Policy, config: Any, rank: int):
 
 
 class Worker:
-    """What this process compresses, and its turn.
+    """Compression in one worker process.
 
     Args:
-        policy, config, rank: as `install` has them.
+        policy, config, rank: see `install`.
     """
 
     def __init__(self, policy: Policy, config: Any, rank: int):
         self.turn = ""
-        """The codec of the layer that runs, empty between layers that have one."""
+        """Codec of the layer that runs; empty between such layers."""
         self.policy = policy
         speculative = config.speculative_config
         self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
-        self._sums: dict[str, serving.Sums] = {}
-        self.reporter = reporting.Reporter(rank, _log())
+        self._sums: dict[str, Sums] = {}
+        self.reporter = worker_metrics.Reporter(rank, _log())
         if config.parallel_config.nnodes > 1:
-            # By it ranks find the interface that leads to the others, if GLOO_SOCKET_IFNAME does not name it.
+            # Ranks find their network interface by it, if GLOO_SOCKET_IFNAME does not name one.
             os.environ.setdefault("MASTER_ADDR", config.parallel_config.master_addr)
 
     def meet(self, group: Any):
-        """Get to know the ranks of a ``GroupCoordinator`` that has been made on all of them."""
-        sums = serving.Sums(self.policy, group.device_group, self.in_decode, _log())
+        """Meet the ranks of a ``GroupCoordinator`` that has been made on all of them."""
+        sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
 
     def reduce(self, group: Any, x: torch.Tensor, codec: str, plain: Callable) -> torch.Tensor:
-        """The sum of `x` over a ``GroupCoordinator``, in `codec` or, where it is empty, in the policy's own."""
+        """Sum `x` over a ``GroupCoordinator``, in `codec`, or in the policy's codec if that is empty."""
         return self._sums[group.unique_name].reduce(
             x,
             codecs.named(codec or self.policy.codec),
@@ -209,7 +208,7 @@ class Worker:
     def use(self, policy: Policy):
         """Follow another policy from the next step on, on all ranks alike.
 
-        What was compiled keeps the codecs that its rules for layers had.
+        Compiled graphs keep the codecs that the rules for layers gave them.
         """
         self.policy = policy
         for sums in self._sums.values():
@@ -223,7 +222,7 @@ class Worker:
             return False
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
-            # vLLM measures its memory with a step of the largest size, which has none.
+            # vLLM measures its memory with a step of the largest size, which has no metadata.
             return False
         lengths = (getattr(layer, "max_query_len", None) for layer in metadata.values())
         longest = next((length for length in lengths if length is not None), None)
@@ -282,7 +281,7 @@ def _is_tensor_parallel(group: Any) -> bool:
 
 @functools.cache
 def _operator():
-    """Register ``flashcomm::vllm_all_reduce``, in processes that need it only."""
+    """Register ``flashcomm::vllm_all_reduce``, only in processes that need it."""
     from vllm.distributed import parallel_state
 
     @torch.library.custom_op("flashcomm::vllm_all_reduce", mutates_args=())

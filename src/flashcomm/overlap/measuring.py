@@ -1,8 +1,8 @@
-"""What the segments and the sums of one prompt cost, for the planner: its parts run one after the other, timed.
+"""Time the segments and the sums of one prompt for the planner: its parts run one after the other.
 
-Three parts of different lengths tell what grows with tokens, what with pairs of tokens, and what does not grow. Ranks
-tell each other their times and take the same: of compute the slowest rank's, of a sum the shortest, because who is
-early only waits.
+Three parts of different lengths separate the time that grows with tokens, with pairs of tokens, and not at all. Ranks
+tell each other their times and take the same ones: the slowest rank's compute, and the shortest time of each sum, as a
+rank that is early only waits.
 
 Source: our own.
 """
@@ -20,61 +20,61 @@ from flashcomm.machine import Seat, crowd
 from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
 
 SHARES = (1, 2, 5)
-"""Of the tokens, for the parts of a timed prompt."""
+"""Shares of the tokens, for the parts of a timed prompt."""
 REPEATS = 4
-"""Of sums whose rate is taken."""
+"""Number of sums by which the rate is measured."""
 
 
-class Times(NamedTuple):
-    """Seconds of one part: what lies between its sums, and the sums."""
+class PartTimes(NamedTuple):
+    """Seconds of one part's segments and sums."""
 
     segments: list[float]
     sums: list[float]
 
 
 class Rate(NamedTuple):
-    """Sums one after the other, with nothing between them."""
+    """Times of sums that follow each other without a pause."""
 
     tokens: int
     seconds: float
-    """Of one."""
+    """Wall-clock seconds per sum."""
     busy_s: float
-    """Of the cores, for one."""
+    """CPU seconds per sum."""
 
 
 class Stopwatch:
-    """Makes each sum at once and notes how long it took, and the segment before it."""
+    """Makes each sum at once, and notes its seconds and those of the segment before it."""
 
     def __init__(self, device: torch.device):
         self._device = device
         self._segments: list[float] = []
         self._sums: list[float] = []
         self.names: list[str] = []
-        """Of the modules whose sums were made."""
+        """Names of the modules whose sums were made."""
         self.latest: torch.Tensor | None = None
-        """What the latest sum returned."""
+        """Result of the latest sum."""
         self._restart()
 
     def wait(self, start: Callable[[], Any], name: str) -> torch.Tensor:
-        """In place of `flashcomm.overlap.turns.wait`."""
+        """Make a sum, in place of `flashcomm.overlap.turns.wait`."""
         self._segments.append(self._lap())
         self.names.append(name)
         self.latest = result = start().wait()
         self._sums.append(self._lap())
         return result
 
-    def part(self) -> Times:
-        """The times of the part that has just ended."""
-        times = Times([*self._segments, self._lap()], self._sums)
+    def part(self) -> PartTimes:
+        """Return the times of the part that has just ended."""
+        times = PartTimes([*self._segments, self._lap()], self._sums)
         self._segments, self._sums = [], []
         self._restart()
         return times
 
     def rate(self, reduce: Callable[[torch.Tensor], Any], tokens: int) -> Rate:
-        """Of sums over ranks of `tokens` tokens, shaped like the latest one otherwise."""
+        """Measure sums over ranks of `tokens` tokens, otherwise shaped like the latest one."""
         assert self.latest is not None
         x = self.latest.new_zeros((tokens, self.latest.shape[-1]))
-        # The first one may be sent faster than the link's rate, if that was idle.
+        # An idle link may send the first one faster than its rate.
         reduce(x)
         self._lap()
         busy = time.process_time()
@@ -95,7 +95,7 @@ class Stopwatch:
 
 
 def profile_of(
-    parts: Sequence[Times],
+    parts: Sequence[PartTimes],
     rates: Sequence[Rate],
     names: Sequence[str],
     sizes: Sequence[int],
@@ -105,22 +105,22 @@ def profile_of(
     group: Any,
     device: torch.device,
 ) -> Profile:
-    """The same profile on every rank, from what was measured on this one.
+    """Combine the times of all ranks to one profile, the same on every rank.
 
     Args:
-        parts: times of each part, in order.
-        rates: of sums with as many tokens as some parts have, the longest among them.
+        parts: times of each part on this rank, in order.
+        rates: of sums as long as those of some parts, the longest part among them.
         names: the module of each sum of a part.
         sizes: tokens of each part.
         rows: prompts in the batch.
         before: tokens that the cache held before.
-        skips: as `Profile.skips`.
+        skips: see `Profile.skips`.
         group: the ranks.
-        device: that computes.
+        device: of the computation.
     """
     mine = [*map(tuple, parts)], [*map(tuple, rates)], Seat.mine()
     told: list[tuple] = group_of(group).ranks.tell(mine)
-    times = [[Times(*part) for part in theirs] for theirs, *_ in told]
+    times = [[PartTimes(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
     kinds = [re.sub(r"\d+", "*", name) for name in names] + ["end"]
     starts = [before + sum(sizes[:n]) for n in range(len(sizes))]
@@ -145,7 +145,7 @@ def profile_of(
         segments=tuple(lines[kind] for kind in kinds),
         sum=sums,
         burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
-        # A second of a core that ranks share keeps all of them from computing; where cores are left over, none.
+        # A second of a core that ranks share keeps all of them from computing; if cores are left over, none.
         busy=min(1.0, crowded * busy),
         crowded=CROWDED * crowded,
         uneven=slowest_s / usual_s - 1 if usual_s else 0.0,

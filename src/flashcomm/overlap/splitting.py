@@ -1,4 +1,4 @@
-"""How the tokens that a transformers decoder is given are cut into parts, which share one cache.
+"""Cut the tokens that a transformers decoder is given into parts, which share one cache.
 
 A part must see the cache as if all tokens before it were there, although they get there layer by layer, while parts
 take turns. So each part has a view of the cache, whose layers write into the real ones but answer questions, such as
@@ -24,15 +24,15 @@ _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
 class Refused(Exception):
-    """This prompt cannot be split; the message says why, in words that do not differ from prompt to prompt."""
+    """Raised if a prompt cannot be split; the message says why, in words that do not vary with the prompt."""
 
 
 class Prompt(NamedTuple):
-    """A call of a decoder that can be split."""
+    """One call of a decoder that can be split."""
 
     arguments: dict[str, Any]
     cache: Any
-    """The caller's, or one of our own."""
+    """The caller's cache, or a new one."""
     keeps_cache: bool
     """Whether the caller gets the cache back."""
     rows: int
@@ -40,15 +40,15 @@ class Prompt(NamedTuple):
     before: int
     """Tokens that the cache holds already."""
     skips: str
-    """Whose attention leaves out keys, as `flashcomm.planner.overlap.Profile` has it."""
+    """Parts whose attention leaves out keys; see `flashcomm.planner.overlap.Profile`."""
     device: torch.device
 
 
 def decoder_of(model: Any) -> Any:
-    """The module of `model` that turns tokens into hidden states.
+    """Find the module of `model` that turns tokens into hidden states.
 
     Raises:
-        ValueError: one that cannot be split, and why.
+        ValueError: its prompts cannot be split; the message says why.
     """
     decoder = model.get_decoder()
     config = model.config.get_text_config(decoder=True)
@@ -71,7 +71,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def _rope_types(parameters: Any) -> set[str]:
-    """Of all layer types, which may have parameters of their own."""
+    """Collect the types of all layers, which may have separate parameters."""
     if not isinstance(parameters, dict):
         return set()
     nested = [_rope_types(value) for value in parameters.values()]
@@ -79,7 +79,7 @@ def _rope_types(parameters: Any) -> set[str]:
 
 
 def bind(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names."""
+    """Bind the arguments of a call to their names."""
     signature = inspect.signature(forward)
     arguments = dict(signature.bind(*args, **kwargs).arguments)
     for name, parameter in signature.parameters.items():
@@ -89,7 +89,7 @@ def bind(forward: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, An
 
 
 def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
-    """What a call of `decoder` is to compute.
+    """Check a call of `decoder` and describe what it computes.
 
     Args:
         decoder: from `decoder_of`.
@@ -137,7 +137,7 @@ def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
         if not set(mask) <= set(_LAYER_TYPES):
             raise Refused("an attention mask of an unknown kind")
         if None in mask.values():
-            # A mask is left out where nothing but the order of tokens hides any, so the decoder can make all of them.
+            # A mask is left out where only the order of tokens hides any, so the decoder can make all masks itself.
             given.pop("attention_mask")
             mask = None
     for one in mask.values() if isinstance(mask, dict) else [mask] if mask is not None else []:
@@ -148,7 +148,7 @@ def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
         mixed = one is mask and one.ndim == 4 and len(set(map(_slides, cache.layers))) > 1
         if not fits or mixed:
             raise Refused("an attention mask of an unknown kind")
-    # Where sdpa makes no mask, it leaves out what follows a token; a later part always needs one.
+    # Without a mask, sdpa leaves out the keys that follow a token; a later part always needs a mask.
     sdpa = "none" if isinstance(mask, dict) or (mask is not None and mask.ndim == 4) else "first"
     skips = {"eager": "none", "sdpa": sdpa}.get(config._attn_implementation, "all")
     return Prompt(given, cache, keeps_cache, rows, length, before, skips, tokens.device)
@@ -172,7 +172,7 @@ def _check_cache(cache: Any, config: Any):
 
 
 def arguments_of_parts(prompt: Prompt, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """The arguments with which a decoder computes each part.
+    """Make the arguments with which a decoder computes each part.
 
     Args:
         prompt: from `prompt_of`.
@@ -196,10 +196,10 @@ def arguments_of_parts(prompt: Prompt, sizes: Sequence[int]) -> list[dict[str, A
 
 
 def joined(prompt: Prompt, outputs: Sequence[Any]) -> Any:
-    """The output of the whole prompt, from those of its parts.
+    """Join the outputs of the parts to that of the whole prompt.
 
     Raises:
-        RuntimeError: an output holds what nobody knows how to join.
+        RuntimeError: an output has a field that cannot be joined.
     """
     whole = outputs[-1]
     for name, value in whole.items():
@@ -212,7 +212,7 @@ def joined(prompt: Prompt, outputs: Sequence[Any]) -> Any:
 
 
 def _cut_mask(prompt: Prompt, first: Any, view: Any, start: int, size: int) -> Any:
-    """The mask, or masks, of a part; `first` is the view of the first part."""
+    """Cut the mask, or masks, for a part; `first` is the view of the first part."""
     mask = prompt.arguments["attention_mask"]
     if not isinstance(mask, dict):
         return _cut_one(prompt, mask, first, view, start, size, 0)
@@ -229,7 +229,7 @@ def _slides(layer: Any) -> bool:
 
 
 def _cut_one(prompt: Prompt, mask: torch.Tensor, first: Any, view: Any, start: int, size: int, layer: int):
-    """[rows, keys], or [rows, heads, tokens, keys] of the keys that a layer of the cache returns."""
+    """Cut one mask: [rows, keys], or [rows, heads, tokens, keys] of the keys that a layer of the cache returns."""
     if mask.ndim == 2:
         return mask[:, : prompt.before + start + size]
     _, whole_offset = first.get_mask_sizes(prompt.tokens, layer)
@@ -240,7 +240,7 @@ def _cut_one(prompt: Prompt, mask: torch.Tensor, first: Any, view: Any, start: i
 
 
 def _view(prompt: Prompt, tokens: int) -> Any:
-    """The cache as it will be once so many more `tokens` are in it; what is written goes into the cache itself."""
+    """A view that answers as if `tokens` more tokens were cached, and writes to the real cache."""
     view = copy.copy(prompt.cache)
     view.layers = []
     standing_in: dict[tuple, Any] = {}
@@ -256,7 +256,7 @@ def _view(prompt: Prompt, tokens: int) -> Any:
 
 
 def _advanced(layer: Any, tokens: int, prompt: Prompt) -> Any:
-    """A small copy of a cache's layer, of one head of one value, that has been given so many more tokens."""
+    """Copy a layer of the cache with one head of one value, and add `tokens` tokens to the copy."""
     small = copy.copy(layer)
     for name, value in vars(layer).items():
         if name in ("keys", "values") and isinstance(value, torch.Tensor) and value.ndim == 4:

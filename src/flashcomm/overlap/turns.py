@@ -1,11 +1,11 @@
-"""Functions of one thread that take turns: who waits for a transfer lets the next one compute.
+"""Let functions of one thread take turns: while one waits for a transfer, the next one computes.
 
-A function runs, as a greenlet, up to its first `wait`; then the next one runs up to its own, and so on round. Whoever
-is resumed waits for the transfer that it started, which had all the others' turns to arrive. The order follows from
-the program alone, so all ranks start their collectives in the same order.
+Each function runs, as a greenlet, up to its first `wait`; then the next function runs up to its first `wait`, and so on
+round. A function that is resumed waits for the transfer that it started, which had the turns of all others to arrive.
+The order depends on the program alone, so all ranks start their collectives in the same order.
 
-Hazard: greenlets share what belongs to the thread, such as torch's modes. What differs between functions must be a
-`contextvars.ContextVar`, of which each has its own.
+Hazard: greenlets share the state of their thread, such as torch's modes. State that differs between functions must be a
+`contextvars.ContextVar`, because each greenlet has a context of its own.
 
 Source: our own; that halves of a prompt take turns is ISO's idea (arXiv 2409.11155).
 """
@@ -21,20 +21,20 @@ import greenlet
 _part: "contextvars.ContextVar[int | None]" = contextvars.ContextVar("part", default=None)
 
 
-class Transfer(Protocol):
-    """What a function waits for, such as `flashcomm.Work`."""
+class Waitable(Protocol):
+    """A transfer that can be waited for, such as `flashcomm.Work`."""
 
     def wait(self) -> Any:
-        """The result, once it is there."""
+        """Wait for the result and return it."""
 
 
 def part() -> int | None:
-    """The number, from 0, of the function that has its turn; None outside of `run`."""
+    """Number, from 0, of the function that has its turn; None outside `run`."""
     return _part.get()
 
 
-def wait(transfer: Transfer) -> Any:
-    """The result of `transfer`; in a function that `run` runs, the others have their turns first.
+def wait(transfer: Waitable) -> Any:
+    """Wait for `transfer` and return its result; within `run`, the other functions have their turns first.
 
     Raises:
         Exception: what ``transfer.wait()`` raises.
@@ -50,15 +50,15 @@ def run(functions: Sequence[Callable[[], Any]]) -> list:
     """Call all functions, which take turns wherever one of them comes to `wait`.
 
     Args:
-        functions: the first one leads: it is always a `wait` ahead of the next, and so on.
+        functions: the first one leads; it is always one `wait` ahead of the second, and so on.
 
     Returns:
         Their results, in their order.
 
     Raises:
         RuntimeError: called by a function that takes turns already.
-        Exception: what the first function to fail raised. The others are ended where they wait, once what they wait for
-            has arrived, so that no transfer is left under way.
+        Exception: raised by the first function that failed. The others are ended where they wait, after their transfers
+            have arrived, so that none is left under way.
 
     >>> from types import SimpleNamespace
     >>> arrived = SimpleNamespace(wait=lambda: None)
@@ -76,7 +76,7 @@ def run(functions: Sequence[Callable[[], Any]]) -> list:
     if part() is not None:
         raise RuntimeError("parts of a prompt take turns already: a part cannot be split once more")
     results: list = [None] * len(functions)
-    line: deque[tuple[int, greenlet.greenlet, Transfer | None]] = deque()
+    line: deque[tuple[int, greenlet.greenlet, Waitable | None]] = deque()
     for number, function in enumerate(functions):
         runner = greenlet.greenlet(function)
         runner.gr_context = contextvars.copy_context()

@@ -1,11 +1,11 @@
-"""Machines by name, and what they make of a collective: data sheets, times the shares of them that were measured.
+"""Accelerators and links by name, and the costs of collectives on them: data sheets times measured shares.
 
-A `Cluster` is what a prediction needs of a machine: how fast a rank computes, and the costs of its collectives as a
-`Group` with a `Machine`. It comes from here, by arithmetic, or from a file of ``flashcomm tune --save``, by measuring.
+A `Cluster` holds all that a prediction needs: how fast a rank computes, and `Facts` with the costs of its collectives.
+It comes from here, by arithmetic, or from a file of ``flashcomm tune --save``, by measuring.
 
-A sum is one call of the backend, and a compressed one as many as it has steps. A call takes a latency, inside of a host
-the same for 2 ranks as for 8, between hosts one that grows with the logarithm of their number, and the time in which
-the slowest link carries its bytes.
+A plain sum is one call of the backend; a compressed sum is one call for each transfer. A call takes a latency and the
+time in which the slowest link carries its bytes. Inside a host the latency is the same for 2 ranks as for 8; between
+hosts it grows with the logarithm of their number.
 
 Shape legend: R ranks, H hosts of L ranks, M bytes of a message in 16 bits, C bytes of its payload.
 
@@ -19,46 +19,46 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flashcomm.errors import did_you_mean
-from flashcomm.planner import MOST_PIECES, PIECE_S, Group
-from flashcomm.planner.model import SIZES, Cost, Machine, Way
+from flashcomm.planner.choose import MOST_PIECES, PIECE_S, Facts
+from flashcomm.planner.costs import SIZES, Algorithm, Cost, LinkCosts
 from flashcomm.planner.overlap import CROWDED
 
 MATMUL_SHARE = 0.81
-"""Of the peak, in the best matrix products: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of the table
-"Maximum Achievable Matmul FLOPS" in github.com/stas00/ml-engineering; cards in that table have their own."""
+"""Share of the peak that the best matrix products reach: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of
+the table "Maximum Achievable Matmul FLOPS" in github.com/stas00/ml-engineering; cards in that table have their own."""
 ATTENTION_SHARE = 0.62
-"""Of the peak, in attention: the middle of the 50 to 73 % of FlashAttention-2, arXiv 2307.08691, abstract."""
+"""Share of the peak that attention reaches: the middle of the 50 to 73 % of FlashAttention-2, arXiv 2307.08691, abstract."""
 MEMORY_SHARE = 0.83
-"""Of the bandwidth: copies inside of an RTX PRO 6000, 1,488 of 1,792 GB/s, voipmonitor/rtx6kpro, pcie-bandwidth.md."""
+"""Share of the memory bandwidth that copies reach: inside an RTX PRO 6000, 1,488 of 1,792 GB/s, voipmonitor/rtx6kpro, pcie-bandwidth.md."""
 ETHERNET_SHARE = 0.92
-"""Of the rate: plain all-reduces of 16 MiB at 1 Gbit/s, results/all_reduce_lab4_1gbit.md."""
+"""Share of the rate that plain all-reduces reach: 16 MiB at 1 Gbit/s, results/all_reduce_lab4_1gbit.md."""
 STAGE_S = 3.7e-6
-"""What encoding, adding up or decoding takes at least on a GPU: 23.9 us for int8 less 12.7 us for fp16 by the same
+"""Shortest time of encoding, adding up or decoding on a GPU: 23.9 us for int8 less 12.7 us for fp16 by the same
 algorithm and three stages, 2 KiB on 4 MI300X, github.com/vllm-project/vllm/pull/19744."""
 NETWORK_S = 20e-6
-"""A call between two hosts with RDMA: the ring's 19.8 us in RCCL's tuning model."""
+"""Latency of a call between two hosts with RDMA: the ring's 19.8 us in RCCL's tuning model."""
 CPU_STEP_S = 0.45e-3
-"""A call between two CPU hosts: half of 0.9 ms, 16 KiB among 4, one_step, results/all_reduce_lab4_1gbit.md."""
+"""Latency of a call between two CPU hosts: half of 0.9 ms, 16 KiB among 4, one_step, results/all_reduce_lab4_1gbit.md."""
 CPU_PLAIN_CORE_S, CPU_CODEC_CORE_S = 1.76e-9, 1.2e-9
-"""Of a core for each byte of a message, plain and int8g128: 29.5 and 20 ms for 16 MiB, cpu_ms of
+"""Core seconds for each byte of a message, plain and int8g128: 29.5 and 20 ms for 16 MiB, cpu_ms of
 results/all_reduce_lab4_10gbit.md."""
 CPU_CODEC_BYTES_S = 3.1e9
-"""What a core encodes, sends, adds up and decodes, bytes in and out of its codecs: the same 20 ms."""
+"""Bytes per second that a core encodes, sends, adds up and decodes, in and out of its codecs: the same 20 ms."""
 _BITS = (4.25, 8.25)
 _CPU_PIECES = (1, 3, 6, MOST_PIECES)
 
 
-class Link(NamedTuple):
-    """Between the ranks of a host, each direction by itself."""
+class HostLink(NamedTuple):
+    """The link between the ranks of one host, each direction by itself."""
 
     gbytes_s: float
     """Peak of one rank, 1e9 bytes/s; of one pair of ranks where `per_peer`."""
     achieved: float
     """1e9 bytes/s that all-reduces of many MiB reached."""
     call_s: float
-    """What a collective takes however few its bytes are."""
+    """Latency of one collective in seconds, independent of its size."""
     sm_share: float
-    """Of the processors that the transfer takes from what computes meanwhile."""
+    """Share of the processors that a transfer takes from the compute beside it."""
     source: str
     per_peer: bool = False
 
@@ -68,38 +68,38 @@ _PCIE_CALL = "8 B take 42 us, 8 RTX 4090, NVIDIA/nccl#1530"
 _PCIE_SMS, _NVLINK_SMS = 0.03, 0.18
 """4 of 128 processors, as PCIe wants 1 to 4 blocks (NVFP4 all-reduce, lessons); 24 of 132, as TokenWeave's 16 to 32."""
 LINKS = {
-    "pcie4": Link(31.5, 20, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16; 20 GB/s: NVIDIA/nccl-tests#178; {_PCIE_CALL}"),
-    "pcie4-sys": Link(31.5, 10, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16, through the CPUs; 10 GB/s: what NCCL takes for SYS, NVIDIA/nccl-tests#307; {_PCIE_CALL}"),
-    "pcie5": Link(63, 35, 42e-6, _PCIE_SMS, f"PCIe 5.0 x16; 35 GB/s: 4 RTX 5090, NVIDIA/nccl#1639; {_PCIE_CALL}"),
-    "nvlink3": Link(300, 208, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 600 GB/s both ways; 208 GB/s: NVIDIA/nccl-tests#178; {_NVLINK_CALL}"),
-    "nvlink3-a800": Link(200, 139, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 400 GB/s both ways; the share of nvlink3; {_NVLINK_CALL}"),
-    "nvlink4": Link(450, 306, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 900 GB/s both ways; 306 GB/s: 4 H100, 0.5 to 4 MiB, vllm#24532; {_NVLINK_CALL}"),
-    "nvlink5": Link(900, 770, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 1,800 GB/s both ways; 770 GB/s: GB200, Azure/AI-benchmarking-guide#7; {_NVLINK_CALL}"),
-    "xgmi": Link(64, 45.8, 14e-6, _NVLINK_SMS, "AMD: 7 links of 64 GB/s; 45.8 GB/s, and 37.2 us for 1 MiB: 2 MI300X, RCCL, mk1-project/quickreduce", per_peer=True),
-    "memory": Link(20, 8, 0.05e-3, 1.0, "shared memory of a CPU host: 16 MiB among 4 ranks, results/all_reduce_shared_cpu.md"),
+    "pcie4": HostLink(31.5, 20, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16; 20 GB/s: NVIDIA/nccl-tests#178; {_PCIE_CALL}"),
+    "pcie4-sys": HostLink(31.5, 10, 42e-6, _PCIE_SMS, f"PCIe 4.0 x16, through the CPUs; 10 GB/s: what NCCL takes for SYS, NVIDIA/nccl-tests#307; {_PCIE_CALL}"),
+    "pcie5": HostLink(63, 35, 42e-6, _PCIE_SMS, f"PCIe 5.0 x16; 35 GB/s: 4 RTX 5090, NVIDIA/nccl#1639; {_PCIE_CALL}"),
+    "nvlink3": HostLink(300, 208, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 600 GB/s both ways; 208 GB/s: NVIDIA/nccl-tests#178; {_NVLINK_CALL}"),
+    "nvlink3-a800": HostLink(200, 139, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 400 GB/s both ways; the share of nvlink3; {_NVLINK_CALL}"),
+    "nvlink4": HostLink(450, 306, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 900 GB/s both ways; 306 GB/s: 4 H100, 0.5 to 4 MiB, vllm#24532; {_NVLINK_CALL}"),
+    "nvlink5": HostLink(900, 770, 19.4e-6, _NVLINK_SMS, f"NVIDIA: 1,800 GB/s both ways; 770 GB/s: GB200, Azure/AI-benchmarking-guide#7; {_NVLINK_CALL}"),
+    "xgmi": HostLink(64, 45.8, 14e-6, _NVLINK_SMS, "AMD: 7 links of 64 GB/s; 45.8 GB/s, and 37.2 us for 1 MiB: 2 MI300X, RCCL, mk1-project/quickreduce", per_peer=True),
+    "memory": HostLink(20, 8, 0.05e-3, 1.0, "shared memory of a CPU host: 16 MiB among 4 ranks, results/all_reduce_shared_cpu.md"),
 }  # fmt: skip
-"""What GPUs of a host are joined by. One collective among 4 or 8 ranks reaches the second figure, in 1e9 bytes/s."""
+"""Links between the GPUs of a host. One collective among 4 or 8 ranks reaches the second figure, in 1e9 bytes/s."""
 
 
 class Accelerator(NamedTuple):
-    """What a rank runs on."""
+    """The processor that one rank runs on."""
 
     tflops: float
     """Peak for bf16 without sparsity."""
     matmul_share: float
     memory_gbytes_s: float
     link: str
-    """Of `LINKS`."""
+    """Name in `LINKS`."""
     source: str
     rate: str = "400gbit"
-    """Of the link between hosts, if nobody says otherwise."""
+    """Default rate of the link between hosts."""
     ranks_per_host: int = 8
     attention_share: float = ATTENTION_SHARE
     memory_share: float = MEMORY_SHARE
 
     @property
     def is_cpu(self) -> bool:
-        """Whether ranks are processes that have no accelerator."""
+        """Whether a rank is a process without an accelerator."""
         return self.link == "memory"
 
 
@@ -128,44 +128,44 @@ ACCELERATORS = {
         for rate in (1, 10, 25, 100)
     },
 }  # fmt: skip
-"""By name. ``flashcomm tune --save`` writes a file for one's own machine, which is better."""
+"""Accelerators by name. ``flashcomm tune --save`` writes a file for the machine at hand, which is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Ranks: how fast each computes, and what their collectives cost."""
+    """Ranks, the speed of each, and the costs of their collectives."""
 
     name: str
-    group: Group
-    """With its `machine`."""
+    group: Facts
+    """Facts about the ranks, among them their `costs`."""
     flops: float
     """Operations per second in matrix products."""
     attention_flops: float
     bytes_s: float
-    """Read and written between products."""
+    """Bytes per second that are read and written between products."""
     segment_s: float = 0.0
-    """What a segment takes however few its tokens are."""
+    """Shortest time of a segment, in seconds."""
     plain_core: float = 0.0
-    """Seconds of the core that a sum takes from what computes meanwhile, per byte of the message."""
+    """Core seconds that a plain sum takes from the compute beside it, per byte of the message."""
     codec_core: float = 0.0
-    """The same of a compressed sum."""
+    """The same for a compressed sum."""
     crowded: float = 0.0
-    """As of `flashcomm.planner.overlap.Profile`."""
+    """The same as in `flashcomm.planner.overlap.Profile`."""
     skips: str = "all"
-    """As of `flashcomm.planner.overlap.Profile`."""
+    """The same as in `flashcomm.planner.overlap.Profile`."""
     facts: tuple[str, ...] = field(default=(), compare=False)
-    """Where its figures are from."""
+    """Sources of the figures, in words."""
 
     def as_dict(self) -> dict:
-        """As JSON stores it."""
-        assert self.group.machine is not None
+        """Convert to what JSON stores."""
+        assert self.group.costs is not None
         rates = {name: getattr(self, name) for name in _RATES}
         ranks = {"ranks": self.group.ranks, "hosts": self.group.hosts}
-        return {"name": self.name, **ranks, **rates, "skips": self.skips, "machine": self.group.machine.as_dict()}
+        return {"name": self.name, **ranks, **rates, "skips": self.skips, "machine": self.group.costs.as_dict()}
 
     @classmethod
     def from_dict(cls, fields: Any, source: str) -> "Cluster":
-        """The inverse of `as_dict`.
+        """Read what `as_dict` returns.
 
         Raises:
             ValueError: a key is missing, or its value is of another kind; names `source` and the key.
@@ -180,10 +180,10 @@ class Cluster:
                     "`flashcomm tune --save FILE`"
                 )
         try:
-            machine = Machine.from_dict(dict(fields["machine"]))
+            costs = LinkCosts.from_dict(dict(fields["machine"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(f"{source}: its machine cannot be read ({error!r}): make it again") from None
-        group = Group(ranks=int(fields["ranks"]), hosts=int(fields["hosts"]), connected=True, machine=machine)
+        group = Facts(ranks=int(fields["ranks"]), hosts=int(fields["hosts"]), connected=True, costs=costs)
         rates = {key: float(fields[key]) for key in _RATES}
         return cls(
             name=str(fields.get("name", source)), group=group, skips=str(fields.get("skips", "all")),
@@ -195,10 +195,10 @@ _RATES = ("flops", "attention_flops", "bytes_s", "segment_s", "plain_core", "cod
 
 
 def accelerator(name: str) -> Accelerator:
-    """The one of that name, also with its number of ranks, ``l40x4``.
+    """Find an accelerator by its name, which may end with a number of ranks: ``l40x4``.
 
     Raises:
-        ValueError: there is none; names those that there are.
+        ValueError: an unknown name; the message lists the known ones.
     """
     key = re.sub(r"x\d+$", "", name.lower()) if name.lower() not in ACCELERATORS else name.lower()
     if key not in ACCELERATORS:
@@ -210,7 +210,7 @@ def accelerator(name: str) -> Accelerator:
 
 
 def bits_per_second(rate: str) -> float:
-    """Of a rate such as ``10gbit``.
+    """Convert a rate such as ``10gbit`` to bits per second.
 
     Raises:
         ValueError: no number with kbit, mbit or gbit.
@@ -227,14 +227,14 @@ def bits_per_second(rate: str) -> float:
 def cluster(
     name: str, ranks: int, *, ranks_per_host: int | None = None, rate: str | None = None, link: str | None = None
 ) -> Cluster:
-    """So many ranks of a machine of the table.
+    """Compute the cluster of `ranks` ranks on accelerators of the table.
 
     Args:
-        name: of `ACCELERATORS`.
+        name: in `ACCELERATORS`.
         ranks: R, 2 or more.
-        ranks_per_host: L; those of the table if not given, or all if they are fewer.
+        ranks_per_host: L; the table's if not given, or all ranks if there are fewer.
         rate: of each host's link to the others, such as ``100gbit``; the table's if not given.
-        link: of `LINKS`, inside of a host; the table's if not given.
+        link: in `LINKS`, between the ranks of a host; the table's if not given.
 
     Raises:
         ValueError: an unknown name, or ranks that hosts of that size cannot hold.
@@ -273,7 +273,7 @@ def cluster(
     peak = 1e12 * one.tflops
     return Cluster(
         name=f"{ranks} x {name}",
-        group=Group(ranks=ranks, hosts=hosts, connected=one.is_cpu, machine=paths.machine(f"{ranks} x {name}")),
+        group=Facts(ranks=ranks, hosts=hosts, connected=one.is_cpu, costs=paths.costs(f"{ranks} x {name}")),
         flops=one.matmul_share * peak,
         attention_flops=one.attention_share * peak,
         bytes_s=1e9 * one.memory_share * one.memory_gbytes_s,
@@ -289,47 +289,48 @@ def cluster(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Paths:
-    """What carries a message, and what its codecs cost."""
+    """Rates and latencies of the links and codecs that carry a message."""
 
     ranks: int
     inside: int
-    """L ranks of a host."""
+    """L, the ranks of a host."""
     bytes_s: float
-    """Of one rank to the others of its host."""
+    """Bandwidth of one rank to the others of its host."""
     call_s: float
     host_bytes_s: float
-    """Of one host to the others."""
+    """Bandwidth of one host to the others."""
     network_s: float
     codec_bytes_s: float
     stage_s: float
     pieces: tuple[int, ...]
     plain_core_s: float
-    """Of the core that makes a plain sum, per byte; 0 where links alone limit it."""
+    """Core seconds of a plain sum, per byte; 0 where links alone limit it."""
 
     @property
     def hosts(self) -> int:
         return self.ranks // self.inside
 
-    def machine(self, name: str) -> Machine:
-        """The costs of all ways, at the sizes that are compared."""
-        algorithms = ["one_step", "two_step", *(["hierarchical"] if 1 < self.hosts < self.ranks else [])]
-        ways = [Way(algorithm=name, pieces=n) for name in algorithms for n in self.pieces]
-        compressed = {way: self._cost(way, _BITS) for way in ways}
-        exact = {way: self._cost(way, (16.0,)) for way in ways if way.pieces == 1} if len(self.pieces) > 1 else {}
+    def costs(self, name: str) -> LinkCosts:
+        """Compute the costs of every algorithm at the sizes that are compared."""
+        names = ["one_step", "two_step", *(["hierarchical"] if 1 < self.hosts < self.ranks else [])]
+        algorithms = [Algorithm(name=name, pieces=n) for name in names for n in self.pieces]
+        compressed = {one: self._cost(one, _BITS) for one in algorithms}
+        whole = [one for one in algorithms if one.pieces == 1]
+        exact = {one: self._cost(one, (16.0,)) for one in whole} if len(self.pieces) > 1 else {}
         plain = Cost.measured([(size, 16.0, self.plain_s(size)) for size in SIZES])
-        return Machine(name=name, plain=plain, compressed=compressed, uncompressed=exact)
+        return LinkCosts(name=name, plain=plain, compressed=compressed, uncompressed=exact)
 
     def plain_s(self, message: float) -> float:
-        """The backend's ring, which enters and leaves each host once."""
+        """Seconds of the backend's ring, which enters and leaves each host once."""
         sent = 2 * (self.ranks - 1) / self.ranks * message
-        return self._calls_s(1) + max(
+        return self._latency_s(1) + max(
             sent / self.bytes_s if self.inside > 1 else 0.0,
             sent / self.host_bytes_s if self.hosts > 1 else 0.0,
             message * self.plain_core_s,
         )
 
     def codec_s(self, algorithm: str, message: float, payload: float) -> float:
-        """What encoding, adding up and decoding read and write."""
+        """Seconds in which encoding, adding up and decoding read and write their bytes."""
         if algorithm == "one_step":
             stages, moved = 2, 2 * message + (self.ranks + 1) * payload
         elif algorithm == "two_step":
@@ -338,14 +339,14 @@ class _Paths:
             stages, moved = 4, 3 * message + (2 * message + 3 * payload) / self.inside
         return stages * self.stage_s + moved / self.codec_bytes_s
 
-    def _cost(self, way: Way, widths: tuple[float, ...]) -> Cost:
-        return Cost.measured([(size, bits, self._way_s(way, size, bits)) for size in SIZES for bits in widths])
+    def _cost(self, algorithm: Algorithm, widths: tuple[float, ...]) -> Cost:
+        return Cost.measured([(size, bits, self._call_s(algorithm, size, bits)) for size in SIZES for bits in widths])
 
-    def _way_s(self, way: Way, message: int, bits: float) -> float:
+    def _call_s(self, algorithm: Algorithm, message: int, bits: float) -> float:
         payload, others = message * bits / 16, self.ranks - self.inside
-        if way.algorithm == "one_step":
+        if algorithm.name == "one_step":
             calls, inside, between = 1, (self.inside - 1) * payload, self.inside * others * payload
-        elif way.algorithm == "two_step":
+        elif algorithm.name == "two_step":
             calls = 2
             inside = 2 * (self.inside - 1) / self.ranks * payload
             between = 2 * self.inside * others / self.ranks * payload
@@ -355,13 +356,13 @@ class _Paths:
             between = (1 if self.hosts == 2 else 2 * (self.hosts - 1) / self.hosts) * payload
         inside_s, between_s = inside / self.bytes_s, between / self.host_bytes_s
         # Levels take turns; without them both links carry at once.
-        links = inside_s + between_s if way.algorithm == "hierarchical" else max(inside_s, between_s)
-        codecs = self.codec_s(way.algorithm, message, payload)
+        links = inside_s + between_s if algorithm.name == "hierarchical" else max(inside_s, between_s)
+        codecs = self.codec_s(algorithm.name, message, payload)
         if len(self.pieces) == 1:
-            return self._calls_s(calls) + links + codecs
-        hidden = min(links, codecs) * (1 - 1 / way.pieces)
-        return self._calls_s(calls) + links + codecs - hidden + (way.pieces - 1) * PIECE_S
+            return self._latency_s(calls) + links + codecs
+        hidden = min(links, codecs) * (1 - 1 / algorithm.pieces)
+        return self._latency_s(calls) + links + codecs - hidden + (algorithm.pieces - 1) * PIECE_S
 
-    def _calls_s(self, calls: int) -> float:
+    def _latency_s(self, calls: int) -> float:
         network = self.network_s * math.ceil(math.log2(self.hosts)) if self.hosts > 1 else 0.0
         return calls * ((self.call_s if self.inside > 1 else 0.0) + network)

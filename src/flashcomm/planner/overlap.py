@@ -1,9 +1,9 @@
-"""When a prompt in parts is faster than in one piece, and where to cut it: arithmetic on what one prompt has shown.
+"""Decide whether a prompt in parts is faster than in one piece, and where to cut it, from times of one prompt.
 
 A decoder computes segments, each of which ends with a sum over ranks. A segment of n tokens that attend to p pairs of
 query and key takes ``fixed_s + n * token_s + p * pair_s``: matrix products are linear, attention is quadratic. A sum
-takes ``fixed_s + n * token_s``, of which the cores are busy for some share. Parts take turns as in
-`flashcomm.overlap.turns`, so the time of a split is found by going through the turns, with one core and one link.
+takes ``fixed_s + n * token_s``, and the cores are busy for some share of it. Parts take turns as in
+`flashcomm.overlap.turns`, so the time of a split follows from a walk through the turns, with one core and one link.
 
 Shape legend: P parts, S segments.
 
@@ -21,36 +21,36 @@ import numpy as np
 
 MOST_PARTS = 4
 MARGIN = 0.97
-"""What a split must win by."""
+"""Factor on the time in one piece below which a split is worth it."""
 MIN_TOKENS = 128
-"""Of a prompt that is worth a plan: shorter ones take as long as their Python."""
+"""Shortest prompt that is worth a plan: shorter ones take as long as their Python."""
 _MORE, _LESS_EVEN = 0.98, 0.99
-"""What more parts, and less even ones, must win by: the model's own error is of that size, and few even ones lose the
-least by it."""
+"""Factors that more parts, and less even ones, must win by: the model's own error is of that size, and few even parts
+lose the least by it."""
 _RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
 # Kernels leave out whole blocks: 512 and 1,024 causal tokens take 0.9 and 0.65 of the time that a mask of as many pairs
 # takes. sdpa on a CPU, 2 cores of an AMD EPYC, 2026-11-21.
 _BLOCK = 192
 CROWDED = 0.1
-"""By what share computing and sending take longer at once than one after the other, times the threads for each core:
+"""Share by which computing and sending take longer at once than one after the other, times the threads for each core:
 prompts in two parts took 1.07 to 1.17 times the CPU time of one piece. llama-160m, 2 and 4 ranks on 2 cores of an AMD
 EPYC, links of 200 Mbit/s to 10 Gbit/s, 2026-11-22."""
 _TILE = 64
-"""Parts are multiples of it where that leaves a choice, as matrix products like them."""
+"""Tokens of which parts are multiples where that leaves a choice, because matrix products are faster then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Seconds for so many tokens and pairs."""
+    """Seconds as a function of tokens and of query-key pairs."""
 
     fixed_s: float = 0.0
     token_s: float = 0.0
     pair_s: float = 0.0
     least_s: float = 0.0
-    """What tokens take at least, however few they are: weights are read once for all of them."""
+    """Shortest time of the tokens: weights are read once for all of them."""
 
     def seconds(self, tokens: float, pairs: float = 0.0) -> float:
-        """What it says.
+        """Predict seconds for `tokens` tokens and `pairs` query-key pairs.
 
         >>> Line(fixed_s=1, token_s=2, pair_s=3).seconds(10, 100)
         321
@@ -61,7 +61,7 @@ class Line:
 
     @classmethod
     def through(cls, points: "Sequence[tuple[float, float, float]]") -> "Line":
-        """The best fit of (tokens, pairs, seconds), in which nothing is negative; pairs of 0 have no part in it.
+        """Fit points of (tokens, pairs, seconds) without negative terms; if all pairs are 0, without the term of pairs.
 
         >>> Line.through([(1, 0, 3.0), (2, 0, 5.0)])
         Line(fixed_s=1.0, token_s=2.0, pair_s=0.0, least_s=0.0)
@@ -86,54 +86,52 @@ class Line:
 
 
 class Timed(Protocol):
-    """Whatever takes a time that depends on a number of tokens, such as a `Line`."""
+    """Something whose time depends on a number of tokens, such as a `Line`."""
 
     def seconds(self, tokens: float) -> float:
-        """For so many tokens."""
+        """Predict seconds for `tokens` tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """What a model and a codec cost on the ranks of a group."""
+    """Times of a model's segments and sums in one codec on the ranks of a group."""
 
     segments: tuple[Line, ...]
-    """S of them, in order; each but the last is followed by a sum."""
+    """S segments, in order; a sum follows each but the last."""
     sum: Timed
-    """A sum over ranks, from its start to its end, where the link was not idle before."""
+    """Time of a sum over ranks, from its start to its end, if the link was not idle before."""
     layers: int = 1
-    """How often the segments between the first and the last are run through."""
+    """Number of times that the segments between the first and the last run."""
     burst_s: float = 0.0
-    """Of sending that an idle link makes up for, as those do whose rate is a limit on an average."""
+    """Seconds of transfer that an idle, token-bucket-limited link sends at full speed."""
     busy: float = 0.0
-    """Share of a sum's time in which it takes the core from the segments; 0 where there is a core for it."""
+    """Share of a sum's time in which it takes the core from the segments; 0 if there is another core for it."""
     uneven: float = 0.0
-    """Share of a segment's time that its sum waits, in one piece, for the rank that happens to be slowest this time.
-    Parts make up for it: ranks that compute another part do not wait for each other at every sum."""
+    """Share of a segment's time that its sum waits for the rank that is slowest this time, if prompts run in one piece.
+    In parts there is no such wait: ranks compute another part instead of waiting for each other at every sum."""
     crowded: float = 0.0
-    """Share of their time that segments and sums take longer while they run at once; 0 where the ranks'
-    threads leave a core over.
-    """
+    """Share by which segments and sums take longer while they run at once; 0 if the ranks leave a core idle."""
     skips: str = "none"
-    """Whose attention leaves out the keys that follow a token: ``all`` parts, the ``first``, or ``none``."""
+    """Parts whose attention leaves out the keys that follow a token: ``all``, the ``first``, or ``none``."""
 
     @property
     def sums(self) -> int:
-        """How many there are in a prompt in one piece."""
+        """Number of sums of a prompt in one piece."""
         return min(1, len(self.segments) - 1) + self.layers * max(0, len(self.segments) - 2)
 
     def seconds(self, sizes: Sequence[int], rows: int = 1, before: int = 0) -> float:
-        """Time of a prompt whose parts have so many tokens.
+        """Predict seconds of a prompt that runs in parts.
 
         Args:
-            sizes: tokens of each part; a single one for a prompt in one piece.
+            sizes: tokens of each part; a single number for a prompt in one piece.
             rows: prompts in the batch.
             before: tokens that the cache holds already.
         """
         starts = [before, *itertools.accumulate(sizes[:-1], initial=before)][1:] if len(sizes) > 1 else [before]
         tokens = [rows * size for size in sizes]
         attended = [rows * pairs(size, start, self.skips) for size, start in zip(sizes, starts, strict=True)]
-        # Alone, a sum is waited for anyway, and by all ranks.
+        # In one piece all ranks wait for each sum anyway.
         busy, late, slow = (self.busy, 1.0, 1 + self.crowded) if len(sizes) > 1 else (0.0, 1 + self.uneven, 1.0)
         computes = {
             line: [slow * late * seconds for seconds in map(line.seconds, tokens, attended)] for line in self.segments
@@ -148,7 +146,7 @@ class Profile:
             for segment in segments:
                 for part, (compute, transfer) in enumerate(zip(computes[segment], transfers, strict=True)):
                     core = max(core, ready[part]) + compute
-                    # What the link makes up for in its idle time, of which this transfer uses what it can.
+                    # An idle link saves up for a burst, and this transfer uses as much of it as it can.
                     burst = min(self.burst_s, burst + max(0.0, core - link))
                     ready[part] = link = max(link, core) + max(0.0, transfer - burst)
                     burst = max(0.0, burst - transfer)
@@ -162,7 +160,7 @@ class Profile:
             run(summed[1:])
             lead = [one - core for one in (link, *ready)] + [burst]
             if earlier and all(math.isclose(a, b, abs_tol=1e-9 * core) for a, b in zip(earlier, lead, strict=True)):
-                # Layers that begin alike take as long.
+                # Layers that begin in the same state take the same time.
                 core += left * (core - start)
                 ready = [core + one for one in lead[1:-1]]
                 break
@@ -171,30 +169,30 @@ class Profile:
         return core
 
     def compute_s(self, tokens: int, rows: int = 1, before: int = 0) -> float:
-        """What the segments of a prompt in one piece take."""
+        """Predict seconds of the segments of a prompt in one piece."""
         attended = rows * pairs(tokens, before, self.skips)
         times = [segment.seconds(rows * tokens, attended) for segment in self.segments]
         return sum(times) + (self.layers - 1) * sum(times[1:-1])
 
     def communication_s(self, tokens: int, rows: int = 1) -> float:
-        """What the sums of a prompt in one piece take."""
+        """Predict seconds of the sums of a prompt in one piece."""
         return self.sums * self.sum.seconds(rows * tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split:
-    """How a prompt is to be run."""
+    """A prompt's parts, and the predicted times."""
 
     sizes: tuple[int, ...]
-    """Tokens of each part; a single one for one piece."""
+    """Tokens of each part; a single number for one piece."""
     seconds: float | None = None
-    """As predicted."""
+    """Predicted seconds in these parts."""
     whole_s: float | None = None
-    """In one piece, as predicted."""
+    """Predicted seconds in one piece."""
 
 
 def pairs(tokens: int, before: int, skips: str) -> float:
-    """Pairs of query and key that attention goes through, hidden ones too where it does not leave them out.
+    """Count the query-key pairs that attention computes, hidden pairs too unless it leaves them out.
 
     >>> pairs(100, 0, "first"), pairs(1000, 0, "first"), pairs(1000, 500, "first"), pairs(1000, 500, "all")
     (10000.0, 692000.0, 1500000.0, 1192000.0)
@@ -205,7 +203,7 @@ def pairs(tokens: int, before: int, skips: str) -> float:
 
 @lru_cache(maxsize=1024)
 def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Split:
-    """The fastest way to run a prompt; in one piece unless parts win by `MARGIN`.
+    """Choose the fastest parts for a prompt; one piece unless parts win by `MARGIN`.
 
     Args:
         profile: of the model and codec.
@@ -222,7 +220,7 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
     whole = profile.seconds((tokens,), rows, before)
     best, least = (tokens,), MARGIN * whole
     if max(profile.compute_s(tokens, rows, before), profile.communication_s(tokens, rows)) >= least:
-        # Not even perfect overlap would win.
+        # Even perfect overlap would not win.
         return Split(sizes=best, seconds=whole, whole_s=whole)
     for count in range(2, MOST_PARTS + 1):
         for ratio in _RATIOS:
@@ -237,7 +235,7 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
 
 
 def _geometric(tokens: int, count: int, ratio: float) -> tuple[int, ...] | None:
-    """Parts each `ratio` times as long as the one before; None if they would be too short."""
+    """Cut into parts that are each `ratio` times as long as the one before; None if they would be too short."""
     unit = _TILE if tokens >= 2 * count * _TILE else 1
     weights = [ratio**n for n in range(count)]
     edges = [round(tokens * sum(weights[:n]) / sum(weights) / unit) * unit for n in range(count)] + [tokens]

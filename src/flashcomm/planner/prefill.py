@@ -1,10 +1,10 @@
-"""How long prompts take on a cluster, in each codec and in parts, and what to choose: arithmetic before anything runs.
+"""Predict how long prompts take on a cluster, in each codec and in parts, and advise what to choose.
 
     prefill = compute + sums    in one piece;  by `Profile.seconds` in parts, which take turns
     compute = layers x (products / their rate + values / memory's rate + pairs / attention's rate)
     sums    = (2 x layers + 1) x what `planner.choose` takes for a message of tokens x hidden x 2 bytes
 
-Products of few tokens take what reading their weights takes. The first token needs the product with the vocabulary too.
+Products of few tokens take as long as reading their weights. The first token needs the product with the vocabulary too.
 
 Source: our own; the parts and their turns are ISO's (arXiv 2409.11155).
 """
@@ -13,39 +13,40 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flashcomm import planner
-from flashcomm.codecs import Codec, Levels, parse
+from flashcomm.codecs import Codec, parse
 from flashcomm.planner import overlap
+from flashcomm.planner.choose import Facts, Plan, choose
+from flashcomm.planner.costs import Algorithm, LinkCosts
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import Line, Profile, Split
-from flashcomm.planner.shapes import Shape, Work
+from flashcomm.planner.shapes import Shape, Workload
 
 CODECS = ("none", "int8g128", "int6g128", "int5g128", "int4g32", "int4g128")
 SAFE_CODEC = "int8g128"
-"""Whose loss of accuracy nobody has to measure first: docs/accuracy.md."""
+"""The codec that needs no measurement of its accuracy first: docs/accuracy.md."""
 WORTH = 1.05
-"""What the first token must be faster by before a codec, or parts, are advised."""
+"""Speedup of the first token from which a codec, or parts, are advised."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sums:
-    """The sums of a model in one codec on a cluster, by tokens."""
+class SumCosts:
+    """Predicted times of a model's sums in one codec on a cluster, by tokens."""
 
     cluster: Cluster
     codec: Codec
     token_bytes: int
-    """Of a message: 2 for each hidden value."""
+    """Message bytes for each token: 2 for each hidden value."""
 
-    def plan(self, tokens: float) -> planner.Plan:
-        """What the sum of so many tokens does."""
-        return planner.choose(int(tokens * self.token_bytes), self.cluster.group, self.codec)
+    def plan(self, tokens: float) -> Plan:
+        """Plan one sum of `tokens` tokens."""
+        return choose(int(tokens * self.token_bytes), self.cluster.group, self.codec)
 
     def seconds(self, tokens: float) -> float:
-        """How long that takes."""
+        """Predicted seconds of one sum."""
         return seconds(self.cluster.group, self.plan(tokens), int(tokens * self.token_bytes))
 
     def busy(self, tokens: float) -> float:
-        """Share of that in which it takes the core from what computes meanwhile."""
+        """Share of a sum's time in which it takes the core from the compute beside it."""
         exact = self.plan(tokens).algorithm == "plain"
         core_s = self.cluster.plain_core if exact else self.cluster.codec_core
         return min(1.0, tokens * self.token_bytes * core_s / self.seconds(tokens))
@@ -53,45 +54,45 @@ class Sums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What prompts take in one codec."""
+    """Predicted times of prompts in one codec."""
 
     codec: str
     algorithm: str
-    """Of a sum of the whole prompts, with its pieces: ``two_step/3``."""
+    """Algorithm and pieces of a sum of the whole prompts, such as ``two_step/3``."""
     compute_s: float
     sums_s: float
-    """Of the prompts in one piece."""
+    """Seconds of all sums, if prompts run in one piece."""
     head_s: float
-    """The product with the vocabulary."""
+    """Seconds of the product with the vocabulary."""
     split: Split
-    """The fastest way to run the prompts in parts; of one part if none is faster."""
+    """The fastest parts for the prompts; one part if more are not faster."""
     min_bytes: int | None
-    """Messages from this size on are faster than plain; None if none is."""
+    """Message size from which compression is faster than plain; None if it never is."""
 
     @property
     def prefill_s(self) -> float:
-        """In one piece."""
+        """Seconds of the prefill in one piece."""
         return self.compute_s + self.sums_s
 
     @property
     def ttft_s(self) -> float:
-        """To the first token, in one piece."""
+        """Seconds to the first token, in one piece."""
         return self.prefill_s + self.head_s
 
     @property
     def overlapped_s(self) -> float:
-        """To the first token, in the parts of `split`."""
+        """Seconds to the first token, in the parts of `split`."""
         return (
             self.split.seconds if len(self.split.sizes) > 1 and self.split.seconds else self.prefill_s
         ) + self.head_s
 
     @property
     def share(self) -> float:
-        """Of the sums in the prefill, in one piece."""
+        """Share of the sums in the prefill, in one piece."""
         return self.sums_s / self.prefill_s
 
     def as_dict(self) -> dict:
-        """The figures by name, times in ms."""
+        """Convert to figures by name, times in ms."""
         parts = list(self.split.sizes)
         times = {"compute": self.compute_s, "sums": self.sums_s, "prefill": self.prefill_s, "ttft": self.ttft_s}
         times |= {"overlapped_ttft": self.overlapped_s}
@@ -104,20 +105,20 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """What to run and why."""
+    """Codec and parts to run with, and the reasons."""
 
     codec: str
-    """``none`` where nothing is worth it."""
+    """The codec; ``none`` if compression is not worth it."""
     min_bytes: int
-    """Of a message that is worth the codec."""
+    """Smallest message that is worth the codec."""
     speedup: float
-    """Of the first token, over plain, both in one piece."""
+    """Speedup of the first token over plain, both in one piece."""
     parts: tuple[int, ...]
-    """Of a prompt where it can run in parts; one if it should not."""
+    """Tokens of each part, where prompts can run in parts; one part if they should not."""
     speedup_in_parts: float
-    """Over plain in one piece."""
+    """Speedup of the first token over the uncompressed, unsplit prompt."""
     reasons: tuple[str, ...]
-    """Sentences."""
+    """The reasons, a sentence each."""
 
     def as_dict(self) -> dict:
         """The fields by name."""
@@ -125,18 +126,18 @@ class Advice:
 
 
 def profile(shape: Shape, cluster: Cluster, codec: Codec, tokens: int) -> Profile:
-    """What a model costs on a cluster, for the planner of overlap.
+    """Predict the profile of a model on a cluster, for the planner of overlap.
 
     Args:
         shape: of the model.
         cluster: the ranks.
         codec: of the sums.
-        tokens: of the batch, at which the share of a sum's time that takes the core is read.
+        tokens: of the batch; `Profile.busy` is that of its sums.
 
     Returns:
-        A profile of which the first segment is the look-up of the tokens and the last is the norm before the head.
+        A profile whose first segment is the look-up of the tokens and whose last is the norm before the head.
     """
-    sums = Sums(cluster=cluster, codec=codec, token_bytes=2 * shape.hidden)
+    sums = SumCosts(cluster=cluster, codec=codec, token_bytes=2 * shape.hidden)
     ranks = cluster.group.ranks
     look_up = Line(fixed_s=cluster.segment_s, token_s=4 * shape.hidden / cluster.bytes_s)
     layer = (_line(shape.attention(ranks), cluster), _line(shape.mlp(ranks), cluster))
@@ -152,7 +153,7 @@ def profile(shape: Shape, cluster: Cluster, codec: Codec, tokens: int) -> Profil
 
 
 def predict(shape: Shape, cluster: Cluster, codec: str, *, tokens: int, rows: int = 1) -> Prediction:
-    """How long prompts take in one codec.
+    """Predict the times of prompts in one codec.
 
     Args:
         shape: of the model.
@@ -173,23 +174,23 @@ def predict(shape: Shape, cluster: Cluster, codec: str, *, tokens: int, rows: in
     """
     parsed = parse(codec)
     costs = profile(shape, cluster, parsed, rows * tokens)
-    plan = Sums(cluster=cluster, codec=parsed, token_bytes=2 * shape.hidden).plan(rows * tokens)
+    plan = SumCosts(cluster=cluster, codec=parsed, token_bytes=2 * shape.hidden).plan(rows * tokens)
     return Prediction(
         codec=str(parsed),
-        algorithm=f"{plan.algorithm}/{plan.pieces}" if plan.pieces > 1 else plan.algorithm,
+        algorithm=str(Algorithm(name=plan.algorithm, pieces=plan.pieces)),
         compute_s=costs.compute_s(tokens, rows),
         sums_s=costs.communication_s(tokens, rows),
         head_s=_line(shape.head(cluster.group.ranks), cluster).seconds(rows),
         split=overlap.choose(costs, tokens, rows),
-        min_bytes=planner.pays_from(_machine(cluster.group), parsed),
+        min_bytes=_costs(cluster.group).pays_from(parsed),
     )
 
 
 def advise(predictions: Sequence[Prediction]) -> Advice:
-    """What to choose among predictions of the same prompts, of which the first is plain.
+    """Choose among predictions of the same prompts; the first one must be plain.
 
-    The codec is chosen for prompts in one piece: `SAFE_CODEC` if that is worth it, otherwise the one with the most bits
-    that is, otherwise none.
+    The codec is chosen for prompts in one piece: `SAFE_CODEC` if it is worth it, else the codec with the most bits that
+    is worth it, else none.
     """
     plain, *others = predictions
     gain = lambda one: plain.ttft_s / one.ttft_s  # noqa: E731
@@ -230,25 +231,20 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
     )
 
 
-def seconds(group: planner.Group, plan: planner.Plan, message_bytes: int) -> float:
-    """What a measured group takes for a plan that `planner.choose` has made for it.
+def seconds(group: Facts, plan: Plan, message_bytes: int) -> float:
+    """Predict the seconds of a plan that `planner.choose` has made for a group.
 
     Args:
-        group: with its machine.
+        group: facts with measured costs.
         plan: for a message of that size.
         message_bytes: on each rank.
     """
-    machine = _machine(group)
-    if plan.algorithm == "plain":
-        return machine.plain.seconds(message_bytes)
-    way = planner.Way(algorithm=plan.algorithm, pieces=plan.pieces)
-    codec = plan.codec.between if isinstance(plan.codec, Levels) else plan.codec
-    cost = machine.uncompressed[way] if plan.declined else machine.compressed[way]
-    return cost.seconds(message_bytes, codec.bits_per_value(4096))
+    algorithm = None if plan.algorithm == "plain" else Algorithm(name=plan.algorithm, pieces=plan.pieces)
+    return _costs(group).seconds(algorithm, plan.codec, message_bytes, exact=plan.declined)
 
 
 def human(size: int) -> str:
-    """Bytes as KiB or MiB.
+    """Write bytes as KiB or MiB.
 
     >>> human(3 << 19), human(64 << 10)
     ('1.5 MiB', '64 KiB')
@@ -257,18 +253,18 @@ def human(size: int) -> str:
 
 
 def compare(shape: Shape, cluster: Cluster, codecs: Sequence[str], *, tokens: int, rows: int) -> Iterator[Prediction]:
-    """The prediction of each codec, plain's first."""
+    """Predict every codec, plain first."""
     for codec in dict.fromkeys(["none", *codecs]):
         yield predict(shape, cluster, codec, tokens=tokens, rows=rows)
 
 
-def _machine(group: planner.Group) -> planner.Machine:
-    assert group.machine is not None
-    return group.machine
+def _costs(group: Facts) -> LinkCosts:
+    assert group.costs is not None
+    return group.costs
 
 
 @lru_cache(maxsize=256)
-def _line(work: Work, cluster: Cluster) -> Line:
+def _line(work: Workload, cluster: Cluster) -> Line:
     return Line(
         fixed_s=cluster.segment_s,
         token_s=work.flops / cluster.flops + work.value_bytes / cluster.bytes_s,

@@ -1,4 +1,4 @@
-"""What one token costs a decoder: multiplications, weights, values that are read and written, and pairs of tokens.
+"""Count the work of one token in a decoder: products, weights, values that are read and written, pairs of tokens.
 
 A layer has two segments, attention and MLP, each of which ends with a sum over ranks. A product with a weight takes two
 operations per token and each weight two bytes, so a segment's operations per token are its weights' bytes; a mixture
@@ -21,22 +21,22 @@ _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _LATENT = ("kv_lora_rank", "q_lora_rank")
 
 
-class Work(NamedTuple):
-    """Of one segment on one rank."""
+class Workload(NamedTuple):
+    """Operations and bytes of one segment on one rank."""
 
     flops: float
-    """Of matrix products, per token."""
+    """Operations of matrix products, per token."""
     weight_bytes: float
-    """Read once, however many tokens there are."""
+    """Bytes of weights, read once for all tokens."""
     value_bytes: float
-    """Read and written between the products, per token."""
+    """Bytes read and written between the products, per token."""
     pair_flops: float = 0.0
-    """Of attention, per pair of query and key."""
+    """Operations of attention, per pair of query and key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Sizes of a decoder, as a transformers config.json has them."""
+    """Sizes of a decoder, from a transformers config.json."""
 
     name: str
     hidden: int
@@ -45,39 +45,39 @@ class Shape:
     kv_heads: int
     head_dim: int
     intermediate: int
-    """Of the MLP, or of one expert."""
+    """Width of the MLP, or of one expert."""
     vocabulary: int
     experts: int = 1
     experts_per_token: int = 1
 
-    def attention(self, ranks: int) -> Work:
-        """From the norm before attention to the product whose result is summed.
+    def attention(self, ranks: int) -> Workload:
+        """Count from the norm before attention to the product whose result is summed.
 
         >>> SHAPES["llama-2-7b"].attention(1).flops == 2 * 4 * 4096**2
         True
         """
         queries = self.heads * self.head_dim / ranks
-        # A head of keys and values is on every rank that has queries for it.
+        # Every rank that has queries for a head of keys and values has that head.
         keys = max(self.kv_heads / ranks, 1) * self.head_dim
         weights = self.hidden * (2 * queries + 2 * keys)
         values = 4 * self.hidden + 3 * (queries + 2 * keys)
-        return Work(2 * weights, 2 * weights, 2 * values, 4 * queries)
+        return Workload(2 * weights, 2 * weights, 2 * values, 4 * queries)
 
-    def mlp(self, ranks: int) -> Work:
-        """From the norm before the MLP to the product whose result is summed."""
+    def mlp(self, ranks: int) -> Workload:
+        """Count from the norm before the MLP to the product whose result is summed."""
         width = self.intermediate / ranks
         expert = 3 * self.hidden * width
         values = 4 * self.hidden + 5 * width * self.experts_per_token
-        return Work(2 * expert * self.experts_per_token, 2 * expert * self.experts, 2 * values)
+        return Workload(2 * expert * self.experts_per_token, 2 * expert * self.experts, 2 * values)
 
-    def head(self, ranks: int) -> Work:
-        """The product with the vocabulary, of the last token of a prompt."""
+    def head(self, ranks: int) -> Workload:
+        """Count the product with the vocabulary, for the last token of a prompt."""
         weights = self.hidden * self.vocabulary / ranks
-        return Work(2 * weights, 2 * weights, 4 * self.hidden)
+        return Workload(2 * weights, 2 * weights, 4 * self.hidden)
 
     @property
     def parameters(self) -> float:
-        """Of all layers and the vocabulary, twice.
+        """Number of parameters of all layers, and of the vocabulary twice.
 
         >>> f"{SHAPES['llama-3-70b'].parameters / 1e9:.1f}"
         '70.6'
@@ -87,14 +87,14 @@ class Shape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str) -> "Shape":
-        """Of a transformers configuration.
+        """Read a transformers configuration.
 
         Args:
-            config: as in config.json; of a model with several parts, the text's is taken.
-            name: what to call it; in error messages too.
+            config: the keys of config.json; if a model has several parts, the text's part counts.
+            name: for the shape, and for error messages.
 
         Raises:
-            ValueError: a size is missing or no positive number, or the layers are of a kind that is not counted here.
+            ValueError: a size is missing or not positive, or the layers are of a kind that is not counted here.
         """
         config = config.get("text_config", config)
         if latent := [key for key in _LATENT if config.get(key)]:
@@ -149,11 +149,11 @@ SHAPES = dict([
     _shape("mixtral-8x7b", 4096, 32, 32, 8, 14336, 32000, experts=8, experts_per_token=2),
     _shape("mixtral-8x22b", 6144, 56, 48, 8, 16384, 32768, experts=8, experts_per_token=2),
 ])  # fmt: skip
-"""By name, for those who have no config.json at hand."""
+"""Shapes by name, for use without a config.json."""
 
 
 def load(model: str) -> Shape:
-    """The shape that a name of `SHAPES`, a config.json or the folder of a model stands for.
+    """Find the shape for a name in `SHAPES`, a config.json, or the folder of a model.
 
     Args:
         model: a name or a path.

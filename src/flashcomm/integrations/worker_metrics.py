@@ -1,8 +1,8 @@
-"""What the workers of a server did, where whoever runs the server looks: in its metrics, else in its log.
+"""Show the counts of a server's workers in the server's metrics, or else in its log.
 
-Workers are processes of their own, and what they count never reaches the process that answers /metrics. So each writes
-its counts to a small file, and that process reads the files when it is asked. Workers that it cannot see, on another
-host or behind several API servers, put a line into the log instead.
+Workers are separate processes, and their counts do not reach the process that answers /metrics. So each worker writes
+its counts to a small file, and that process reads the files when it is asked. Workers on another host, or behind
+several API servers, put a line into the log instead.
 
     flashcomm_calls_total{call="all_reduce/one_step/int8g128",rank="0"} 1088
     flashcomm_plain_total{rank="0",reason="decode step"} 5440
@@ -26,7 +26,7 @@ from typing import Any
 from flashcomm import collectives, settings
 
 FOLDER_VARIABLE = "FLASHCOMM_STATS"
-"""Where workers write their counts; made and removed by the process that serves them."""
+"""Folder to which workers write their counts; the process that answers /metrics makes and removes it."""
 FILE_EVERY_S, LOG_EVERY_S = 1.0, 60.0
 
 _folder: "tempfile.TemporaryDirectory | None" = None
@@ -34,9 +34,9 @@ _errors: Counter[str] = Counter()
 
 
 def serve():
-    """In the process that answers /metrics: let the workers it starts write their counts, and show them there.
+    """Show the counts of all workers that this process will start on its /metrics page.
 
-    Does nothing where there is no such page: prometheus_client is missing, or several servers share the work.
+    Does nothing if there is no such page: prometheus_client is missing, or several servers share the work.
     """
     global _folder
     if _folder or "PROMETHEUS_MULTIPROC_DIR" in os.environ:
@@ -57,7 +57,7 @@ class Metrics:
         self._folder = folder
 
     def collect(self) -> Iterable[Any]:
-        """One counter of each kind, with a sample for every worker."""
+        """Make one counter of each kind, with a sample for every worker."""
         from prometheus_client.core import CounterMetricFamily as Counts
 
         calls = Counts("flashcomm_calls", "Collectives, as what was sent.", labels=["rank", "call"])
@@ -76,10 +76,10 @@ class Metrics:
 
 
 class Reporter:
-    """In a worker: keeps its file up to date, or logs a line a minute, while anything happens.
+    """Keeps a worker's file up to date, or logs a line a minute, while its counts change.
 
     Args:
-        rank: of this worker among all.
+        rank: this worker's, among all.
         log: for the lines.
     """
 
@@ -102,7 +102,7 @@ class Reporter:
             self._log.info("flashcomm: %s", line(counts))
 
     def close(self):
-        """Report no more."""
+        """Stop reporting."""
         self._stop.set()
 
     def _run(self):
@@ -126,7 +126,7 @@ def count_error(error: BaseException):
 
 
 def line(counts: dict) -> str:
-    """Counts in a sentence.
+    """Write counts as a sentence.
 
     >>> line({"calls": {"all_reduce/one_step/int8g128": 17}, "plain": {"decode step": 34}, "errors": {},
     ...       "wire_bytes": 33 << 20, "plain_bytes": 64 << 20})

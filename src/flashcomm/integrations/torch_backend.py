@@ -1,22 +1,23 @@
-"""A backend of `torch.distributed` whose large sums are compressed: any program that names its backend.
+"""A backend of `torch.distributed` that compresses large sums, for any program that can name its backend.
 
     import flashcomm
     dist.init_process_group("flashcomm")  # FLASHCOMM_CODEC=int8g128, or FLASHCOMM_POLICY=policy.toml
 
-It is gloo on the CPU and NCCL on GPUs, of which one operation is replaced: an all-reduce that sums bf16, fp16 or fp32
-and is large enough for the policy goes through `flashcomm.all_reduce`. So do those of functional collectives, of
+It is gloo on the CPU and NCCL on GPUs, with one operation replaced: an all-reduce that sums bf16, fp16 or fp32 and is
+large enough for the policy goes through `flashcomm.all_reduce`. So do the all-reduces of functional collectives, of
 DTensor and of compiled graphs. Everything else is torch's own. Sub-groups have the policy of the default group.
 
-A `CompressedGroup` holds a plain group of torch, which does everything else. It must be a plain one: torch calls what a
-subclass of `ProcessGroup` inherits with the interpreter locked, and gloo's threads may need the interpreter to finish
-an earlier operation first, so that both wait for ever.
+A `CompressedGroup` holds a plain group of torch, which does everything else. It must be a plain one: torch calls the
+inherited methods of a subclass of `ProcessGroup` with the interpreter locked, and gloo's threads may need the
+interpreter to finish an earlier operation first, so that both wait for ever.
 
-Hazard: a process group sees tensors, no modules and no phases, so of a policy it knows `codec`, `min_bytes` and
-`algorithm` only. Not supported: coalesced all-reduces, which stay plain; `split_group`, whose groups are plain.
+Hazard: a process group sees tensors, not modules or phases, so it uses only `codec`, `min_bytes` and `algorithm` of a
+policy. Not supported: coalesced all-reduces, which stay plain; `split_group`, whose groups are plain.
 """
 
 import logging
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
-from flashcomm.collectives.stats import record_plain
-from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Policy
+from flashcomm.integrations.sums import apply, refuse_unbound
+from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Choice, Policy
 from flashcomm.transports.backend import is_plain
 
 _log = logging.getLogger("flashcomm")
@@ -35,10 +36,10 @@ class CompressedGroup(dist.ProcessGroup):
     """The process group of backend ``flashcomm``; `torch.distributed.init_process_group` makes it."""
 
     policy: Policy | None
-    """What is compressed; None for nothing. `set_policy` changes it."""
+    """Policy of this group; None to compress nothing. `set_policy` changes it."""
 
     def __init__(self, store: Any, rank: int, size: int, policy: Policy | None):
-        # With the store as well torch makes an object that calls no method of a subclass.
+        # Given the store too, torch makes an object that does not call the methods of a subclass.
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.policy = policy
         self._store = store
@@ -46,51 +47,49 @@ class CompressedGroup(dist.ProcessGroup):
         self._agreements = 0
 
     def allreduce(self, tensors: Any, *args: Any, **kwargs: Any) -> dist.Work:
-        """The sum of one tensor over all ranks, in place; compressed if the policy says so.
+        """Sum one tensor over all ranks, in place; compressed if the policy says so.
 
         Args:
-            tensors, args, kwargs: as `ProcessGroup.allreduce` has them.
+            tensors, args, kwargs: those of `ProcessGroup.allreduce`.
 
         Returns:
             A finished `torch.distributed.Work`, or one that is under way if the caller asked for an asynchronous one.
 
         Raises:
             ValueError: a codec that cannot encode this tensor; raised before any communication.
-            RuntimeError: as for `flashcomm.all_reduce`.
+            RuntimeError: one of `flashcomm.all_reduce`.
         """
         options = args[0] if args else kwargs.get("opts", kwargs.get("op", dist.ReduceOp.SUM))
         x = tensors if isinstance(tensors, torch.Tensor) else tensors[0] if len(tensors) == 1 else None
-        if x is None or getattr(options, "reduceOp", options) != dist.ReduceOp.SUM or not self._compresses(x):
-            return self._plain.allreduce(tensors, *args, **kwargs)
-        assert self.policy is not None
-        # Like torch's own, which works on values and knows no gradients.
-        x = x.detach()
+        plain = partial(self._plain.allreduce, tensors, *args, **kwargs)
+        if x is None or getattr(options, "reduceOp", options) != dist.ReduceOp.SUM:
+            return plain()
+        choice = self._choose(x)
+        if choice is None:
+            return plain()
+        # Like torch's own, which works on values and ignores gradients.
         async_op = getattr(options, "asyncOp", True)
-        codec, algorithm = self.policy.codec, self.policy.algorithm
-        work = collectives.all_reduce(x, codec, self, algorithm=algorithm, out=x, async_op=async_op)
+        return apply(choice, compressed=partial(self._compressed, x.detach(), choice, async_op), plain=plain)
+
+    def _compressed(self, x: torch.Tensor, choice: Choice, async_op: bool) -> dist.Work:
+        work = collectives.all_reduce(x, choice.codec, self, algorithm=choice.algorithm, out=x, async_op=async_op)
         if not isinstance(work, collectives.Work):
             work = collectives.Work(x)
         return work.backend_work or _Handle(work, x)
 
-    def _compresses(self, x: torch.Tensor) -> bool:
-        """Whether a sum of `x` is to go through flashcomm; counts one that could and does not."""
+    def _choose(self, x: torch.Tensor) -> Choice | None:
+        """Ask the policy about a sum of `x`; None for a sum that no policy could compress, which is not counted."""
         if self.policy is None or is_plain() or self.size() == 1:
-            return False
+            return None
         if not x.is_floating_point() or x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
-            return False
-        if x.dtype not in codecs.FLOAT_DTYPES:
-            record_plain("all_reduce", f"codecs are for bf16, fp16 and fp32, not {x.dtype}")
-            return False
-        if x.numel() * x.element_size() < self.policy.min_bytes:
-            record_plain("all_reduce", f"message under the policy's min_bytes = {self.policy.min_bytes}")
-            return False
-        return True
+            return None
+        return self.policy.choose(x.numel() * x.element_size(), x.dtype)
 
     def _agree(self, said: str):
-        """Compare what the ranks say about their policies, through the store, because the group may be half made.
+        """Compare the ranks' policies through the store, because the group may be half made.
 
         Raises:
-            RuntimeError: they differ; on all ranks, naming two sides.
+            RuntimeError: the policies differ; raised on all ranks, naming two of them.
         """
         self._agreements += 1
         store, keys = self._store, [f"policy {self._agreements} of {rank}" for rank in range(self.size())]
@@ -111,7 +110,7 @@ def _plain_method(name: str) -> Any:
     return method
 
 
-# Those that torch looks for in a subclass, by their names in this release and before.
+# Methods that torch looks for in a subclass, by their names in this release and before.
 for _name in (
     *("allgather", "allgather_into_tensor_coalesced", "all_gather_single_coalesced", "allreduce_coalesced"),
     *("alltoall_base", "all_to_all_single", "barrier", "broadcast", "reduce_scatter"),
@@ -122,7 +121,7 @@ for _name in (
 
 
 class _Handle(dist.Work):
-    """A `flashcomm.Work` as torch knows handles; torch's own `wait` has no use for the result."""
+    """A `flashcomm.Work` with the methods of torch's handles, whose `wait` does not return the result."""
 
     def __init__(self, work: collectives.Work, x: torch.Tensor):
         super().__init__()
@@ -130,7 +129,7 @@ class _Handle(dist.Work):
         self._future: Any = None
 
     def wait(self, timeout: timedelta | None = None) -> bool:
-        # Not this timeout but that of the group ends a call whose peers are gone, on all ranks alike.
+        # The group's timeout, not this one, ends a call whose peers are gone, on all ranks alike.
         self._work.wait()
         return True
 
@@ -147,22 +146,22 @@ class _Handle(dist.Work):
     def get_future(self) -> torch.futures.Future:
         if self._future is None:
             done: Any = torch.futures.Future(devices=[self._x.device] if self._x.is_cuda else [])
-            # To C++ a future has failed where a callback of the one before it raised.
+            # In C++, a future fails if a callback of the one before it raises.
             self._future = done.then(lambda _: self.result())
             self._work.add_done_callback(lambda: done.set_result(None))
         return self._future
 
 
 def set_policy(policy: Policy | None, group: dist.ProcessGroup | None = None):
-    """Change what a group of backend ``flashcomm`` compresses; every rank of it calls this.
+    """Change the policy of a group of backend ``flashcomm``; every rank of the group calls this.
 
     Args:
-        policy: the same on all ranks; None for nothing.
-        group: None for the default group. Groups that exist already keep what they have.
+        policy: the same on all ranks; None to compress nothing.
+        group: None for the default group. Other groups keep their policy.
 
     Raises:
         ValueError: a group of another backend, or a policy whose codec needs a calibration.
-        RuntimeError: ranks that give different policies; the group keeps the old one.
+        RuntimeError: the ranks give different policies; the group keeps the old one.
 
     Example::
 
@@ -177,11 +176,11 @@ def set_policy(policy: Policy | None, group: dist.ProcessGroup | None = None):
 
 
 def create(options: Any, policy: Any) -> CompressedGroup:
-    """What torch calls for ``init_process_group("flashcomm", pg_options=policy)`` and for `new_group`.
+    """Make a group; torch calls this for ``init_process_group("flashcomm", pg_options=policy)`` and `new_group`.
 
     Args:
-        options: of torch: the store, rank, size and timeout of the new group.
-        policy: a `Policy`; None for that of the default group, or else of the environment.
+        options: torch's: the store, rank, size and timeout of the new group.
+        policy: a `Policy`; None for the default group's, or else the environment's.
 
     Raises:
         ValueError: a policy that cannot be read, or whose codec needs a calibration.
@@ -217,16 +216,13 @@ def _policy(given: Any) -> Policy | None:
 def _check(policy: Any) -> Policy | None:
     if policy is not None and not isinstance(policy, Policy):
         raise ValueError(f'a flashcomm.policy.Policy is needed, such as Policy(codec="int8g128"), not {policy!r}')
-    if policy is not None and codecs.parse(policy.codec).unbound:
-        raise ValueError(
-            f"{policy.codec} needs a calibration of each module, and a process group sees no modules: "
-            "use another codec, or flashcomm.integrations.transformers"
-        )
+    if policy is not None:
+        refuse_unbound([codecs.parse(policy.codec)], "and a process group sees no modules")
     return policy
 
 
 def _add_backends(group: CompressedGroup, options: Any):
-    """Gloo for CPU tensors, NCCL for those on GPUs, as torch makes them for ``cpu:gloo,cuda:nccl``."""
+    """Add gloo for CPU tensors and NCCL for those on GPUs, like torch does for ``cpu:gloo,cuda:nccl``."""
     ranks, name = options.global_ranks_in_group, options.group_id
     store = distributed_c10d.PrefixStore("cpu/", options.store)
     gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, timeout=options.timeout)
