@@ -1,5 +1,7 @@
 """reduce_scatter, all_gather, all_to_all, asynchronous calls, out=, and the errors of all four verbs."""
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -126,7 +128,7 @@ def out_on_ranks():
 def buffers_on_ranks():
     x = promises.tensor(dist.get_rank(), (64, 512))
     out = torch.empty_like(x)
-    buffers = meeting().lanes[0].messages.buffers
+    buffers = meeting().lane.messages.buffers
     flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out)
     held = {name: buffer.data_ptr() for name, buffer in buffers._held.items()}
     for rows in (64, 3, 17, 64):
@@ -347,3 +349,44 @@ def test_a_dead_rank_is_an_error_within_the_timeout(fresh_ranks):
         assert not ok
         assert f"all_reduce over 3 ranks failed on rank {survivor}" in message
         assert "A peer that is gone, or that does not join within the group's timeout" in message
+
+
+def mixed_on_ranks():
+    """Some ranks start a call asynchronously, others not; the order in which they start decides."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    verbs = (flashcomm.all_reduce, flashcomm.reduce_scatter, flashcomm.all_gather, flashcomm.all_to_all)
+    for spec in ("int4g128", "none"):
+        works, wanted = [], []
+        for number in range(12):
+            x = promises.tensor(rank, (4 * size, 256 + 128 * number), seed=number)
+            verb = verbs[number % 4]
+            kwargs = {"algorithm": "two_step"} if number % 4 == 0 and spec != "none" else {}
+            wanted.append(verb(x, spec, **kwargs))
+            got = verb(x, spec, async_op=(number // 4 + rank) % 2 == 0, **kwargs)
+            works.append(got)
+        for got, want in zip(reversed(works), reversed(wanted), strict=True):
+            assert promises.same(got if isinstance(got, torch.Tensor) else got.wait(), want)
+
+
+@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_may_differ_in_whether_a_call_is_asynchronous(world_size, by):
+    ranks.shared(world_size, by=by).run(mixed_on_ranks)
+
+
+def a_callback_that_waits_for_another_sum():
+    x, done, event = promises.tensor(dist.get_rank(), (8, 256)), [], threading.Event()
+    work = flashcomm.all_reduce(x, "int4g128", algorithm="two_step", async_op=True)
+
+    def another():
+        done.append(flashcomm.all_reduce(x, "int4g128", algorithm="two_step", async_op=True).wait())
+        event.set()
+
+    work.add_done_callback(another)
+    assert event.wait(30)
+    assert promises.same(done[0], work.wait())
+
+
+@pytest.mark.parametrize("by", ranks.WAYS)
+def test_a_callback_may_wait_for_another_sum(by):
+    ranks.shared(2, by=by).run(a_callback_that_waits_for_another_sum)

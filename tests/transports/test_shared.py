@@ -26,8 +26,8 @@ def who_shares():
 
 
 def memory_of(group):
-    """The memory of synchronous calls."""
-    return meeting(group).lanes[0].memories[0]
+    """The memory that the ranks share."""
+    return meeting(group).lane.memories[0]
 
 
 def one_rank_refuses():
@@ -52,7 +52,7 @@ def one_rank_cannot_open(allowed=0):
     try:
         check(all_reduce_of_ones(group))
         check(all_reduce_of_ones(group, async_op=True).wait())
-        if allowed >= 2:
+        if allowed:
             # A prime number of values, which cannot be cut into shorter rows, so the memory must grow.
             message, _ = failure(lambda: all_reduce_of_ones(group, (600_011,), algorithm="one_step"), Unavailable)
             assert "a row of 2400044 bytes needs more shared memory: rank 1 cannot share memory with rank 0" in message
@@ -120,15 +120,8 @@ def test_a_rank_that_cannot_create_a_file_is_a_reason_too():
     assert answers == [(False, "rank 0 cannot create memory: [Errno 24] Too many open files")] * 2
 
 
-def test_without_memory_for_asynchronous_calls_there_is_none():
-    used, why = ranks.shared(2).run(one_rank_cannot_open, 1)[0]
-    assert not used
-    assert why.startswith("rank 1 cannot share memory with rank 0")
-
-
-@pytest.mark.parametrize("allowed", [2, 3], ids=["for synchronous calls", "for asynchronous calls"])
-def test_memory_that_cannot_grow_is_an_error_and_stays(allowed):
-    assert ranks.shared(2).run(one_rank_cannot_open, allowed) == [(True, "")] * 2
+def test_memory_that_cannot_grow_is_an_error_and_stays():
+    assert ranks.shared(2).run(one_rank_cannot_open, 1) == [(True, "")] * 2
 
 
 def call_until_a_rank_dies(victim):
@@ -232,8 +225,8 @@ def make_and_destroy(times):
 def test_destroyed_groups_leave_no_descriptor_no_mapping_and_no_file():
     ranks.shared(2).run(make_and_destroy, 1)
     for before, most, after in ranks.shared(2).run(make_and_destroy, 20):
-        # Two memories, and a peer to watch for each. None has a name that could stay in /dev/shm.
-        assert len(most) - len(before[0]) == 2 + 2
+        # One memory, and a peer to watch. Neither has a name that could stay in /dev/shm.
+        assert len(most) - len(before[0]) == 1 + 1
         assert not any(name.startswith("/dev/shm") for name in most)
         assert after == before
 
@@ -298,7 +291,7 @@ def overlapping():
     check(all_reduce_of_ones(group, LARGE, async_op=True).wait())
     for _ in range(3):
         if dist.get_rank() == 1:
-            meeting(group).lanes[1].thread.submit(time.sleep, 0.1)
+            meeting(group).lane.thread.submit(time.sleep, 0.1)
         work = all_reduce_of_ones(group, LARGE, async_op=True)
         time.sleep(0.02)
         check(all_reduce_of_ones(group, LARGE))
@@ -342,7 +335,7 @@ def grow_under_way(late):
     group = new_group(timeout_s=1)
     check(all_reduce_of_ones(group, async_op=True).wait())
     if dist.get_rank() == late:
-        meeting(group).lanes[1].thread.submit(time.sleep, 0.3)
+        meeting(group).lane.thread.submit(time.sleep, 0.3)
     works = [all_reduce_of_ones(group, async_op=True) for _ in range(3)]
     check(all_reduce_of_ones(group, (3_000_001,), algorithm="one_step"))
     for work in works:

@@ -170,7 +170,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
     xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
     x = xs[rank].to(device)
     out, copy = torch.empty_like(x), torch.empty_like(x)
-    calls, memories = {}, group_of(None).meet(x.device).lanes[0].memories if device == "cuda" else ()
+    calls, memories = {}, group_of(None).meet(x.device).lane.memories if device == "cuda" else ()
     calls["none", "plain", "group"] = partial(flashcomm.all_reduce, x, "none", out=out)
     calls["cast to e4m3", "two_step", "group"] = partial(sum_in_fp8, x, out)
     if memories:
@@ -192,7 +192,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
                 out_dtype=x.dtype,
                 device=x.device,
             )
-            route = "one launch" if any(memory.prepare(task) for memory in memories) else "group"
+            route = "one launch" if any(memory.prepare(task, int) for memory in memories) else "group"
             calls[str(codec), algorithm, route] = call
     names = {" ".join(facts): facts for facts in calls}
     times = interleaved(

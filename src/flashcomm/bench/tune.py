@@ -18,7 +18,7 @@ from flashcomm import planner
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Cast, Codec, Levels, parse
 from flashcomm.collectives.group import group_of
-from flashcomm.collectives.routes import runs
+from flashcomm.collectives.routes import run_of
 from flashcomm.planner import Algorithm, Cost, LinkCosts
 from flashcomm.transports.base import Run, Task
 
@@ -100,7 +100,7 @@ def _run(way: Algorithm, x: torch.Tensor, codec: Codec) -> Run:
         device=x.device,
         pieces=way.pieces,
     )
-    return runs(task, group_of(None))[0]
+    return run_of(task, group_of(None))
 
 
 def _times(

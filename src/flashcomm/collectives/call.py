@@ -7,6 +7,7 @@ Deciding takes longer than a small sum, so what `_decide` makes of a codec, shap
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from flashcomm import kernels, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives import arguments
 from flashcomm.collectives.group import Group, group_of
-from flashcomm.collectives.routes import runs
+from flashcomm.collectives.routes import run_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
 from flashcomm.errors import CollectiveError, Unavailable, kind_of
 from flashcomm.transports.base import OnRows, Run, Task
+from flashcomm.transports.lanes import Lane
 
 
 class Work:
@@ -71,9 +73,12 @@ class Work:
         return self._plain[0] if self._plain else None
 
     def add_done_callback(self, function: Callable[[], object]):
-        """Call `function` as soon as `wait` blocks the host no longer: at once, or from another thread."""
+        """Call `function` as soon as `wait` blocks the host no longer: at once, or from a thread of its own.
+
+        Not from the lane's: `function` may wait for another collective, which runs there.
+        """
         if self._future is not None:
-            self._future.add_done_callback(lambda _: function())
+            self._future.add_done_callback(lambda _: Thread(target=function, daemon=True).start())
         elif (plain := self._plain) is not None:
             plain[0].get_future().add_done_callback(lambda _: function())
         else:
@@ -94,10 +99,9 @@ class Call:
     device: torch.device
     plain_bytes: int
     """Bytes that the plain collective would send from this rank."""
-    runs: tuple[Run, Run]
-    """For synchronous and for asynchronous calls."""
-    moves: bool
-    """Whether anything is sent: not by one rank, nor without values."""
+    prepared: Run
+    lane: Lane | None
+    """Keeps the order of calls; None if nothing is sent, by one rank or without values."""
     refusal: str | None
     """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
     tally: Tally
@@ -114,43 +118,49 @@ class Call:
             raise Unavailable(f"strict: {self.verb.name} of {list(out.shape)} {out.dtype} {self.refusal}")
         if async_op:
             return self._start_later(x, out)
-        self._run(self.runs[0], x, out)
+        lane = self.lane
+        if lane is None:
+            self._run(x, out)
+            return out
+        with lane.turn:
+            # Calls that were started before, and run on the lane's thread.
+            if lane.last is not None:
+                lane.finish()
+            self._run(x, out)
         return out
 
-    def _run(self, run: Run, x: torch.Tensor, out: torch.Tensor):
+    def _run(self, x: torch.Tensor, out: torch.Tensor):
         """Run on this thread; `x` and `out` may have any strides."""
         try:
-            sent = run(x, out)
+            sent = self.prepared(x, out)
         except BaseException as error:
-            run.abandon(f"rank {self.group.ranks.rank} failed in the middle of an earlier call: {error!r}")
+            self.prepared.abandon(f"rank {self.group.ranks.rank} failed in the middle of an earlier call: {error!r}")
             if not isinstance(error, RuntimeError):
                 raise
             raise self._failure(error) from error
         self.tally.add(sent, self.plain_bytes)
 
     def _start_later(self, x: torch.Tensor, out: torch.Tensor) -> Work:
-        plain = self.plan.algorithm == "plain"
-        if plain and self.verb is ALL_REDUCE and self.moves and out.is_contiguous():
+        lane, plain = self.lane, self.plan.algorithm == "plain"
+        if lane is not None and plain and self.verb is ALL_REDUCE and out.is_contiguous():
             # On the backend's own thread or stream, where it keeps its place among the caller's collectives.
             work = self.group.backend.all_reduce(x, out, async_op=True)
             self.tally.add(self.plain_bytes, self.plain_bytes)
             return Work(out, plain=(work, self._failure))
-        lane = self.group.meet(self.device).lanes[1] if self.moves else None
         if out.device.type == "cuda":
             stream = _side_stream(self.group, out.device)
             stream.wait_stream(torch.cuda.current_stream(out.device))
             with torch.cuda.stream(stream):
-                self._run(self.runs[1], x, out)
+                self.start(x, out, async_op=False)
             for tensor in (x, out):
                 tensor.record_stream(stream)
             return Work(out, event=stream.record_event())
-        if plain or lane is None or lane.thread is None:
+        if lane is None or plain or lane.thread is None:
             # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
-            self._run(self.runs[0], x, out)
+            self.start(x, out, async_op=False)
             return Work(out)
         # Inference mode and grad mode are per thread.
-        later = torch.inference_mode()(self._run)
-        return Work(out, future=lane.thread.submit(later, self.runs[1], x, out))
+        return Work(out, future=lane.submit(torch.inference_mode()(self._run), x, out))
 
     def _failure(self, error: BaseException) -> CollectiveError:
         """The error that the caller gets for `error`."""
@@ -243,8 +253,8 @@ def _decide(
         dtype=x.dtype,
         device=x.device,
         plain_bytes=rows.plain_bytes,
-        runs=_runs(verb, plan, rows, x, home, moves),
-        moves=moves,
+        prepared=_prepared(verb, plan, rows, x, home, moves),
+        lane=home.meet(x.device).lane if moves else None,
         refusal=refusal,
         tally=tally(
             verb.name,
@@ -256,21 +266,19 @@ def _decide(
     )
 
 
-def _runs(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> tuple[Run, Run]:
-    """Make the plan ready, for synchronous and for asynchronous calls."""
+def _prepared(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> Run:
+    """Make the plan ready to run."""
     if not moves:
-        local = _copy if home.ranks.world_size == 1 else _nothing
-        return local, local
+        return _copy if home.ranks.world_size == 1 else _nothing
     if plan.algorithm == "plain":
 
         def plain(x: torch.Tensor, out: torch.Tensor) -> int:
             verb.plain(home.backend, x, out, rows)
             return rows.plain_bytes
 
-        run = OnRows(plain, (rows.count, rows.cols), abandon=str)
-        return run, run
+        return OnRows(plain, (rows.count, rows.cols), abandon=str)
     name = plan.algorithm if verb is ALL_REDUCE else verb.name
-    return runs(
+    return run_of(
         Task(
             name=name,
             codec=plan.codec,

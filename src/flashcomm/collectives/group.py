@@ -25,8 +25,7 @@ _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
-# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one. The next
-# tag is that of the messages of asynchronous calls.
+# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
 _TAG = 0xFC
 
 
@@ -35,7 +34,7 @@ class Group:
 
     Args:
         group: held weakly, because this object is the value under the group's own weak key.
-        tag: of messages that gloo carries, and the next one.
+        tag: of messages that gloo carries.
         hosts: the host of each rank, if the caller knows better than the operating system.
         levels: the groups inside of this rank's host and between hosts, if the caller has some.
         keep: hold `group` strongly, because the caller does not.
@@ -53,7 +52,7 @@ class Group:
         self.backend = Backend(group)
         self._keep = group if keep else None
         self._tag, self._hosts, self._levels = tag, hosts, levels
-        self.tags = itertools.count(tag + 2, 2)
+        self.tags = itertools.count(tag + 1)
         """Tags for other lanes over the same process group, whose threads are their own."""
         self.ranks = Ranks(
             rank=dist.get_rank(group),

@@ -205,8 +205,13 @@ class Memory(Protocol):
     name: str
     """What users call it, such as ``shared memory``."""
 
-    def prepare(self, task: Task) -> Run | None:
-        """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together."""
+    def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
+        """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together.
+
+        Args:
+            task: the collective.
+            finish: blocks until no call is under way; called before the memory changes its place.
+        """
         ...
 
     def abandon(self, why: str):

@@ -49,26 +49,23 @@ class SharedMemory:
 
     name = "shared memory"
 
-    def __init__(self, ranks: Ranks, region: "_Region", idle: Callable[[], object]):
-        self._ranks, self._region, self._idle = ranks, region, idle
+    def __init__(self, ranks: Ranks, region: "_Region"):
+        self._ranks, self._region = ranks, region
         self._failure: CollectiveError | None = None
         self._scratch = [np.empty(0, np.uint8)] * region.threads
         # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
         self._pool = ThreadPoolExecutor(region.threads, thread_name_prefix="flashcomm-shared")
 
     @classmethod
-    def open(
-        cls, ranks: Ranks, threads: int = 1, idle: Callable[[], object] = int
-    ) -> "tuple[SharedMemory | None, str]":
+    def open(cls, ranks: Ranks, threads: int = 1) -> "tuple[SharedMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not.
 
         Args:
             ranks: of one host.
             threads: that share a large message.
-            idle: blocks until no call is under way; needed where calls run on another thread than the caller's.
         """
         region, why = _Region.open(ranks, HALF_BYTES, threads)
-        return (cls(ranks, region, idle), "") if region else (None, why)
+        return (cls(ranks, region), "") if region else (None, why)
 
     @property
     def threads(self) -> int:
@@ -80,7 +77,7 @@ class SharedMemory:
         """Bytes of half of each rank's region: the most that it publishes at once."""
         return self._region.half_bytes
 
-    def prepare(self, task: Task) -> "InMemory | None":
+    def prepare(self, task: Task, finish: Callable[[], object]) -> "InMemory | None":
         """See `base.Memory`.
 
         Raises:
@@ -92,6 +89,8 @@ class SharedMemory:
         if ready is None:
             return None
         if ready.half_bytes > self.half_bytes:
+            # What other ranks began in the memory that was, this rank must finish there too.
+            finish()
             self._grow(ready.half_bytes)
         return InMemory(ready, self)
 
@@ -99,8 +98,6 @@ class SharedMemory:
         region, why = _Region.open(self._ranks, 1 << (half_bytes - 1).bit_length(), self.threads)
         if region is None:
             raise Unavailable(f"a row of {half_bytes} bytes needs more shared memory: {why}")
-        # What other ranks began in the memory that was, this rank must finish there too.
-        self._idle()
         self._region = region
 
     def run(self, ready: "Prepared", x: int, x_stride: int, out: int):

@@ -9,6 +9,7 @@ not valid. Launches of one group must not run at the same time: a stream waits f
 Source: `torch.distributed._symmetric_memory`; the protocol is that of `exchange`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class SymmetricMemory:
                 return None, f"rank {rank}: {refusal}"
         return cls(peers), ""
 
-    def prepare(self, task: Task) -> Run | None:
+    def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """See `base.Memory`."""
         # Imports Triton.
         from flashcomm.transports.symmetric import launch
