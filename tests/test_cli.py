@@ -149,7 +149,7 @@ def test_env_says_what_was_measured_and_what_is_off(tmp_path, monkeypatch):
     done = run("env")
     assert done.returncode == 0
     assert "nothing measured yet" in done.stdout
-    assert "is no file of 'flashcomm tune'" in done.stderr
+    assert "it was not written by 'flashcomm tune'" in done.stderr
 
 
 def test_bench_codec(tmp_path):

@@ -26,7 +26,7 @@ def reduce_scatter_on_ranks():
     for dtype in values.DTYPES:
         for shape in ((2 * size, 130), (size, 3, 40), (0, 8)):
             for spec in ("int8g128", "int4g32:int8g128"):
-                first = flashcomm.codec(spec).steps[0]
+                first = flashcomm.codec(spec).formats[0]
                 xs = [promises.tensor(r, shape, dtype) for r in range(size)]
                 rows = [x.reshape(-1, shape[-1]) for x in xs]
                 payloads = torch.stack([kernels.encode(r, first) for r in rows])
@@ -46,7 +46,7 @@ def all_gather_on_ranks():
     for dtype in values.DTYPES:
         for shape in ((3, 130), (2, 3, 40), (5,), (0, 8), ()):
             for spec in ("int8g128", "int4g32:int8g128"):
-                second = str(flashcomm.codec(spec).steps[1])
+                second = str(flashcomm.codec(spec).formats[1])
                 parts = [promises.tensor(r, shape, dtype) for r in range(size)]
                 if size > 1:
                     flat = [p.reshape(-1, shape[-1] if shape else 1) for p in parts]

@@ -339,7 +339,7 @@ class Case:
         """The result that one process computes from the ranks' payloads, bit for bit."""
         if self.op == "all_reduce":
             return simulate.all_reduce(self.xs, codec, chosen, hosts=group_of(None).facts.hosts)
-        first, second = codec.steps
+        first, second = codec.formats
         if self.op == "reduce_scatter":
             return simulate.all_reduce(self._terms(), first, "one_step")
         step = second if self.op == "all_gather" else first

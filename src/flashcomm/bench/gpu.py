@@ -177,7 +177,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
         calls["none", "two_shot", "torch"] = _two_shot(x)
     for codec in map(codecs.parse, specs):
         for algorithm in ("one_step", "two_step"):
-            if algorithm == "one_step" and len(set(codec.steps)) > 1:
+            if algorithm == "one_step" and len(set(codec.formats)) > 1:
                 continue
             call = partial(flashcomm.all_reduce, x, codec, algorithm=algorithm, out=out)
             call()

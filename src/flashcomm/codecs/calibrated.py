@@ -131,8 +131,8 @@ class Keep(Codec):
         return Keep(self.base.bind(features.without(kept), rank), self.every, features, kept)
 
     @property
-    def steps(self) -> tuple[Codec, Codec]:
-        first, second = self.base.steps
+    def formats(self) -> tuple[Codec, Codec]:
+        first, second = self.base.formats
         return (self, self) if first == second else (replace(self, base=first), replace(self, base=second))
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -206,7 +206,7 @@ class Static(Codec):
         return Static(self.bits, features, rank)
 
     @property
-    def steps(self) -> tuple[Codec, Codec]:
+    def formats(self) -> tuple[Codec, Codec]:
         return self, self if self.features is None else replace(self, table=self.features.ranks)
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:

@@ -16,7 +16,6 @@ Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 241
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,7 +45,7 @@ def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
 
 def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
-    first, second = codec.steps
+    first, second = codec.formats
     rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, messages.ranks.world_size)
@@ -125,7 +124,7 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
     >>> cut(1, 4096, parse("int8g128"), ranks=4)
     (4, 1024)
     """
-    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    unit = codec.unit(cols)
     if rows == 0 or cols == 0 or cols % unit:
         return rows, cols
     best = (0.0, 1)

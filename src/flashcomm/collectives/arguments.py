@@ -48,7 +48,7 @@ def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
         raise ValueError(f"only all_reduce has levels: of {codec}, give one of {codec.inside} and {codec.between}")
     if algorithm in ("two_step", "hierarchical"):
         raise ValueError(f"only all_reduce can be {algorithm}. Allowed here: auto, one_step, plain")
-    return codec.steps[place]
+    return codec.formats[place]
 
 
 def exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:

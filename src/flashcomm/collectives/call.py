@@ -314,9 +314,9 @@ def _refusal(plan: planner.Plan, codec: Codec, device: str) -> str | None:
     if plan.declined:
         return f"would run uncompressed: {plan.reason}"
     if plan.algorithm != "plain":
-        for step in plan.codec.steps:
-            if reason := kernels.missing(step, device):
-                return f"would run {step} without a kernel: {reason}"
+        for single in plan.codec.formats:
+            if reason := kernels.missing(single, device):
+                return f"would run {single} without a kernel: {reason}"
     return None
 
 

@@ -203,7 +203,7 @@ class Memory(Protocol):
     """Memory that all ranks map."""
 
     name: str
-    """What users call it, such as ``shared memory``."""
+    """Name that users read, such as ``shared memory``."""
 
     def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together.

@@ -169,7 +169,7 @@ class _Region:
         self._header_bytes = -(-(_NONCE_BYTES + ranks.world_size * threads * _COUNTER_BYTES) // _PAGE) * _PAGE
         self._size = self._header_bytes + ranks.world_size * self._stride
         self.places: list[np.ndarray] = []
-        """What each thread must know of the memory, by the fields of `loops`."""
+        """Addresses and sizes for each thread, by the fields of `loops`."""
 
     @classmethod
     def open(cls, ranks: Ranks, half_bytes: int, threads: int) -> "tuple[_Region | None, str]":
