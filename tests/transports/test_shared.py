@@ -1,20 +1,25 @@
 """Shared memory on real ranks: when it is used, what it refuses, how it ends, and that it leaves nothing behind."""
 
+import functools
 import gc
 import os
 import signal
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import flashcomm
 import promises
 import ranks
 import values
 from calls import all_reduce_of_ones, check, failure, meeting, new_group
+from flashcomm.collectives.group import group_of
 from flashcomm.errors import PeerLost, TimedOut, Unavailable
 from flashcomm.transports.shared import prepare
 
@@ -344,6 +349,79 @@ def grow_under_way(late):
 
 def test_memory_grows_while_asynchronous_calls_are_under_way():
     ranks.shared(2).run(grow_under_way, 1)
+
+
+def grow_under_way_over_levels():
+    """The same for the memory inside of the hosts of a mesh, in which calls of the mesh's own thread run."""
+    mesh, rank = DeviceMesh("cpu", [[0, 1], [2, 3]]), dist.get_rank()
+    spec, small, large = "fp32/fp32", (64, 256), (1, 600_011)
+    start = functools.partial(flashcomm.all_reduce, codec=spec, group=mesh, algorithm="hierarchical")
+    check(start(torch.ones(small)))
+    hold = threading.Event()
+    if rank == 3:
+        group_of(mesh).meet(torch.device("cpu")).lane.thread.submit(hold.wait, 10)
+    works = [start(torch.ones(small), async_op=True) for _ in range(4)]
+    hold.set()
+    check(start(torch.ones(large)))
+    for work in works:
+        check(work.wait())
+
+
+def test_memory_of_levels_grows_while_asynchronous_calls_are_under_way():
+    ranks.shared(4).run(grow_under_way_over_levels)
+
+
+def one_call_fails_and_the_group_goes():
+    """An error must not keep alive what its callers had: the group, its threads, their tensors."""
+    group = new_group(timeout_s=0.5)
+    check(all_reduce_of_ones(group))
+    if dist.get_rank() == 0:
+        failure(functools.partial(all_reduce_of_ones, group), TimedOut)
+    alive = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return alive() is None
+
+
+def test_a_failed_call_keeps_nothing_alive():
+    assert ranks.shared(2).run(one_call_fails_and_the_group_goes) == [True] * 2
+
+
+def groups_go_without_the_collector():
+    """What a group holds goes with it at once: servers may freeze or disable Python's garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            group = new_group()
+            check(all_reduce_of_ones(group))
+            check(all_reduce_of_ones(group, async_op=True).wait())
+            check(all_reduce_of_ones(group, codec="none", algorithm="plain"))
+            dist.destroy_process_group(group)
+            del group
+        return len(os.listdir("/proc/self/fd")) - before
+    finally:
+        gc.enable()
+
+
+def test_groups_go_without_the_garbage_collector():
+    ranks.shared(2).run(groups_go_without_the_collector)
+    assert ranks.shared(2).run(groups_go_without_the_collector) == [0, 0]
+
+
+def messages_fail_and_memory_does_not():
+    """Splits that do not fit end the messages of a lane; its memory was not in the middle of anything."""
+    rank, group, x = dist.get_rank(), new_group(), torch.zeros(4, 8)
+    check(all_reduce_of_ones(group))
+    own = [[2, 2], [3, 1]][rank]
+    failure(lambda: flashcomm.all_to_all(x, "fp32", group, input_split_sizes=own, output_split_sizes=own))
+    check(all_reduce_of_ones(group))
+
+
+def test_an_error_of_messages_does_not_end_the_memory():
+    ranks.shared(2).run(messages_fail_and_memory_does_not)
 
 
 VIEWS = {

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import codecs, simulate
+from flashcomm import codecs, settings, simulate
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
 from flashcomm.collectives.group import group_of
@@ -183,7 +183,7 @@ def _measure_size(
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
         combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
-    rate = os.environ.get(labs.RATE_VARIABLE)
+    rate = settings.text(labs.RATE_VARIABLE)
     shared = {
         "op": op,
         "ranks": ranks,
@@ -250,7 +250,7 @@ def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> li
 
 def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
     """(bytes on the interface, milliseconds of CPU time) of one call."""
-    in_lab, times = labs.RATE_VARIABLE in os.environ, 3
+    in_lab, times = settings.given(labs.RATE_VARIABLE), 3
     dist.barrier()
     before, start = labs.interface_bytes() if in_lab else 0, time.process_time()
     for _ in range(times):

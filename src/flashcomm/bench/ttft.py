@@ -7,7 +7,6 @@ whose sums are timed. Compute counts on the slowest rank, a sum on the fastest, 
 Source: our own; ISO (arXiv 2409.11155) reports times to first token too.
 """
 
-import os
 import statistics
 import threading
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
+from flashcomm import settings
 from flashcomm.bench.collectives import slowest
 from flashcomm.bench.prompt import Prompt
 from flashcomm.bench.timing import interleaved
@@ -157,7 +157,7 @@ class _Runs(Prompt):
                         model=name,
                         backend=dist.get_backend(),
                         dtype=str(self.model.dtype).removeprefix("torch."),
-                        link=os.environ.get(RATE_VARIABLE) or "local",
+                        link=settings.text(RATE_VARIABLE) or "local",
                         repeats=repeats,
                         ranks=dist.get_world_size(),
                         tokens=len(self.ids),

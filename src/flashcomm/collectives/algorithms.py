@@ -49,7 +49,7 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, messages.ranks.world_size)
-    # Of gloo's messages each waits until its receiver is ready, so be ready for all before anything is encoded.
+    # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
     scatter = messages.scatter(stripes.sizes, first.payload_bytes(cols, x.dtype), pieces, x.device)
     gather = messages.gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device)
     encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], first, messages)
@@ -140,11 +140,11 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
 
 
 class Stripes:
-    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none."""
+    """Rows dealt out to ranks in runs of equal length; the last ranks may have fewer, or none."""
 
     def __init__(self, rows: int, ranks: int):
-        self.length = -(-rows // ranks)
-        edges = [min(rank * self.length, rows) for rank in range(ranks + 1)]
+        length = -(-rows // ranks)
+        edges = [min(rank * length, rows) for rank in range(ranks + 1)]
         self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
         self.sizes = [part.stop - part.start for part in self._slices]
         """Rows of each rank."""

@@ -18,7 +18,7 @@ from flashcomm import measured, planner
 from flashcomm.collectives import topology
 from flashcomm.errors import RanksDisagree, kind_of
 from flashcomm.transports import lanes
-from flashcomm.transports.backend import Backend, cpu_backend, timeout_s
+from flashcomm.transports.backend import Backend, backend_of, timeout_s
 from flashcomm.transports.base import Ranks
 
 _CONTRACT_BYTES = 512
@@ -67,8 +67,6 @@ class Group:
         self.facts = planner.Facts(
             ranks=self.ranks.world_size, hosts=topology.num_hosts(hosts or [0] * self.ranks.world_size)
         )
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
-        """CUDA streams of asynchronous calls."""
         self.name = ""
         """Key of this group's measured costs."""
 
@@ -83,7 +81,7 @@ class Group:
             group = self.backend.group
             meeting = lanes.meet(self.ranks, group, self._tag, device, self._hosts)
             if device.type == "cpu":
-                self._learn(meeting, cpu_backend(group))
+                self._learn(meeting, backend_of(group, device))
             self._meetings[device] = meeting
         return meeting
 

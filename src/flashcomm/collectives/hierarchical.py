@@ -77,7 +77,7 @@ def hierarchical(
         move(gather_inside, sums[part], whole[_times(ranks, part)])
 
     if hosts == 2 and not isinstance(codec.between, Pair):
-        # Of two ranks each sends all that it has in one step or in two, and one rounds once.
+        # Two ranks send the same bytes in one step and in two, and one step rounds once.
         sent = _one_step(codec.between, between, sums, pieces, add_inside, hand_round)
     else:
         sent = _two_step(codec.between, between, sums, pieces, add_inside, hand_round)

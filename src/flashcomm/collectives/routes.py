@@ -39,7 +39,7 @@ def route(task: Task, lane: Lane, finish: Callable[[], object]) -> Run:
     def run_algorithm(x: torch.Tensor, out: torch.Tensor) -> int:
         return algorithm(x, out, task.codec, lane.messages)
 
-    return OnRows(run_algorithm, (task.rows, task.cols), lane.abandon)
+    return OnRows(run_algorithm, (task.rows, task.cols), lane.messages.abandon)
 
 
 def _over_levels(task: Task, inside: Lane, between: Lane, finish: Callable[[], object]) -> Run:

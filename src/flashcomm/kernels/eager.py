@@ -9,7 +9,7 @@ import torch
 from flashcomm import codecs
 from flashcomm.codecs import Codec, Plain
 from flashcomm.kernels.arguments import check_out, check_payloads, check_storage, check_values
-from flashcomm.kernels.route import implementation
+from flashcomm.kernels.routes import implementation
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:

@@ -18,7 +18,7 @@ from flashcomm import codecs
 from flashcomm.codecs import Codec
 from flashcomm.kernels import eager
 from flashcomm.kernels.arguments import check_out, check_payloads, check_values
-from flashcomm.kernels.route import implementation
+from flashcomm.kernels.routes import implementation
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -222,7 +222,7 @@ class OnRows:
     """A function of rows, as a `Run`.
 
     Args:
-        function: takes contiguous-or-strided rows x[T, H] and contiguous rows out; returns the bytes sent.
+        function: takes rows x[T, H] of any strides and contiguous rows out; returns the bytes sent.
         rows: (T, H) of x.
         abandon: called with the reason after an error.
     """
@@ -248,6 +248,10 @@ class OnRows:
     def abandon(self, why: str):
         """See `Run`."""
         self._abandon(why)
+
+
+def nothing_to_abandon(why: str):
+    """Do nothing, for a `Run` that leaves nothing under way."""
 
 
 def cut_into(length: int, count: int) -> list[slice]:

@@ -16,14 +16,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from flashcomm import settings
-from flashcomm.transports.backend import Backend, BackendLink, cpu_backend
+from flashcomm import machine, settings
+from flashcomm.transports.backend import Backend, BackendLink, backend_of
 from flashcomm.transports.base import Memory, Messages, Ranks
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
@@ -46,6 +45,8 @@ class Site(NamedTuple):
     """Threads that torch may use."""
     why_not_shared: str
     """The reason why this process cannot share memory; "" if it can."""
+    why_not_symmetric: str
+    """The same for memory of GPUs."""
 
 
 class Lane:
@@ -65,6 +66,7 @@ class Lane:
         """Held by the thread whose call it is."""
         self.last: Future | None = None
         """The call that was submitted last, if it may still be under way."""
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def submit(
         self, function: Callable[[torch.Tensor, torch.Tensor], object], x: torch.Tensor, out: torch.Tensor
@@ -80,6 +82,12 @@ class Lane:
         if self.last is not None:
             wait((self.last,))
             self.last = None
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The CUDA stream of asynchronous calls on `device`."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def abandon(self, why: str):
         """Give up after an error in the middle of a call: what is under way would be taken for the next one's."""
@@ -137,8 +145,8 @@ def meet(
         hosts=tuple(names.index(place) for place in places),
         labels=tuple(site.label for site in sites),
         lane=lane,
-        carrier=memory or (cpu_backend(group) if Connections.name in why_not else Connections.name),
-        why_not=why_not,
+        carrier=memory or (backend_of(group, device) if why_not[Connections.name] else Connections.name),
+        why_not={name: why for name, why in why_not.items() if why},
     )
 
 
@@ -153,53 +161,58 @@ def _open(
 ) -> Lane:
     """Open every transport that all ranks can, and note the reason for each that does not open."""
     memories: list[Memory] = []
-    refused = [(rank, site.why_not_shared) for rank, site in enumerate(sites) if site.why_not_shared]
-    if device.type != "cpu":
-        why_not[SharedMemory.name] = f"tensors are on {device.type}"
-    elif num_hosts > 1:
-        why_not[SharedMemory.name] = f"{num_hosts} hosts"
-    elif refused:
-        why_not[SharedMemory.name] = f"rank {refused[0][0]}: {refused[0][1]}"
+    if why := _why_not(device.type == "cpu", num_hosts, [site.why_not_shared for site in sites]):
+        why_not[SharedMemory.name] = why
     else:
-        shared, why = SharedMemory.open(ranks, threads=min(site.threads for site in sites))
-        if shared:
-            memories.append(shared)
-        else:
-            why_not[SharedMemory.name] = why
-    if device.type == "cuda":
-        symmetric, why = SymmetricMemory.open(ranks, group, device)
-        if symmetric:
-            memories.append(symmetric)
-        else:
-            why_not[SymmetricMemory.name] = why
-    if device.type == "cuda" or cpu_backend(group) != "gloo":
-        why_not[Connections.name] = "they carry messages of CPU tensors where gloo is the backend"
+        shared, why_not[SharedMemory.name] = SharedMemory.open(ranks, threads=min(site.threads for site in sites))
+        memories += [shared] if shared else []
+    if why := _why_not(device.type == "cuda", 1, [site.why_not_symmetric for site in sites]):
+        why_not[SymmetricMemory.name] = why
+    else:
+        symmetric, why_not[SymmetricMemory.name] = SymmetricMemory.open(ranks, group, device)
+        memories += [symmetric] if symmetric else []
+    if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
+        why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
         return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
     connections, why = Connections.open(ranks)
-    if not connections:
-        why_not[Connections.name] = why
-        if not memories and ranks.rank == 0:
-            _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
+    why_not[Connections.name] = why
+    if not connections and not memories and ranks.rank == 0:
+        _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
     link = connections or BackendLink(group, tag)
     return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
+
+
+def _why_not(serves: bool, num_hosts: int, refusals: list[str]) -> str:
+    """The reason why ranks cannot use memory of a kind; "" if they can."""
+    if not serves:
+        return "it is for tensors on other devices"
+    if len(refusals) == 1:
+        return "one rank"
+    if num_hosts > 1:
+        return f"{num_hosts} hosts"
+    return next((f"rank {rank}: {why}" for rank, why in enumerate(refusals) if why), "")
 
 
 def _site() -> Site:
     settings.check()
     label = socket.gethostname() + (f"@{rate}" if (rate := settings.text("FLASHCOMM_LAB_RATE")) else "")
+    fused = "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
     try:
-        namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
-        host = " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *namespaces])
+        host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux")
+        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused)
     why = ""
     if not settings.switched_on("FLASHCOMM_SHARED_MEMORY"):
         why = "FLASHCOMM_SHARED_MEMORY=0"
     elif importlib.util.find_spec("numba") is None:
         why = "numba is not installed (pip install numba)"
-    return Site(host, label, torch.get_num_threads(), why)
+    return Site(host, label, torch.get_num_threads(), why, fused)
 
 
 def why_not_shared() -> str:
-    """The reason why this process cannot share memory with the ranks of its host; "" if it can where they can."""
+    """The reason why this process cannot share memory with the ranks of its host; "" if it can where they can.
+
+    Raises:
+        SettingError: a ``FLASHCOMM_`` switch has a value that is neither on nor off.
+    """
     return _site().why_not_shared

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -51,7 +51,8 @@ class SharedMemory:
 
     def __init__(self, ranks: Ranks, region: "_Region"):
         self._ranks, self._region = ranks, region
-        self._failure: CollectiveError | None = None
+        self._failure: tuple[type[CollectiveError], str] | None = None
+        """Kind and text of the error that later calls raise; not the error, whose traceback holds its callers."""
         self._scratch = [np.empty(0, np.uint8)] * region.threads
         # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
         self._pool = ThreadPoolExecutor(region.threads, thread_name_prefix="flashcomm-shared")
@@ -109,7 +110,7 @@ class SharedMemory:
             CollectiveError: an earlier call failed.
         """
         if self._failure:
-            raise type(self._failure)(*self._failure.args)
+            self._raise()
         region = self._region
         threads = min(region.threads, ready.most_threads)
         if threads == 1:
@@ -119,7 +120,12 @@ class SharedMemory:
             missing = max(self._pool.map(work, range(threads), [threads] * threads))
         if missing >= 0:
             self._failure = region.failure(missing)
-            raise self._failure
+            self._raise()
+
+    def _raise(self) -> NoReturn:
+        assert self._failure
+        kind, text = self._failure
+        raise kind(text)
 
     def _work(self, region: "_Region", ready: Any, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
         scratch = self._scratch[thread]
@@ -129,7 +135,7 @@ class SharedMemory:
 
     def abandon(self, why: str):
         """See `base.Memory`. Of several reasons, later calls give the first."""
-        self._failure = self._failure or CollectiveError(why)
+        self._failure = self._failure or (CollectiveError, why)
 
 
 class InMemory:
@@ -240,12 +246,12 @@ class _Region:
         place[loops.TIMEOUT_NS] = int(ranks.timeout_s * 1e9)
         return place
 
-    def failure(self, missing: int) -> CollectiveError:
-        """The error of a call for which rank `missing` did not come."""
+    def failure(self, missing: int) -> tuple[type[CollectiveError], str]:
+        """Kind and text of the error of a call for which rank `missing` did not come."""
         ended = int(self._polls.view(np.int16)[missing * 4 + 3])
         what = "has ended" if ended else "did not come within the group's timeout"
         kind = PeerLost if ended else TimedOut
-        return kind(f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory")
+        return kind, f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory"
 
 
 def _close(descriptors: list[int]):

@@ -15,7 +15,7 @@ from flashcomm import kernels
 from flashcomm.codecs import Codec
 from flashcomm.errors import PeerLost
 from flashcomm.kernels import gpu
-from flashcomm.transports.base import OnRows, Task
+from flashcomm.transports.base import OnRows, Task, nothing_to_abandon
 from flashcomm.transports.symmetric import exchange
 
 BLOCKS = 16
@@ -170,4 +170,4 @@ def prepare(task: Task, peers: Peers) -> OnRows | None:
         return sent
 
     # Ranks of which one has been lost find out by themselves.
-    return OnRows(run, (task.rows, task.cols), abandon=str)
+    return OnRows(run, (task.rows, task.cols), nothing_to_abandon)

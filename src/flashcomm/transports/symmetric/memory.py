@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flashcomm import settings
 from flashcomm.transports.base import Ranks, Run, Task
 
 SIZE_BYTES = 64 << 20
@@ -35,12 +34,11 @@ class SymmetricMemory:
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
-        peers, why = None, "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
-        if not why:
-            try:
-                peers = _map(ranks, group, device)
-            except (ImportError, RuntimeError) as error:
-                why = f"no symmetric memory: {str(error).splitlines()[0]}"
+        peers, why = None, ""
+        try:
+            peers = _map(ranks, group, device)
+        except (ImportError, RuntimeError) as error:
+            why = f"no symmetric memory: {str(error).splitlines()[0]}"
         for rank, refusal in enumerate(ranks.tell(why)):
             if refusal:
                 return None, f"rank {rank}: {refusal}"
