@@ -72,7 +72,7 @@ class Features:
 
     def without(self, kept: tuple[int, ...]) -> "Features":
         """The calibration of all other features."""
-        mask = torch.ones(self.cols, dtype=torch.bool)
+        mask = torch.ones(self.cols, dtype=torch.bool, device=self.reach.device)
         mask[list(kept)] = False
         return Features(self.reach[:, mask])
 
@@ -216,8 +216,9 @@ class Static(Codec):
         """fp32 [R + 1, H]: the scales; 0 for a feature that is always 0."""
         if self.features is None:
             raise _refusal(self)
-        scale = torch.maximum(self.features.reach / like(self.features.reach, self.last / 2), torch.tensor(TINY))
-        return torch.where(self.features.reach > 0, scale, 0.0)
+        reach = self.features.reach
+        scale = torch.maximum(reach / like(reach, self.last / 2), like(reach, TINY))
+        return torch.where(reach > 0, scale, 0.0)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         self.check(x.shape[1])
