@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from flashcomm import subnormals
 from flashcomm.codecs import bits as planes
 from flashcomm.codecs.base import Codec, canonical_nan
 from flashcomm.codecs.cast import bf16_spacing
@@ -67,8 +68,9 @@ class Features:
         >>> Features(torch.tensor([[1.0, 5.0, 2.0], [1.0, 0.0, 3.0], [2.0, 5.0, 5.0]])).worst(2)
         (1, 2)
         """
-        total = self.reach[:-1].sum(0)
-        return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
+        with subnormals.kept():
+            total = self.reach[:-1].sum(0)
+            return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
 
     def without(self, kept: tuple[int, ...]) -> "Features":
         """The calibration of all other features."""
@@ -217,8 +219,9 @@ class Static(Codec):
         if self.features is None:
             raise _refusal(self)
         reach = self.features.reach
-        scale = torch.maximum(reach / like(reach, self.last / 2), like(reach, TINY))
-        return torch.where(reach > 0, scale, 0.0)
+        with subnormals.kept():
+            scale = torch.maximum(reach / like(reach, self.last / 2), like(reach, TINY))
+            return torch.where(reach > 0, scale, 0.0)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         self.check(x.shape[1])
