@@ -181,7 +181,7 @@ def start(
     splits: Splits = _EQUAL,
 ) -> "torch.Tensor | Work":
     """Run a verb; the arguments are those of the public functions in `verbs`."""
-    arguments.check_tensor(x)
+    x = arguments.check_tensor(x, out)
     home = group_of(group)
     key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant
     if splits != _EQUAL:

@@ -17,6 +17,9 @@ def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> t
     codec = codecs.parse(codec)
     check_values(x, "encode")
     check_storage(x)
+    if x.is_neg():
+        # Kernels read memory, where the values have the other sign.
+        x = x.resolve_neg()
     shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
     if out is not None:
         check_out(out, shape, torch.uint8, x.device)

@@ -171,7 +171,8 @@ def decode_sum_add_norm(
         if payloads.stride(2) != 1:
             payloads = payloads.contiguous()
         out, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
-        kernels.decode_sum_add_norm(payloads, codec, residual.contiguous(), weight.contiguous(), epsilon, out, total)
+        residual, weight = (t.resolve_neg().contiguous() for t in (residual, weight))
+        kernels.decode_sum_add_norm(payloads, codec, residual, weight, epsilon, out, total)
         return out, total
     with subnormals.kept():
         total = eager.decode_sum(payloads, codec, cols, residual.dtype, None) + residual
