@@ -157,9 +157,8 @@ def _measure_size(
         flashcomm.reset_stats()
         call()
         stats = flashcomm.stats()
-        (done,) = stats["calls"]
-        # Levels have a slash of their own.
-        _, chosen, sent = done.split("/", 2)
+        (done,) = stats["records"]
+        chosen, sent = done.algorithm, done.codec
         sqnr = case.check(out.cpu(), codecs.parse(sent), chosen)
         name = f"{codec}/{algorithm}"
         variants[name] = _repeated(call, calls)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flashcomm import codecs, kernels
+from flashcomm import codecs, kernels, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
 
 
@@ -86,6 +86,13 @@ def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
             f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types{also}"
         )
     return codec
+
+
+def declined(plan: planner.Plan, asked: Codec, facts: planner.Facts, exact: str) -> str | None:
+    """The codec that was asked for, if `auto` sends the values uncompressed and it would not: it is not `exact`."""
+    if not plan.declined or planner.on_level(asked, facts) == codecs.parse(exact):
+        return None
+    return str(asked)
 
 
 def single_step(codec: Codec, place: int, algorithm: str) -> Codec:

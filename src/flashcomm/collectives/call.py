@@ -248,9 +248,11 @@ def _decide(
         refusal=refusal,
         tally=tally(
             verb.name,
-            f"{verb.name}/{plan.algorithm}/{plan.codec}",
+            plan.algorithm,
+            str(plan.codec),
             plan.reason,
             uncompressed=uncompressed,
+            declined=arguments.declined(plan, asked, facts, exact),
             slow=None if uncompressed else kernels.any_missing(plan.codec, x.device.type),
         ),
     )
