@@ -89,7 +89,17 @@ def measure(
     Raises:
         RuntimeError: a kernel's bytes differ from the specification's; no time is given then.
     """
-    x = torch.randn(mib * (1 << 19) // _COLS, _COLS, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    x = (
+        torch.randn(
+            mib * (1 << 19) // _COLS,
+            _COLS,
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            device="cpu",
+        )
+        .bfloat16()
+        .to(device)
+    )
     copy, decoded = torch.empty_like(x), torch.empty_like(x)
     sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     rows = []
@@ -167,7 +177,10 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
     if gpus:
         torch.cuda.set_device(rank % gpus)
     shape = mib * (1 << 19) // _COLS, _COLS
-    xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
+    xs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(r), dtype=torch.float32, device="cpu").bfloat16()
+        for r in range(ranks)
+    ]
     x = xs[rank].to(device)
     out, copy = torch.empty_like(x), torch.empty_like(x)
     calls, memories = {}, group_of(None).meet(x.device).lane.memories if device == "cuda" else ()

@@ -103,7 +103,9 @@ class _Runs(Prompt):
 
     def __init__(self, model: Any, handle: Compression, overlap: Overlap, tokens: int):
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(tokens))
+        ids = torch.randint(
+            vocabulary, (tokens,), generator=torch.Generator().manual_seed(tokens), dtype=torch.long, device="cpu"
+        )
         super().__init__(model, handle, ids, overlap)
 
     def timed(self, spec: str) -> PartTimes:

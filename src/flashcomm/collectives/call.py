@@ -198,7 +198,7 @@ def start(
     `because` is the reason, if the caller has one, why the values travel uncompressed; it is counted instead of the
     plan's.
     """
-    arguments.check_tensor(x)
+    x = arguments.check_tensor(x, out)
     home = group_of(group)
     key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant, because
     # Splits vary from call to call, so they would crowd out calls that repeat.
@@ -269,9 +269,11 @@ def _decide(
         refusal=refusal,
         tally=tally(
             verb.name,
-            f"{verb.name}/{plan.algorithm}/{plan.codec}",
+            plan.algorithm,
+            str(plan.codec),
             because or plan.reason,
             uncompressed=uncompressed,
+            declined=arguments.declined(plan, asked, facts, exact),
             slow=None if uncompressed else kernels.any_missing(plan.codec, x.device.type),
         ),
     )

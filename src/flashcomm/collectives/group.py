@@ -125,7 +125,7 @@ class Group:
         """
         if contract in self._contracts or self.ranks.world_size == 1:
             return
-        mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8)
+        mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8, device="cpu")
         encoded = torch.frombuffer(bytearray(contract.encode()[:_CONTRACT_BYTES]), dtype=torch.uint8)
         mine[: len(encoded)] = encoded
         everyone = torch.empty(self.ranks.world_size, _CONTRACT_BYTES, dtype=torch.uint8, device=device)

@@ -85,10 +85,12 @@ def _load(codec: Codec):
     notice.start()
     from flashcomm.kernels import cpu
 
-    features = getattr(codec, "features", None) or codecs.Features(torch.ones(2, 256))
+    features = getattr(codec, "features", None) or codecs.Features(
+        torch.ones(2, 256, dtype=torch.float32, device="cpu")
+    )
     codec, cols = codec.bind(features, 0), features.cols
-    x = torch.zeros(1, cols, dtype=torch.bfloat16)
-    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8)
+    x = torch.zeros(1, cols, dtype=torch.bfloat16, device="cpu")
+    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8, device="cpu")
     cpu.encode(x, codec, payload[0])
     cpu.decode_sum(payload, codec, x)
     cpu.decode_sum_encode(payload, codec, codec, cols, payload[0])

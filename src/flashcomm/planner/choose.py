@@ -104,11 +104,17 @@ def choose(
         return Plan(algorithm="plain", codec=codec, reason="asked for" if algorithm == "plain" else "codec none")
     if algorithm != "auto":
         return _compressed(algorithm, message_bytes, facts, codec, exact, "asked for")
-    if isinstance(codec, Levels) and not facts.has_levels:
-        codec = codec.inside if facts.hosts == 1 else codec.between
+    codec = on_level(codec, facts)
     if batch_invariant or facts.costs is None:
         return _by_rule(message_bytes, facts, codec, batch_invariant, exact)
     return _by_cost(message_bytes, facts.costs, codec, exact)
+
+
+def on_level(codec: Codec, facts: Facts) -> Codec:
+    """The format that counts in a group: of levels, the one for its only level, if it has just one."""
+    if isinstance(codec, Levels) and not facts.has_levels:
+        return codec.inside if facts.hosts == 1 else codec.between
+    return codec
 
 
 def pieces(message_bytes: int, device: str = "cpu") -> int:
