@@ -89,7 +89,7 @@ def sent_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -
 
 
 def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, algorithm: str):
-    """out[T, H] = the sum over ranks of their x[T, H], in as many launches as the memory needs.
+    """Sum every rank's x[T, H] into out[T, H], in as many launches as the memory needs.
 
     Args:
         x: contiguous bf16, fp16 or fp32 [T, H] on the device of `peers`.
