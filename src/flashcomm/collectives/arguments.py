@@ -17,10 +17,17 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         ValueError: `x` or `out` is not a dense tensor, `x` requires a gradient, or the result cannot be written to the
             memory of `out`.
     """
-    # Little is called here: this is in every collective.
-    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested:
+    # This is in every collective, so the usual case calls no function of ours, and not torch's slow `isinstance`.
+    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
         _check_dense(x, "x")
-    if out is not None:
+    if out is not None and (
+        type(out) is not torch.Tensor
+        or out.layout is not torch.strided
+        or out.is_nested
+        or out.is_neg()
+        or out.is_conj()
+        or not out.is_contiguous()
+    ):
         _check_dense(out, "out")
         check_writable(out)
     if x.requires_grad:

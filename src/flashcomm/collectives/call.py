@@ -184,7 +184,6 @@ def start(
     x: torch.Tensor,
     codec: "str | Codec",
     group: Any,
-    *,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
     async_op: bool = False,
@@ -200,9 +199,11 @@ def start(
     """
     x = arguments.check_tensor(x, out)
     home = group_of(group)
-    key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant, because
+    key = verb.name, codec, algorithm, x.shape, x.dtype, x.device
+    if strict or batch_invariant or because:
+        key = (*key, strict, batch_invariant, because)
     # Splits vary from call to call, so they would crowd out calls that repeat.
-    repeats = splits == _EQUAL and isinstance(codec, _KEYS)
+    repeats = (splits is _EQUAL or splits == _EQUAL) and isinstance(codec, _KEYS)
     call = home.calls.get(key) if repeats else None
     if call is None:
         call = _decide(verb, x, codec, home, algorithm, strict, batch_invariant, splits, because, out)

@@ -172,9 +172,11 @@ def group_of(group: Any) -> Group:
     Raises:
         ValueError: torch.distributed is not initialised, this rank is not in `group`, or the mesh is not a group.
     """
-    # The usual case first: this is in every call.
-    means = group if isinstance(group, dist.ProcessGroup) else topology.process_group(group)
-    if isinstance(means, dist.ProcessGroup):
+    # This is in every call, so the usual cases come first, without `isinstance`, which is slow for torch.
+    means = dist.group.WORLD if group is None else group
+    if type(means) is not dist.ProcessGroup:
+        means = topology.process_group(group)
+    if type(means) is dist.ProcessGroup or isinstance(means, dist.ProcessGroup):
         found = _groups.get(means)
         if found is None:
             found = _groups[means] = Group(means)

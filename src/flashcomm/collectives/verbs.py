@@ -65,17 +65,7 @@ def all_reduce(
         from flashcomm.collectives import graph
 
         return graph.all_reduce(x, codec, group, algorithm, out, async_op, strict, batch_invariant)
-    return start(
-        ALL_REDUCE,
-        x,
-        codec,
-        group,
-        algorithm=algorithm,
-        out=out,
-        async_op=async_op,
-        strict=strict,
-        batch_invariant=batch_invariant,
-    )
+    return start(ALL_REDUCE, x, codec, group, algorithm, out, async_op, strict, batch_invariant)
 
 
 def reduce_scatter(
@@ -107,7 +97,7 @@ def reduce_scatter(
         from flashcomm.collectives import graph
 
         return graph.reduce_scatter(x, codec, group, algorithm, out, async_op)
-    return start(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out, async_op=async_op)
+    return start(REDUCE_SCATTER, x, codec, group, algorithm, out, async_op)
 
 
 def all_gather(
@@ -137,7 +127,7 @@ def all_gather(
         from flashcomm.collectives import graph
 
         return graph.all_gather(x, codec, group, algorithm, out, async_op)
-    return start(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out, async_op=async_op)
+    return start(ALL_GATHER, x, codec, group, algorithm, out, async_op)
 
 
 def all_to_all(
@@ -173,4 +163,4 @@ def all_to_all(
 
         return graph.all_to_all(x, codec, group, output_split_sizes, input_split_sizes, algorithm, out, async_op)
     splits = input_split_sizes, output_split_sizes
-    return start(ALL_TO_ALL, x, codec, group, algorithm=algorithm, out=out, async_op=async_op, splits=splits)
+    return start(ALL_TO_ALL, x, codec, group, algorithm, out, async_op, splits=splits)
