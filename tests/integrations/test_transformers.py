@@ -12,7 +12,7 @@ import flashcomm
 import promises
 import ranks
 from flashcomm.demo import MODEL
-from flashcomm.integrations.transformers import compress, compressed
+from flashcomm.integrations.transformers import compress, compressed, compression_of
 from flashcomm.policy import Policy, Rule
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
@@ -229,6 +229,16 @@ def compiled(folder):
             logits(torch.compile(model, backend="eager", fullgraph=True))
     calls = dict(handle.calls)
     assert promises.same(logits(run), plain)
+    # What users hold may be a wrapper.
+    for wrapper in (run, torch.nn.Sequential(model)):
+        with compressed(wrapper, "int4g32", algorithm="two_step") as wrapped:
+            assert wrapped.modules == handle.modules
+            assert compression_of(wrapper) is compression_of(model) is wrapped
+            assert promises.same(logits(model), eager)
+            with pytest.raises(ValueError, match="compressed already"):
+                compress(model, "int8g128")
+    with pytest.raises(ValueError, match="give the object that from_pretrained returned"):
+        compress(model.model, "int8g128")
     assert handle.calls == calls
 
 

@@ -18,8 +18,12 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
             memory of `out`.
     """
     # This is in every collective, so the usual case calls no function of ours, and not torch's slow `isinstance`.
-    if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_nested:
-        _check_dense(x, "x")
+    if (
+        (type(x) is not torch.Tensor and not isinstance(x, torch.Tensor))
+        or x.layout is not torch.strided
+        or x.is_nested
+    ):
+        raise _not_dense(x, "x")
     if out is not None and (
         type(out) is not torch.Tensor
         or out.layout is not torch.strided
@@ -28,7 +32,6 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         or out.is_conj()
         or not out.is_contiguous()
     ):
-        _check_dense(out, "out")
         check_writable(out)
     if x.requires_grad:
         check_grad(x)
@@ -40,20 +43,19 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     return x
 
 
-def _check_dense(x: torch.Tensor, name: str):
-    if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a dense tensor, not {type(x).__name__}")
-    # A nested tensor may call itself strided.
-    if x.layout is not torch.strided or x.is_nested:
-        raise ValueError(f"{name} must be a dense tensor, not {'a nested one' if x.is_nested else x.layout}")
+def _not_dense(x: object, name: str) -> ValueError:
+    given = ("a nested one" if x.is_nested else x.layout) if isinstance(x, torch.Tensor) else type(x).__name__
+    return ValueError(f"{name} must be a dense tensor, not {given}")
 
 
 def check_writable(out: torch.Tensor):
     """Refuse a tensor into whose memory nothing can be written as it is.
 
     Raises:
-        ValueError: a pending negation or conjugation, or elements that share memory.
+        ValueError: not a dense tensor, a pending negation or conjugation, or elements that share memory.
     """
+    if not isinstance(out, torch.Tensor) or out.layout is not torch.strided or out.is_nested:
+        raise _not_dense(out, "out")
     if out.is_neg() or out.is_conj():
         pending = "negation" if out.is_neg() else "conjugation"
         raise ValueError(f"out is a view with a pending {pending}: give a tensor whose memory holds its values")
@@ -73,6 +75,8 @@ def _overlaps(x: torch.Tensor) -> bool:
     # The usual case: a step of each dimension leads beyond all that shorter steps reach.
     if all(stride > reach for (stride, _), reach in zip(steps, reaches, strict=False)):
         return False
+    if steps[0][0] == 0:
+        return True
     places = torch.zeros((), dtype=torch.long, device="cpu")
     for stride, size in steps:
         places = places[..., None] + stride * torch.arange(size, dtype=torch.long, device="cpu")

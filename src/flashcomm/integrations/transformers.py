@@ -70,7 +70,8 @@ def compress(
     """Send the all-reduces of `model` in `codec`, until ``undo()`` of the returned handle.
 
     Args:
-        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``, or a wrapper
+            around one, such as what `torch.compile` returns.
         codec: of all sums, or a `Policy`: then its ``min_bytes``, its ``phase`` and, unless another is given, its
             ``algorithm`` count too.
         modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
@@ -183,6 +184,7 @@ class Compression:
         **options: Any,
     ):
         self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
+        model = _loaded(model)
         self.group = tensor_parallel_group(model)
         self._bound: dict[tuple[Codec, str], Codec] = {}
         self._decoding = False
@@ -298,7 +300,14 @@ def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
 
 def compression_of(model: Any) -> "Compression | None":
     """Find the compression of `model`; None if it is not compressed."""
-    return next((handle for handle in _handles if handle._model is model), None)
+    loaded = _loaded(model)
+    return next((handle for handle in _handles if handle._model is loaded), None)
+
+
+def _loaded(model: Any) -> Any:
+    """Find the model that `from_pretrained` returned inside of a wrapper, such as torch.compile's."""
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return next((part for part in parts if vars(part).get("_device_mesh") is not None), model)
 
 
 def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
