@@ -67,7 +67,7 @@ def bounded_error(all_reduce) -> list[str]:
     bad = []
     ranks, rank = dist.get_world_size(), dist.get_rank()
     for spec, algorithm in _cases():
-        first, second = flashcomm.codec(spec).steps
+        first, second = flashcomm.codec(spec).formats
         for dtype in values.DTYPES:
             for scale in (1.0, 1e-6, 1e3):
                 xs = [(tensor(r, (4, 257), torch.float32, seed=1) * scale).to(dtype) for r in range(ranks)]
@@ -222,7 +222,7 @@ PROMISES = (same_bits, bounded_error, fp32_sums, token_alone, any_shape, nothing
 
 def _summed(x, spec):
     """Plain building block of the broken variants: every rank's decoded rows, added in fp32."""
-    first = flashcomm.codec(spec).steps[0]
+    first = flashcomm.codec(spec).formats[0]
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     return sum(first.decode(first.encode(r), rows.shape[1], torch.float32) for r in everyone(rows)), rows
 

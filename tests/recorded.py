@@ -65,7 +65,7 @@ def payloads(spec: str, encode: Callable[[torch.Tensor, Codec], torch.Tensor]) -
     """The digest of what `encode` makes of every shape and dtype, in each of the codec's formats."""
     found = []
     for shape, dtype in CASES:
-        for codec in dict.fromkeys(bound(spec, shape[-1], 0).steps):
+        for codec in dict.fromkeys(bound(spec, shape[-1], 0).formats):
             found.append(encode(tensor(0, shape, dtype).reshape(-1, shape[-1]), codec))
     return digest(found)
 

@@ -72,7 +72,7 @@ def test_static_scales_are_per_rank_and_a_payload_says_whose():
         assert torch.equal(
             codec.bind(known, 0).decode(payload, 2, torch.float32), mine.decode(payload, 2, torch.float32)
         )
-    assert codec.bind(known, 1).steps[1].table == 2
+    assert codec.bind(known, 1).formats[1].table == 2
     beyond = torch.tensor([[10.0, float("nan")]])
     mine = codec.bind(known, 0)
     decoded = mine.decode(mine.encode(beyond), 2, torch.float32)

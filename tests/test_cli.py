@@ -149,7 +149,7 @@ def test_env_says_what_was_measured_and_what_is_off(tmp_path, monkeypatch):
     done = run("env")
     assert done.returncode == 0
     assert "nothing measured yet" in done.stdout
-    assert "is no file of 'flashcomm tune'" in done.stderr
+    assert "it was not written by 'flashcomm tune'" in done.stderr
 
 
 def test_bench_codec(tmp_path):
@@ -353,3 +353,10 @@ def test_interrupt_leaves_nothing_running(running_demo):
 
 def test_the_bundled_model_is_small_enough():
     assert (MODEL / "model.safetensors").stat().st_size <= 16_000_000
+
+
+def test_a_wrong_setting_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("FLASHCOMM_SHARED_MEMORY", "maybe")
+    done = run("env")
+    assert done.returncode == 0
+    assert "off: FLASHCOMM_SHARED_MEMORY='maybe': use 1 (or true, on, yes) or 0" in " ".join(done.stdout.split())

@@ -7,14 +7,13 @@ process what the ranks would get, `stats` tells what happened. `flashcomm.integr
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from flashcomm import simulate
 from flashcomm.codecs import Codec
 from flashcomm.codecs import parse as codec
 from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
+from flashcomm.integrations.registration import register
 from flashcomm.kernels import decode, encode
 
 if TYPE_CHECKING:
@@ -32,14 +31,8 @@ def __getattr__(name: str):
     raise AttributeError(f"module 'flashcomm' has no attribute {name!r}")
 
 
-def _new_group(*given: Any):
-    from flashcomm.integrations import torch_backend
-
-    return torch_backend.create(*given)
-
-
-# Here, so that a program needs no more than `import flashcomm` to name the backend; it is loaded when it does.
-dist.Backend.register_backend("flashcomm", _new_group, extended_api=True, devices=["cpu", "cuda"])
+# Here, so that a program needs no more than `import flashcomm` to name the backend.
+register()
 
 __all__ = [
     "Codec",

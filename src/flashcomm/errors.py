@@ -41,8 +41,15 @@ class Unavailable(CollectiveError):
 
 
 # Words of gloo, NCCL and torch's stores, in lower case: torch raises RuntimeError for all of them.
-_TIMED_OUT = ("timed out", "timeout")
-_LOST = ("connection closed", "connection reset", "broken pipe", "socket", "peer", "remote process exited")
+_TIMED_OUT = ("timed out", "did not join", "watchdog caught collective operation timeout")
+_LOST = (
+    "closed by peer",
+    "reset by peer",
+    "connection closed",
+    "connection reset",
+    "broken pipe",
+    "remote process exited",
+)
 
 
 def kind_of(error: BaseException) -> type[CollectiveError]:

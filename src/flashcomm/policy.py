@@ -17,7 +17,6 @@ Source: our own.
 
 import fnmatch
 import json
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,8 +26,10 @@ from typing import Any
 
 import torch
 
+from flashcomm import settings
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain, parse
 from flashcomm.errors import did_you_mean
+from flashcomm.units import bytes_text, kib_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -144,7 +145,7 @@ class Policy:
         self, message_bytes: int, dtype: torch.dtype, codec: Codec, decoding: "bool | Callable[[], bool]"
     ) -> str | None:
         if message_bytes < self.min_bytes:
-            return f"message under the policy's min_bytes = {_size(self.min_bytes)}"
+            return f"message under the policy's min_bytes = {bytes_text(self.min_bytes)}"
         if dtype not in FLOAT_DTYPES:
             return f"dtype {dtype}"
         if self.phase == "prefill" and (decoding() if callable(decoding) else decoding):
@@ -210,7 +211,7 @@ class Policy:
         Raises:
             ValueError: both are set, or one cannot be read.
         """
-        path, codec = os.environ.get(FILE_VARIABLE, ""), os.environ.get(CODEC_VARIABLE, "")
+        path, codec = settings.text(FILE_VARIABLE), settings.text(CODEC_VARIABLE)
         if path and codec:
             raise ValueError(f"{FILE_VARIABLE}={path} and {CODEC_VARIABLE}={codec} are both set: use one of them")
         if path:
@@ -239,7 +240,7 @@ class Policy:
         rules = "".join(f", {rule.codec} for {rule.match}" for rule in self.layers[:3])
         more = f", and {len(self.layers) - 3} more rules" if len(self.layers) > 3 else ""
         phase = "prefill" if self.phase == "prefill" else "prefill and decode"
-        size = f", from {self.min_bytes / 1024:g} KiB" if self.min_bytes else ""
+        size = f", from {kib_text(self.min_bytes)}" if self.min_bytes else ""
         algorithm = f", {self.algorithm}" if self.algorithm != "auto" else ""
         return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}"
 
@@ -269,12 +270,6 @@ def _canonical(field: str, given: object) -> str:
         return str(parse(str(given)))
     except ValueError as error:
         raise ValueError(f"{field} = {given!r}: {error}") from None
-
-
-def _size(count: int) -> str:
-    """Write bytes for people; `min_bytes` is usually a power of two."""
-    scales = ((1 << 20, "MiB"), (1 << 10, "KiB"))
-    return next((f"{count / scale:g} {unit}" for scale, unit in scales if count >= scale), f"{count} bytes")
 
 
 def _toml(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Every environment variable that flashcomm reads: name, kind, default, and the error for any other value.
+"""Every environment variable of flashcomm and its tests: name, kind, default, and the error for any other value.
 
     >>> import os
     >>> os.environ["FLASHCOMM_CONNECTIONS"] = "off"
@@ -72,6 +72,12 @@ def text(name: str) -> str:
     """The text of a variable, "" if it is not set."""
     assert not SETTINGS[name].is_switch
     return os.environ.get(name, "")
+
+
+def given(name: str) -> bool:
+    """Whether a variable is set, also to nothing."""
+    assert name in SETTINGS
+    return name in os.environ
 
 
 def check():

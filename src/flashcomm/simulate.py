@@ -56,7 +56,7 @@ def all_reduce(
         )
     if isinstance(codec, Levels):
         return _hierarchical(xs, codec, hosts)
-    first, second = codec.steps
+    first, second = codec.formats
     cols = x.shape[-1] if x.dim() else 1
     features = getattr(first, "features", None)
     # Each rank encodes with its own row of a calibration; the payload says which.
@@ -71,7 +71,7 @@ def all_reduce(
 
 def _hierarchical(xs: Sequence[torch.Tensor], codec: Levels, hosts: int) -> torch.Tensor:
     x, size = xs[0], len(xs) // hosts
-    cols, (first, second) = x.shape[-1] if x.dim() else 1, codec.inside.steps
+    cols, (first, second) = x.shape[-1] if x.dim() else 1, codec.inside.formats
     sums = []
     for host in range(hosts):
         payloads = torch.stack([kernels.encode(r.reshape(-1, cols), first) for r in xs[host * size :][:size]])

@@ -70,7 +70,7 @@ def test_sums_are_the_specifications(spec, ranks):
         mine = [formats.bound(spec, cols, rank) for rank in range(ranks)]
         x = torch.randn(ranks, 4, cols, generator=torch.Generator().manual_seed(cols))
         payloads = torch.stack([codec.encode(part) for codec, part in zip(mine, x, strict=True)])
-        first, second = mine[0].steps
+        first, second = mine[0].formats
         for dtype in values.DTYPES:
             expected = codecs.decode_sum(payloads, first, cols, dtype)
             assert same_bytes(kernels.decode_sum(payloads, first, cols=cols, dtype=dtype), expected)

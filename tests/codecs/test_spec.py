@@ -54,7 +54,7 @@ def test_not_a_string_is_refused():
 
 def test_pair_is_two_formats_and_encodes_nothing_itself():
     pair = flashcomm.codec("int4g128:int8g128")
-    assert [str(step) for step in pair.steps] == ["int4g128", "int8g128"]
+    assert [str(single) for single in pair.formats] == ["int4g128", "int8g128"]
     assert pair.bits_per_value(4096) == 6.25
     for call in (
         lambda: pair.payload_bytes(128),

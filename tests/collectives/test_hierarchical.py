@@ -11,7 +11,7 @@ import flashcomm
 import promises
 import values
 from flashcomm.collectives.group import group_of
-from flashcomm.collectives.routes import runs
+from flashcomm.collectives.routes import run_of
 from flashcomm.lab import hosts as lab
 from flashcomm.lab import launch
 from flashcomm.transports.base import Task
@@ -58,7 +58,7 @@ def test_levels_give_the_bits_that_one_process_predicts(size, per_host):
 def more_than_the_kernel_keeps() -> bool:
     torch.set_num_threads(1)
     between = group_of(None).levels()[1]
-    for line in between.meet(torch.device("cpu")).lanes[0].messages.link._sockets.values():
+    for line in between.meet(torch.device("cpu")).lane.messages.link._sockets.values():
         line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
     # Sums of small numbers, which are exact in any order.
@@ -76,7 +76,7 @@ def more_than_the_kernel_keeps() -> bool:
             device=x.device,
             pieces=12,
         )
-        runs(task, group_of(None))[0](x, out)
+        run_of(task, group_of(None))(x, out)
         right = right and out.unique().tolist() == [10.0]
     return right
 

@@ -1,5 +1,8 @@
 """reduce_scatter, all_gather, all_to_all, asynchronous calls, out=, and the errors of all four verbs."""
 
+import threading
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +27,7 @@ def reduce_scatter_on_ranks():
     for dtype in values.DTYPES:
         for shape in ((2 * size, 130), (size, 3, 40), (0, 8)):
             for spec in ("int8g128", "int4g32:int8g128"):
-                first = flashcomm.codec(spec).steps[0]
+                first = flashcomm.codec(spec).formats[0]
                 xs = [promises.tensor(r, shape, dtype) for r in range(size)]
                 rows = [x.reshape(-1, shape[-1]) for x in xs]
                 payloads = torch.stack([kernels.encode(r, first) for r in rows])
@@ -44,7 +47,7 @@ def all_gather_on_ranks():
     for dtype in values.DTYPES:
         for shape in ((3, 130), (2, 3, 40), (5,), (0, 8), ()):
             for spec in ("int8g128", "int4g32:int8g128"):
-                second = str(flashcomm.codec(spec).steps[1])
+                second = str(flashcomm.codec(spec).formats[1])
                 parts = [promises.tensor(r, shape, dtype) for r in range(size)]
                 if size > 1:
                     flat = [p.reshape(-1, shape[-1] if shape else 1) for p in parts]
@@ -126,7 +129,7 @@ def out_on_ranks():
 def buffers_on_ranks():
     x = promises.tensor(dist.get_rank(), (64, 512))
     out = torch.empty_like(x)
-    buffers = meeting().lanes[0].messages.buffers
+    buffers = meeting().lane.messages.buffers
     flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out)
     held = {name: buffer.data_ptr() for name, buffer in buffers._held.items()}
     for rows in (64, 3, 17, 64):
@@ -159,11 +162,67 @@ def subgroup_on_ranks():
         flashcomm.all_reduce(x, "int4g32", group=pairs[1 - rank // 2])
 
 
+def nested(x):
+    """A nested tensor whose layout says that it is strided."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([x, x[:2]], layout=torch.strided)
+
+
+def pending_views_on_ranks():
+    """Views whose values are not those in memory: the sums are those of their copies."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    x = promises.tensor(rank, (4 * size, 64), torch.float32)
+    imaginary = torch.complex(x, x + 1).conj().imag
+    for view in (torch._neg_view(x), imaginary, torch._neg_view(x)[:, ::2], torch._neg_view(x.bfloat16())):
+        assert view.is_neg()
+        copy = view.clone()
+        for spec in ("int8g128", "bf16", "none"):
+            for verb in (flashcomm.all_reduce, flashcomm.reduce_scatter, flashcomm.all_gather, flashcomm.all_to_all):
+                assert promises.same(verb(view, spec), verb(copy, spec)), (verb, spec)
+            later = flashcomm.all_reduce(view, spec, async_op=True)
+            assert promises.same(later.wait(), flashcomm.all_reduce(copy, spec))
+        assert promises.same(kernels.encode(view, "int8g128"), kernels.encode(copy, "int8g128"))
+    conjugate = torch.complex(x, x + 1).conj()
+    for verb in (flashcomm.all_reduce, flashcomm.all_gather, flashcomm.all_to_all):
+        got, want = (verb(c, "none") for c in (conjugate, conjugate.resolve_conj()))
+        assert promises.same(torch.view_as_real(got), torch.view_as_real(want))
+
+
+def strange_outs_on_ranks():
+    """Memory may be interleaved, if only each element has its own."""
+    x = promises.tensor(dist.get_rank(), (3, 2), torch.float32)
+    want = flashcomm.all_reduce(x, "int8g128", algorithm="two_step")
+    for out in (torch.zeros(2, 3).t(), torch.zeros(8).as_strided((3, 2), (2, 3)), torch.zeros(6, 4)[::2, 1:3]):
+        assert promises.same(flashcomm.all_reduce(x, "int8g128", algorithm="two_step", out=out), want)
+    assert flashcomm.all_reduce(x[:0], "int8g128", out=x[:1].expand(0, 2)).shape == (0, 2)
+
+
 ERRORS = [
     (lambda x: flashcomm.all_reduce(x, "int9"), "unknown codec 'int9'"),
     (lambda x: flashcomm.all_reduce(x.int(), "int8"), "compresses bf16, fp16 and fp32, not torch.int32"),
     (lambda x: flashcomm.all_reduce([1.0], "int8"), "x must be a dense tensor, not list"),
     (lambda x: flashcomm.all_reduce(x.to_sparse(), "int8"), "x must be a dense tensor, not torch.sparse_coo"),
+    (lambda x: flashcomm.all_reduce(nested(x), "int8"), "x must be a dense tensor, not a nested one"),
+    (lambda x: flashcomm.all_reduce(x, "int8", out=nested(x)), "out must be a dense tensor, not a nested one"),
+    (
+        lambda x: flashcomm.all_reduce(x.to(torch.complex64), "int8"),
+        r"not torch.complex64. Use codec='none' for other types, or pass torch.view_as_real\(x\).flatten\(-2\)",
+    ),
+    (lambda x: flashcomm.all_gather(x.to(torch.complex64), "int8"), "not torch.complex64. Use codec='none'"),
+    (lambda x: flashcomm.all_reduce(x, "int8", out=torch._neg_view(x)), "out is a view with a pending negation"),
+    (
+        lambda x: flashcomm.all_reduce(x.to(torch.complex64), "none", out=x.to(torch.complex64).conj()),
+        "out is a view with a pending conjugation",
+    ),
+    (
+        lambda x: flashcomm.all_reduce(x, "int8", algorithm="two_step", out=x[:1].clone().expand(4, 6)),
+        r"some of \[4, 6\] with strides \[0, 1\] share theirs: give a tensor that is not expanded",
+    ),
+    (
+        lambda x: flashcomm.all_gather(x, "none", out=torch.zeros(20, dtype=x.dtype).as_strided((8, 6), (2, 1))),
+        r"some of \[8, 6\] with strides \[2, 1\] share theirs",
+    ),
     (lambda x: flashcomm.all_reduce(x, "int8", algorithm="ring"), "unknown algorithm 'ring'. Allowed: auto, one_step"),
     (lambda x: flashcomm.all_reduce(x, "none", algorithm="two_step"), "codec 'none' is the plain collective"),
     (lambda x: flashcomm.all_reduce(x, "int4:int8", algorithm="one_step"), "one_step sends once"),
@@ -238,6 +297,8 @@ def errors_on_ranks():
         asynchronous_on_ranks,
         out_on_ranks,
         modes_on_ranks,
+        pending_views_on_ranks,
+        strange_outs_on_ranks,
         a_codec_of_ones_own_on_ranks,
     ],
     ids=lambda f: f.__name__,
@@ -347,3 +408,44 @@ def test_a_dead_rank_is_an_error_within_the_timeout(fresh_ranks):
         assert not ok
         assert f"all_reduce over 3 ranks failed on rank {survivor}" in message
         assert "A peer that is gone, or that does not join within the group's timeout" in message
+
+
+def mixed_on_ranks():
+    """Some ranks start a call asynchronously, others not; the order in which they start decides."""
+    size, rank = dist.get_world_size(), dist.get_rank()
+    verbs = (flashcomm.all_reduce, flashcomm.reduce_scatter, flashcomm.all_gather, flashcomm.all_to_all)
+    for spec in ("int4g128", "none"):
+        works, wanted = [], []
+        for number in range(12):
+            x = promises.tensor(rank, (4 * size, 256 + 128 * number), seed=number)
+            verb = verbs[number % 4]
+            kwargs = {"algorithm": "two_step"} if number % 4 == 0 and spec != "none" else {}
+            wanted.append(verb(x, spec, **kwargs))
+            got = verb(x, spec, async_op=(number // 4 + rank) % 2 == 0, **kwargs)
+            works.append(got)
+        for got, want in zip(reversed(works), reversed(wanted), strict=True):
+            assert promises.same(got if isinstance(got, torch.Tensor) else got.wait(), want)
+
+
+@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_may_differ_in_whether_a_call_is_asynchronous(world_size, by):
+    ranks.shared(world_size, by=by).run(mixed_on_ranks)
+
+
+def a_callback_that_waits_for_another_sum():
+    x, done, event = promises.tensor(dist.get_rank(), (8, 256)), [], threading.Event()
+    work = flashcomm.all_reduce(x, "int4g128", algorithm="two_step", async_op=True)
+
+    def another():
+        done.append(flashcomm.all_reduce(x, "int4g128", algorithm="two_step", async_op=True).wait())
+        event.set()
+
+    work.add_done_callback(another)
+    assert event.wait(30)
+    assert promises.same(done[0], work.wait())
+
+
+@pytest.mark.parametrize("by", ranks.WAYS)
+def test_a_callback_may_wait_for_another_sum(by):
+    ranks.shared(2, by=by).run(a_callback_that_waits_for_another_sum)

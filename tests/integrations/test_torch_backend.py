@@ -105,6 +105,31 @@ def handles():
     assert flashcomm.stats()["plain"] == {"message under the policy's min_bytes = 64 KiB": 1}
 
 
+def complex_numbers_and_negations():
+    """Complex sums are the backend's own; a view with a pending negation gives the sum of its values."""
+    flashcomm.reset_stats()
+    x = torch.complex(mine(torch.float32), mine(torch.float32, seed=1))
+    want = torch.complex(*(sum(promises.tensor(r, LARGE, torch.float32, seed) for r in (0, 1)) for seed in (0, 1)))
+    for sum_of in (dist.all_reduce, lambda y: dist.all_reduce(y, async_op=True).wait()):
+        y = x.clone()
+        sum_of(y)
+        assert promises.same(torch.view_as_real(y), torch.view_as_real(want))
+    with torch.inference_mode():
+        y = x.clone()
+        dist.all_reduce(y)
+        assert promises.same(torch.view_as_real(y), torch.view_as_real(want))
+    assert flashcomm.stats()["plain"] == {"rows of 2 values, as of complex numbers": 3}
+    for async_op in (False, True):
+        values = mine(torch.float32)
+        view = torch._neg_view(-values)
+        work = dist.all_reduce(view, async_op=async_op)
+        if work:
+            assert work.wait()
+            assert work.result()[0] is view or torch.equal(work.result()[0], view)
+        assert promises.same(view.clone(), total(dtype=torch.float32))
+    compressed_calls(2)
+
+
 def other_collectives():
     """What is no large sum of floating-point numbers is the backend's, to the bit."""
     rank = dist.get_rank()
@@ -234,7 +259,15 @@ def ends():
 
 @pytest.mark.parametrize(
     "function",
-    [sums_of_every_api, handles, other_collectives, own_verbs_stay_what_they_are, policies, gradients],
+    [
+        sums_of_every_api,
+        handles,
+        complex_numbers_and_negations,
+        other_collectives,
+        own_verbs_stay_what_they_are,
+        policies,
+        gradients,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_on_ranks(pair, function):

@@ -51,7 +51,7 @@ def sums_are_those_of_the_simulation(folder):
     ][: 2 if size > 3 else 4]
     for spec, shape, dtype in cases:
         codec = codecs.parse(spec)
-        for algorithm in ("two_step", *(["one_step"] if codec.steps[0] == codec.steps[1] else [])):
+        for algorithm in ("two_step", *(["one_step"] if codec.formats[0] == codec.formats[1] else [])):
             xs = [promises.tensor(r, shape, dtype) for r in range(size)]
             out = torch.empty_like(xs[rank])
             fused.all_reduce(xs[rank], codec, peers, out, algorithm)

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from flashcomm.codecs import parse
 from flashcomm.planner import Algorithm, Facts, LinkCosts, choose, overlap
 from flashcomm.planner.costs import Cost, Point
-from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, bits_per_second, cluster
+from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, cluster
 from flashcomm.planner.overlap import Line, Profile
 from flashcomm.planner.prefill import CODECS, WORTH, SumCosts, advise, compare, predict, profile
 from flashcomm.planner.shapes import SHAPES, Shape, load
+from flashcomm.units import bits_per_second
 
 MIB = 1 << 20
 RESULTS = Path(__file__).parents[2] / "results"

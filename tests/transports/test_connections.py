@@ -25,7 +25,7 @@ def connected(group) -> tuple[Ranks, connections.Connections]:
     """The ranks, and the connections of synchronous calls."""
     met = meeting(group)
     assert met.connected, met.why_not
-    messages = met.lanes[0].messages
+    messages = met.lane.messages
     return messages.ranks, messages.link
 
 

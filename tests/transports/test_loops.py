@@ -191,7 +191,7 @@ class Machine:
             region._polls = np.zeros(8 * ranks, np.uint8)
             region.places = [region._place(START, thread) for thread in range(threads)]
             self.regions.append(region)
-        self.memories = [memory.SharedMemory(region._ranks, region, int) for region in self.regions]
+        self.memories = [memory.SharedMemory(region._ranks, region) for region in self.regions]
         self.first, self.end = START + self.regions[0]._header_bytes, START + self.regions[0]._size
         self.expected: list[dict] = [{} for _ in range(ranks)]
         self._kept: list[torch.Tensor] = []

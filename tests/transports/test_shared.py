@@ -1,20 +1,25 @@
 """Shared memory on real ranks: when it is used, what it refuses, how it ends, and that it leaves nothing behind."""
 
+import functools
 import gc
 import os
 import signal
+import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 import flashcomm
 import promises
 import ranks
 import values
 from calls import all_reduce_of_ones, check, failure, meeting, new_group
+from flashcomm.collectives.group import group_of
 from flashcomm.errors import PeerLost, TimedOut, Unavailable
 from flashcomm.transports.shared import prepare
 
@@ -26,8 +31,8 @@ def who_shares():
 
 
 def memory_of(group):
-    """The memory of synchronous calls."""
-    return meeting(group).lanes[0].memories[0]
+    """The memory that the ranks share."""
+    return meeting(group).lane.memories[0]
 
 
 def one_rank_refuses():
@@ -52,7 +57,7 @@ def one_rank_cannot_open(allowed=0):
     try:
         check(all_reduce_of_ones(group))
         check(all_reduce_of_ones(group, async_op=True).wait())
-        if allowed >= 2:
+        if allowed:
             # A prime number of values, which cannot be cut into shorter rows, so the memory must grow.
             message, _ = failure(lambda: all_reduce_of_ones(group, (600_011,), algorithm="one_step"), Unavailable)
             assert "a row of 2400044 bytes needs more shared memory: rank 1 cannot share memory with rank 0" in message
@@ -120,15 +125,8 @@ def test_a_rank_that_cannot_create_a_file_is_a_reason_too():
     assert answers == [(False, "rank 0 cannot create memory: [Errno 24] Too many open files")] * 2
 
 
-def test_without_memory_for_asynchronous_calls_there_is_none():
-    used, why = ranks.shared(2).run(one_rank_cannot_open, 1)[0]
-    assert not used
-    assert why.startswith("rank 1 cannot share memory with rank 0")
-
-
-@pytest.mark.parametrize("allowed", [2, 3], ids=["for synchronous calls", "for asynchronous calls"])
-def test_memory_that_cannot_grow_is_an_error_and_stays(allowed):
-    assert ranks.shared(2).run(one_rank_cannot_open, allowed) == [(True, "")] * 2
+def test_memory_that_cannot_grow_is_an_error_and_stays():
+    assert ranks.shared(2).run(one_rank_cannot_open, 1) == [(True, "")] * 2
 
 
 def call_until_a_rank_dies(victim):
@@ -232,8 +230,8 @@ def make_and_destroy(times):
 def test_destroyed_groups_leave_no_descriptor_no_mapping_and_no_file():
     ranks.shared(2).run(make_and_destroy, 1)
     for before, most, after in ranks.shared(2).run(make_and_destroy, 20):
-        # Two memories, and a peer to watch for each. None has a name that could stay in /dev/shm.
-        assert len(most) - len(before[0]) == 2 + 2
+        # One memory, and a peer to watch. Neither has a name that could stay in /dev/shm.
+        assert len(most) - len(before[0]) == 1 + 1
         assert not any(name.startswith("/dev/shm") for name in most)
         assert after == before
 
@@ -298,7 +296,7 @@ def overlapping():
     check(all_reduce_of_ones(group, LARGE, async_op=True).wait())
     for _ in range(3):
         if dist.get_rank() == 1:
-            meeting(group).lanes[1].thread.submit(time.sleep, 0.1)
+            meeting(group).lane.thread.submit(time.sleep, 0.1)
         work = all_reduce_of_ones(group, LARGE, async_op=True)
         time.sleep(0.02)
         check(all_reduce_of_ones(group, LARGE))
@@ -342,7 +340,7 @@ def grow_under_way(late):
     group = new_group(timeout_s=1)
     check(all_reduce_of_ones(group, async_op=True).wait())
     if dist.get_rank() == late:
-        meeting(group).lanes[1].thread.submit(time.sleep, 0.3)
+        meeting(group).lane.thread.submit(time.sleep, 0.3)
     works = [all_reduce_of_ones(group, async_op=True) for _ in range(3)]
     check(all_reduce_of_ones(group, (3_000_001,), algorithm="one_step"))
     for work in works:
@@ -351,6 +349,79 @@ def grow_under_way(late):
 
 def test_memory_grows_while_asynchronous_calls_are_under_way():
     ranks.shared(2).run(grow_under_way, 1)
+
+
+def grow_under_way_over_levels():
+    """The same for the memory inside of the hosts of a mesh, in which calls of the mesh's own thread run."""
+    mesh, rank = DeviceMesh("cpu", [[0, 1], [2, 3]]), dist.get_rank()
+    spec, small, large = "fp32/fp32", (64, 256), (1, 600_011)
+    start = functools.partial(flashcomm.all_reduce, codec=spec, group=mesh, algorithm="hierarchical")
+    check(start(torch.ones(small)))
+    hold = threading.Event()
+    if rank == 3:
+        group_of(mesh).meet(torch.device("cpu")).lane.thread.submit(hold.wait, 10)
+    works = [start(torch.ones(small), async_op=True) for _ in range(4)]
+    hold.set()
+    check(start(torch.ones(large)))
+    for work in works:
+        check(work.wait())
+
+
+def test_memory_of_levels_grows_while_asynchronous_calls_are_under_way():
+    ranks.shared(4).run(grow_under_way_over_levels)
+
+
+def one_call_fails_and_the_group_goes():
+    """An error must not keep alive what its callers had: the group, its threads, their tensors."""
+    group = new_group(timeout_s=0.5)
+    check(all_reduce_of_ones(group))
+    if dist.get_rank() == 0:
+        failure(functools.partial(all_reduce_of_ones, group), TimedOut)
+    alive = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    return alive() is None
+
+
+def test_a_failed_call_keeps_nothing_alive():
+    assert ranks.shared(2).run(one_call_fails_and_the_group_goes) == [True] * 2
+
+
+def groups_go_without_the_collector():
+    """What a group holds goes with it at once: servers may freeze or disable Python's garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            group = new_group()
+            check(all_reduce_of_ones(group))
+            check(all_reduce_of_ones(group, async_op=True).wait())
+            check(all_reduce_of_ones(group, codec="none", algorithm="plain"))
+            dist.destroy_process_group(group)
+            del group
+        return len(os.listdir("/proc/self/fd")) - before
+    finally:
+        gc.enable()
+
+
+def test_groups_go_without_the_garbage_collector():
+    ranks.shared(2).run(groups_go_without_the_collector)
+    assert ranks.shared(2).run(groups_go_without_the_collector) == [0, 0]
+
+
+def messages_fail_and_memory_does_not():
+    """Splits that do not fit end the messages of a lane; its memory was not in the middle of anything."""
+    rank, group, x = dist.get_rank(), new_group(), torch.zeros(4, 8)
+    check(all_reduce_of_ones(group))
+    own = [[2, 2], [3, 1]][rank]
+    failure(lambda: flashcomm.all_to_all(x, "fp32", group, input_split_sizes=own, output_split_sizes=own))
+    check(all_reduce_of_ones(group))
+
+
+def test_an_error_of_messages_does_not_end_the_memory():
+    ranks.shared(2).run(messages_fail_and_memory_does_not)
 
 
 VIEWS = {

@@ -112,7 +112,7 @@ def _window(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Measure one window: [C, 4, T] figures and [C, M, 4] depth."""
     figures, depths = [], []
-    plain, reference = torch.empty(0), []
+    plain, reference = torch.empty(0, dtype=torch.float32, device="cpu"), []
     for policy in policies:
         simulation.policy = policy
         depth = _Depth(list(simulation.modules), reference)
@@ -128,7 +128,7 @@ class _Depth:
     """Add up the distances of one forward pass's sums from the exact sums and from those of the first pass."""
 
     def __init__(self, modules: list[str], reference: list[torch.Tensor]):
-        self.squares = torch.zeros(len(modules), 4, dtype=torch.float64)
+        self.squares = torch.zeros(len(modules), 4, dtype=torch.float64, device="cpu")
         self._places = {name: place for place, name in enumerate(modules)}
         self._reference, self._is_first, self._calls = reference, not reference, 0
 

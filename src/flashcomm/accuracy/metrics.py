@@ -109,9 +109,13 @@ def summarise(
         seed: random seed of the resamples, which are the same for all variants.
     """
     windows = figures.shape[2]
-    chosen = torch.randint(windows, (RESAMPLES, windows), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.randint(
+        windows, (RESAMPLES, windows), generator=torch.Generator().manual_seed(seed), dtype=torch.long, device="cpu"
+    )
     # Number of times that each resample holds each window; the text itself comes first.
-    counts = torch.cat([torch.ones(1, windows), torch.nn.functional.one_hot(chosen, windows).sum(1)]).double()
+    counts = torch.cat(
+        [torch.ones(1, windows, dtype=torch.long, device="cpu"), torch.nn.functional.one_hot(chosen, windows).sum(1)]
+    ).double()
     means = (figures.double().mean(-1) @ counts.T) / windows
     rows = []
     for name, size, figure, mean in zip(names, bits, figures, means, strict=True):
@@ -144,7 +148,7 @@ def by_position(figures: torch.Tensor, parts: int = 8) -> torch.Tensor:
 
 def _estimate(values: torch.Tensor) -> Estimate:
     """Estimate from values whose first is the text's own and whose others are the resamples'."""
-    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    low, high = values[1:].quantile(torch.tensor([0.025, 0.975], dtype=values.dtype, device=values.device)).tolist()
     return Estimate(values[0].item(), low, high)
 
 

@@ -55,7 +55,7 @@ def accuracy(
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     # Per codec: negative log-likelihood, KL, agreements, windows whose bits differed; then the token count.
-    sums = {spec: torch.zeros(5, dtype=torch.float64) for spec in ("none", *specs)}
+    sums = {spec: torch.zeros(5, dtype=torch.float64, device="cpu") for spec in ("none", *specs)}
     for window in windows:
         # Each rank judges its share of the tokens, so no core idles while rank 0 computes softmaxes.
         mine = slice(rank, len(window) - 1, ranks)
@@ -71,7 +71,7 @@ def accuracy(
             judged = logits[:-1][mine]
             plain = judged if plain is None else plain
             figures = compare(plain, judged, targets).double().sum(1)
-            different = torch.tensor([len(set(digests)) > 1, len(targets)], dtype=torch.float64)
+            different = torch.tensor([len(set(digests)) > 1, len(targets)], dtype=torch.float64, device="cpu")
             sums[spec] += torch.cat([figures[[NLL, KL, AGREES]], different])
             progress()
     for spec in sums:
@@ -83,8 +83,10 @@ def accuracy(
     for spec in specs:
         nll, kl, agree, differing, tokens = sums[spec].tolist()
         results[spec] = Accuracy(
-            perplexity=torch.tensor(nll / tokens).exp().item(),
-            perplexity_change=torch.expm1(torch.tensor(nll / tokens - base.item(), dtype=torch.float64)).item(),
+            perplexity=torch.tensor(nll / tokens, dtype=torch.float32, device="cpu").exp().item(),
+            perplexity_change=torch.expm1(
+                torch.tensor(nll / tokens - base.item(), dtype=torch.float64, device="cpu")
+            ).item(),
             kl=max(kl / tokens, 0.0),
             top1=agree / tokens,
             ranks_identical=differing == 0,

@@ -156,7 +156,7 @@ def _origin(facts: dict) -> str:
 
 
 def _stretches(found: Measurement) -> list[str]:
-    parts = torch.arange(1, found.figures.shape[-1] + 1).tensor_split(STRETCHES)
+    parts = torch.arange(1, found.figures.shape[-1] + 1, dtype=torch.long, device="cpu").tensor_split(STRETCHES)
     return [f"{part[0]} to {part[-1]}" for part in parts]
 
 

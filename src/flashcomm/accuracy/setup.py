@@ -55,7 +55,12 @@ class Setup:
             model = model.to("cuda")
         texts = self.texts or [held_out_text()]
         # Special tokens are part of the text, and a long one is no mistake here.
-        ids = torch.cat([torch.tensor(tokenizer(text, verbose=False)["input_ids"]) for text in texts])
+        ids = torch.cat(
+            [
+                torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
+                for text in texts
+            ]
+        )
         found = windows(ids, self.tokens, self.window)
         if len(found) < 2 or len(found[0]) < self.window:
             raise ValueError(

@@ -107,7 +107,11 @@ def tune(
     }
     kl = run(explored, alone, "one sum at a time").figures[1:, KL].double().mean((1, 2)).view(len(modules), -1)
     costs = (kl[:, :-1] - kl[:, -1:]).clamp_min(0)
-    bits = torch.tensor([[w * parse(name).bits_per_value(w, model.dtype) for name in names] for w in widths.values()])
+    bits = torch.tensor(
+        [[w * parse(name).bits_per_value(w, model.dtype) for name in names] for w in widths.values()],
+        dtype=torch.float32,
+        device="cpu",
+    )
 
     # The best uniform codec is returned if no choice is better.
     chosen = [names.index(best_uniform.codec)] * len(modules)
@@ -155,9 +159,9 @@ def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[in
     steps = 10_000
     units = (costs.double() / budget * steps).ceil().clamp_max(steps + 1).long()
     # best[k]: the least size of the rows so far that costs k units at most.
-    best, picks = torch.zeros(steps + 1, dtype=torch.float64), []
+    best, picks = torch.zeros(steps + 1, dtype=torch.float64, device="cpu"), []
     for row in range(rows):
-        options = torch.full((columns, steps + 1), torch.inf, dtype=torch.float64)
+        options = torch.full((columns, steps + 1), torch.inf, dtype=torch.float64, device="cpu")
         for column, unit in enumerate(units[row].tolist()):
             options[column, unit:] = best[: max(steps + 1 - unit, 0)] + sizes[row, column]
         best, pick = options.min(0)

@@ -63,7 +63,11 @@ def run(
         RuntimeError: a kernel's bytes or values differ from the specification's; no time is given then.
     """
     rows = mib * (1 << 20) // dtype.itemsize // _ROW
-    x = torch.randn(rows, _ROW, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    x = (
+        torch.randn(rows, _ROW, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
+        .to(dtype)
+        .to(device)
+    )
     copy, decoded = torch.empty_like(x), torch.empty_like(x)
     sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     table = []
@@ -131,10 +135,15 @@ def bound(codec: Codec, x: torch.Tensor) -> Codec:
 def sqnrs(codec: Codec, partial_sums: Mapping[str, torch.Tensor] | None = None) -> tuple[float, float, float | None]:
     """SQNRs in dB: of 256 rows of Gaussian values, of heavy-tailed ones, and of partial sums (the mean over them)."""
     generator = torch.Generator().manual_seed(1)
-    gaussian = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator)
+    gaussian = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator, dtype=torch.float32, device="cpu")
     # Student's t with four degrees of freedom: a Gaussian over the root of a mean of four squares.
-    spread = torch.randn(4, 2 * _CHECKED_ROWS, _ROW, generator=generator).square().mean(0).sqrt()
-    heavy = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator) / spread
+    spread = (
+        torch.randn(4, 2 * _CHECKED_ROWS, _ROW, generator=generator, dtype=torch.float32, device="cpu")
+        .square()
+        .mean(0)
+        .sqrt()
+    )
+    heavy = torch.randn(2 * _CHECKED_ROWS, _ROW, generator=generator, dtype=torch.float32, device="cpu") / spread
     figures = [_sqnr(codec, samples.bfloat16()[None]) for samples in (gaussian, heavy)]
     if partial_sums is None:
         return figures[0], figures[1], None

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import codecs, simulate
+from flashcomm import codecs, settings, simulate
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Codec, Pair
 from flashcomm.collectives.group import group_of
@@ -157,9 +157,8 @@ def _measure_size(
         flashcomm.reset_stats()
         call()
         stats = flashcomm.stats()
-        (done,) = stats["calls"]
-        # Levels have a slash of their own.
-        _, chosen, sent = done.split("/", 2)
+        (done,) = stats["records"]
+        chosen, sent = done.algorithm, done.codec
         sqnr = case.check(out.cpu(), codecs.parse(sent), chosen)
         name = f"{codec}/{algorithm}"
         variants[name] = _repeated(call, calls)
@@ -183,7 +182,7 @@ def _measure_size(
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
         combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
-    rate = os.environ.get(labs.RATE_VARIABLE)
+    rate = settings.text(labs.RATE_VARIABLE)
     shared = {
         "op": op,
         "ranks": ranks,
@@ -250,12 +249,12 @@ def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> li
 
 def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
     """(bytes on the interface, milliseconds of CPU time) of one call."""
-    in_lab, times = labs.RATE_VARIABLE in os.environ, 3
+    in_lab, times = settings.given(labs.RATE_VARIABLE), 3
     dist.barrier()
     before, start = labs.interface_bytes() if in_lab else 0, time.process_time()
     for _ in range(times):
         variant()
-    spent = torch.tensor([time.process_time() - start], device=device)
+    spent = torch.tensor([time.process_time() - start], dtype=torch.float32, device=device)
     # Bytes have surely passed the interface once all ranks have received them.
     dist.barrier()
     sent = int(slowest([(labs.interface_bytes() - before) / calls / times], device)[0]) if in_lab else None
@@ -271,7 +270,7 @@ def _link(rate: str | None, ranks: int) -> str:
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:
     """Add in fp64, without an fp64 copy of each term."""
-    total = torch.zeros(terms[0].shape, dtype=torch.float64)
+    total = torch.zeros(terms[0].shape, dtype=torch.float64, device=terms[0].device)
     for term in terms:
         total += term
     return total
@@ -296,7 +295,10 @@ class Case:
         rows, cols = part_shape(op, size, ranks, dtype)
         parts = ranks if op in ("reduce_scatter", "all_to_all") else 1
         self.xs = [
-            torch.randn(parts * rows, cols, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(ranks)
+            torch.randn(
+                parts * rows, cols, generator=torch.Generator().manual_seed(r), dtype=torch.float32, device="cpu"
+            ).to(dtype)
+            for r in range(ranks)
         ]
         self.x = self.xs[rank]
         self.message_bytes = message_bytes(op, size, ranks, dtype)
@@ -327,7 +329,11 @@ class Case:
         noise = _energy(error)
         if chosen == "plain":
             # The backend rounds each of its R - 1 additions, in an order of its own; a copy has no error.
-            reach = _sum([x.abs() for x in self._terms()]) if self.summed else torch.zeros(())
+            reach = (
+                _sum([x.abs() for x in self._terms()])
+                if self.summed
+                else torch.zeros((), dtype=torch.float64, device=out.device)
+            )
             if not (error <= reach.mul_(self.ranks * torch.finfo(out.dtype).eps)).all():
                 raise RuntimeError(f"{what}: rank {self.rank} is {error.max():.3g} away from the exact result")
         else:
@@ -339,7 +345,7 @@ class Case:
         """The result that one process computes from the ranks' payloads, bit for bit."""
         if self.op == "all_reduce":
             return simulate.all_reduce(self.xs, codec, chosen, hosts=group_of(None).facts.hosts)
-        first, second = codec.steps
+        first, second = codec.formats
         if self.op == "reduce_scatter":
             return simulate.all_reduce(self._terms(), first, "one_step")
         step = second if self.op == "all_gather" else first

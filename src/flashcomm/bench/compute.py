@@ -102,7 +102,9 @@ def _lines(share: Shape) -> tuple[Line, Line]:
     points: tuple[list, list] = ([], [])
     for length in (LENGTHS[0], *LENGTHS):
         laps = [_laps(model, length) for _ in range(_REPEATS)]
-        medians = torch.tensor([statistics.median(lap[kind] for lap in laps) for kind in (0, 1)], dtype=torch.float64)
+        medians = torch.tensor(
+            [statistics.median(lap[kind] for lap in laps) for kind in (0, 1)], dtype=torch.float64, device="cpu"
+        )
         dist.all_reduce(medians, dist.ReduceOp.MAX)
         for kind, seconds in enumerate(medians.tolist()):
             points[kind].append((length, pairs(length, 0, "first") if kind == 0 else 0.0, seconds))
@@ -131,7 +133,7 @@ def _laps(model: Any, tokens: int) -> tuple[float, float]:
     hooks = [model.layers[0].register_forward_pre_hook(note), *(end.register_forward_hook(note) for end in ends)]
     try:
         dist.barrier()
-        model(torch.arange(tokens)[None] % model.config.vocab_size, use_cache=True)
+        model(torch.arange(tokens, dtype=torch.long, device="cpu")[None] % model.config.vocab_size, use_cache=True)
     finally:
         for hook in hooks:
             hook.remove()
@@ -141,12 +143,12 @@ def _laps(model: Any, tokens: int) -> tuple[float, float]:
 
 def _core_s(spec: str) -> float:
     """CPU seconds per byte of a message, on the busiest rank."""
-    x = torch.randn(_SUM_BYTES // 2 // PROBE.hidden, PROBE.hidden).bfloat16()
+    x = torch.randn(_SUM_BYTES // 2 // PROBE.hidden, PROBE.hidden, dtype=torch.float32, device="cpu").bfloat16()
     out = torch.empty_like(x)
     flashcomm.all_reduce(x, spec, out=out)
     start = time.process_time()
     for _ in range(_SUMS):
         flashcomm.all_reduce(x, spec, out=out)
-    busy = torch.tensor((time.process_time() - start) / _SUMS / _SUM_BYTES, dtype=torch.float64)
+    busy = torch.tensor((time.process_time() - start) / _SUMS / _SUM_BYTES, dtype=torch.float64, device="cpu")
     dist.all_reduce(busy, dist.ReduceOp.MAX)
     return busy.item()

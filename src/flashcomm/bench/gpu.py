@@ -89,7 +89,17 @@ def measure(
     Raises:
         RuntimeError: a kernel's bytes differ from the specification's; no time is given then.
     """
-    x = torch.randn(mib * (1 << 19) // _COLS, _COLS, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    x = (
+        torch.randn(
+            mib * (1 << 19) // _COLS,
+            _COLS,
+            generator=torch.Generator().manual_seed(0),
+            dtype=torch.float32,
+            device="cpu",
+        )
+        .bfloat16()
+        .to(device)
+    )
     copy, decoded = torch.empty_like(x), torch.empty_like(x)
     sync = torch.cuda.synchronize if x.is_cuda else (lambda: None)
     rows = []
@@ -167,17 +177,20 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
     if gpus:
         torch.cuda.set_device(rank % gpus)
     shape = mib * (1 << 19) // _COLS, _COLS
-    xs = [torch.randn(shape, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(ranks)]
+    xs = [
+        torch.randn(shape, generator=torch.Generator().manual_seed(r), dtype=torch.float32, device="cpu").bfloat16()
+        for r in range(ranks)
+    ]
     x = xs[rank].to(device)
     out, copy = torch.empty_like(x), torch.empty_like(x)
-    calls, memories = {}, group_of(None).meet(x.device).lanes[0].memories if device == "cuda" else ()
+    calls, memories = {}, group_of(None).meet(x.device).lane.memories if device == "cuda" else ()
     calls["none", "plain", "group"] = partial(flashcomm.all_reduce, x, "none", out=out)
     calls["cast to e4m3", "two_step", "group"] = partial(sum_in_fp8, x, out)
     if memories:
         calls["none", "two_shot", "torch"] = _two_shot(x)
     for codec in map(codecs.parse, specs):
         for algorithm in ("one_step", "two_step"):
-            if algorithm == "one_step" and len(set(codec.steps)) > 1:
+            if algorithm == "one_step" and len(set(codec.formats)) > 1:
                 continue
             call = partial(flashcomm.all_reduce, x, codec, algorithm=algorithm, out=out)
             call()
@@ -192,7 +205,7 @@ def all_reduces(specs: Sequence[str], mib: int = 16, repeats: int = 15, device: 
                 out_dtype=x.dtype,
                 device=x.device,
             )
-            route = "one launch" if any(memory.prepare(task) for memory in memories) else "group"
+            route = "one launch" if any(memory.prepare(task, int) for memory in memories) else "group"
             calls[str(codec), algorithm, route] = call
     names = {" ".join(facts): facts for facts in calls}
     times = interleaved(

@@ -76,7 +76,7 @@ def prefill(prompt: Prompt, specs: Sequence[str], repeats: int, progress: Callab
         flashcomm.reset_stats()
         prompt.first_token(spec)
         stats = flashcomm.stats()
-        algorithms = sorted({call.split("/")[1] for call in stats["calls"]})
+        algorithms = sorted({record.algorithm for record in stats["records"]})
         facts[spec] = (stats["wire_bytes"] / len(prompt.ids), "+".join(algorithms))
         if prompt.overlap:
             prompt.first_token(spec, "auto")  # measures

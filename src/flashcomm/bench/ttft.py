@@ -7,7 +7,6 @@ whose sums are timed. Compute counts on the slowest rank, a sum on the fastest, 
 Source: our own; ISO (arXiv 2409.11155) reports times to first token too.
 """
 
-import os
 import statistics
 import threading
 import time
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
+from flashcomm import settings
 from flashcomm.bench.collectives import slowest
 from flashcomm.bench.prompt import Prompt
 from flashcomm.bench.timing import interleaved
@@ -103,7 +103,9 @@ class _Runs(Prompt):
 
     def __init__(self, model: Any, handle: Compression, overlap: Overlap, tokens: int):
         vocabulary = model.config.get_text_config().vocab_size
-        ids = torch.randint(vocabulary, (tokens,), generator=torch.Generator().manual_seed(tokens))
+        ids = torch.randint(
+            vocabulary, (tokens,), generator=torch.Generator().manual_seed(tokens), dtype=torch.long, device="cpu"
+        )
         super().__init__(model, handle, ids, overlap)
 
     def timed(self, spec: str) -> PartTimes:
@@ -157,7 +159,7 @@ class _Runs(Prompt):
                         model=name,
                         backend=dist.get_backend(),
                         dtype=str(self.model.dtype).removeprefix("torch."),
-                        link=os.environ.get(RATE_VARIABLE) or "local",
+                        link=settings.text(RATE_VARIABLE) or "local",
                         repeats=repeats,
                         ranks=dist.get_world_size(),
                         tokens=len(self.ids),

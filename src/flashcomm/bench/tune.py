@@ -18,7 +18,7 @@ from flashcomm import planner
 from flashcomm.bench.timing import interleaved
 from flashcomm.codecs import Cast, Codec, Levels, parse
 from flashcomm.collectives.group import group_of
-from flashcomm.collectives.routes import runs
+from flashcomm.collectives.routes import run_of
 from flashcomm.planner import Algorithm, Cost, LinkCosts
 from flashcomm.transports.base import Run, Task
 
@@ -100,7 +100,7 @@ def _run(way: Algorithm, x: torch.Tensor, codec: Codec) -> Run:
         device=x.device,
         pieces=way.pieces,
     )
-    return runs(task, group_of(None))[0]
+    return run_of(task, group_of(None))
 
 
 def _times(
@@ -108,7 +108,13 @@ def _times(
 ) -> dict[tuple[Algorithm | None, Codec | None], float]:
     """Seconds of each variant and of the backend's own all-reduce, on the slowest rank."""
     values = size // 2
-    x = torch.randn(max(1, values // _ROW), min(values, _ROW), generator=torch.Generator().manual_seed(0)).bfloat16()
+    x = torch.randn(
+        max(1, values // _ROW),
+        min(values, _ROW),
+        generator=torch.Generator().manual_seed(0),
+        dtype=torch.float32,
+        device="cpu",
+    ).bfloat16()
     out = torch.empty_like(x)
     calls = 20 if size <= 64 << 10 else 1
     timed: dict[tuple[Algorithm | None, Codec | None], Callable[[], object]] = {
@@ -118,6 +124,6 @@ def _times(
         timed[way, codec] = partial(_run(way, x, codec), x, out)
     repeated = {str(n): lambda call=call: [call() for _ in range(calls)] for n, call in enumerate(timed.values())}
     times = interleaved(repeated, repeats=repeats, warmup=1, before=dist.barrier)
-    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64)
+    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64, device="cpu")
     dist.all_reduce(medians, dist.ReduceOp.MAX)
     return dict(zip(timed, medians.tolist(), strict=True))

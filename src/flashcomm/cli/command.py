@@ -22,6 +22,7 @@ from flashcomm.cli import (
     tune_policy,
 )
 from flashcomm.cli.base import stderr
+from flashcomm.errors import SettingError
 from flashcomm.lab.launch import Interrupted, RankError
 
 app = typer.Typer(
@@ -60,10 +61,13 @@ def top(
 
 
 def main():
-    """Run the command; a failed rank or Ctrl-C becomes a sentence and an exit status."""
+    """Run the command; a failed rank, a wrong setting or Ctrl-C becomes a sentence and an exit status."""
     try:
         app()
     except RankError as error:
         interrupted = isinstance(error, Interrupted)
         stderr.print(str(error) if interrupted else f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(130 if interrupted else 1)
+    except SettingError as error:
+        stderr.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

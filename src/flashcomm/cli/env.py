@@ -1,11 +1,13 @@
 """`flashcomm env`."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 from rich.table import Table
 
 import flashcomm
 from flashcomm.cli.base import Json, stdout
+from flashcomm.errors import SettingError
 from flashcomm.report.rows import write_json
 
 
@@ -25,7 +27,7 @@ def env(json_file: Json = None):
     paths = {
         "CPU codecs": (cpu, cpu_why),
         "GPU codecs": (gpu, gpu_why),
-        "shared memory": _unless(lanes.why_not_shared()),
+        "shared memory": _unless(_asked(lanes.why_not_shared)),
         "gloo": ("on", "") if dist.is_gloo_available() else ("off", "this torch is built without it"),
         "NCCL": ("on", "") if dist.is_nccl_available() else ("off", "this torch is built without it"),
         "transformers": _presence("transformers", "pip install 'flashcomm[transformers]'"),
@@ -54,6 +56,14 @@ def env(json_file: Json = None):
 
 def _presence(module: str, remedy: str) -> tuple[str, str]:
     return ("on", "") if find_spec(module) else ("off", remedy)
+
+
+def _asked(why: Callable[[], str]) -> str:
+    """The reason that a function gives, or the setting that is wrong."""
+    try:
+        return why()
+    except SettingError as error:
+        return str(error)
 
 
 def _unless(why: str | None) -> tuple[str, str]:

@@ -71,7 +71,9 @@ def _tune(
 
     start = time.perf_counter()
     model, texts, origin = given.load()
-    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(given.seed)).tolist()
+    order = torch.randperm(
+        len(texts), generator=torch.Generator().manual_seed(given.seed), dtype=torch.long, device="cpu"
+    ).tolist()
     count = max(1, explored // given.window)
     if len(texts) < count + 2:
         raise ValueError(

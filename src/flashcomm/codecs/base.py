@@ -6,6 +6,7 @@ cut between rows (and, see `segment`, at some places inside a row) without chang
 Shape legend: R ranks, T rows (tokens), H columns (hidden size), P = payload_bytes(H) bytes of one encoded row.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -75,8 +76,17 @@ class Codec(ABC):
         """The shortest length, a divisor of `cols`, into which a row may be cut without changing the decoded values."""
         return cols
 
+    def unit(self, cols: int) -> int:
+        """The shortest length into which a row may be cut in all of the codec's formats.
+
+        >>> from flashcomm.codecs import parse
+        >>> parse("int4g32:int8g128").unit(4096)
+        128
+        """
+        return math.lcm(*(single.segment(cols) for single in self.formats))
+
     @property
-    def steps(self) -> tuple["Codec", ...]:
+    def formats(self) -> tuple["Codec", ...]:
         """The formats of the two transfers of an all-reduce: the reduce-scatter's and the all-gather's.
 
         A `Levels` codec has four: two inside a host, then two between hosts.

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from flashcomm import subnormals
 from flashcomm.codecs import bits as planes
 from flashcomm.codecs.base import Codec, canonical_nan
 from flashcomm.codecs.cast import bf16_spacing
@@ -67,12 +68,13 @@ class Features:
         >>> Features(torch.tensor([[1.0, 5.0, 2.0], [1.0, 0.0, 3.0], [2.0, 5.0, 5.0]])).worst(2)
         (1, 2)
         """
-        total = self.reach[:-1].sum(0)
-        return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
+        with subnormals.kept():
+            total = self.reach[:-1].sum(0)
+            return tuple(sorted(torch.sort(total, descending=True, stable=True).indices[:count].tolist()))
 
     def without(self, kept: tuple[int, ...]) -> "Features":
         """The calibration of all other features."""
-        mask = torch.ones(self.cols, dtype=torch.bool)
+        mask = torch.ones(self.cols, dtype=torch.bool, device=self.reach.device)
         mask[list(kept)] = False
         return Features(self.reach[:, mask])
 
@@ -131,8 +133,8 @@ class Keep(Codec):
         return Keep(self.base.bind(features.without(kept), rank), self.every, features, kept)
 
     @property
-    def steps(self) -> tuple[Codec, Codec]:
-        first, second = self.base.steps
+    def formats(self) -> tuple[Codec, Codec]:
+        first, second = self.base.formats
         return (self, self) if first == second else (replace(self, base=first), replace(self, base=second))
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -206,7 +208,7 @@ class Static(Codec):
         return Static(self.bits, features, rank)
 
     @property
-    def steps(self) -> tuple[Codec, Codec]:
+    def formats(self) -> tuple[Codec, Codec]:
         return self, self if self.features is None else replace(self, table=self.features.ranks)
 
     def payload_bytes(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -216,8 +218,10 @@ class Static(Codec):
         """fp32 [R + 1, H]: the scales; 0 for a feature that is always 0."""
         if self.features is None:
             raise _refusal(self)
-        scale = torch.maximum(self.features.reach / like(self.features.reach, self.last / 2), torch.tensor(TINY))
-        return torch.where(self.features.reach > 0, scale, 0.0)
+        reach = self.features.reach
+        with subnormals.kept():
+            scale = torch.maximum(reach / like(reach, self.last / 2), like(reach, TINY))
+            return torch.where(reach > 0, scale, 0.0)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         self.check(x.shape[1])

@@ -41,7 +41,7 @@ class Element:
 
     def values(self) -> torch.Tensor:
         """The magnitudes of the codes 0 to `last`, fp32."""
-        return self.decode(torch.arange(self.last + 1))
+        return self.decode(torch.arange(self.last + 1, dtype=torch.int32, device="cpu"))
 
     @property
     def top(self) -> float:

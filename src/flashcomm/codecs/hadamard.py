@@ -101,7 +101,7 @@ class Hadamard(Codec):
             total = total + running[:, :, i]
         while total.shape[-1] > 1:
             total = total[..., ::2] + total[..., 1::2]
-        n = torch.full((count,), float(size), device=x.device)
+        n = torch.full((count,), float(size), dtype=torch.float32, device=x.device)
         n[-1] = cols - (count - 1) * size
         # The square root in float64: that of fp32 in torch is not correctly rounded on every CPU.
         root = (total[..., 0] / n + 1e-6).double().sqrt().float()

@@ -30,11 +30,11 @@ class _Several(Codec):
         raise self._refusal()
 
     def check(self, cols: int, ranks: int | None = None):
-        for step in self.steps:
-            step.check(cols, ranks)
+        for single in self.formats:
+            single.check(cols, ranks)
 
     def _refusal(self) -> ValueError:
-        formats = " and ".join(dict.fromkeys(str(step) for step in self.steps))
+        formats = " and ".join(dict.fromkeys(str(single) for single in self.formats))
         return ValueError(
             f"codec {self} is several formats, one for each transfer of an all-reduce. To encode a tensor, "
             f"use one of them: {formats}"
@@ -55,7 +55,7 @@ class Pair(_Several):
         return f"{self.first}:{self.second}"
 
     @property
-    def steps(self) -> tuple[Codec, ...]:
+    def formats(self) -> tuple[Codec, ...]:
         return self.first, self.second
 
     @property
@@ -88,8 +88,8 @@ class Levels(_Several):
         return f"{self.inside}/{self.between}"
 
     @property
-    def steps(self) -> tuple[Codec, ...]:
-        return *self.inside.steps, *self.between.steps
+    def formats(self) -> tuple[Codec, ...]:
+        return *self.inside.formats, *self.between.formats
 
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
         """Average bits per value between hosts, where they matter."""

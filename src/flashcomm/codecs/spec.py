@@ -89,7 +89,7 @@ def _parse(spec: str) -> Codec:
                 f"codec {spec!r}: levels are INSIDE/BETWEEN and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         inside, between = (parse(part) for part in parts)
-        if any(isinstance(step, Keep | Static) for step in (*inside.steps, *between.steps)):
+        if any(isinstance(single, Keep | Static) for single in (*inside.formats, *between.formats)):
             raise ValueError(
                 f"codec {spec!r}: formats with a calibration know one group of ranks, not two levels of them"
             )

@@ -94,7 +94,7 @@ class Spike(Codec):
         cols = x.shape[1]
         x = groups.by_group(x, self.group)
         index = torch.arange(x.shape[2], dtype=torch.int32, device=x.device)
-        real = torch.arange(x.shape[1] * x.shape[2], device=x.device).view(x.shape[1:]) < cols
+        real = torch.arange(x.shape[1] * x.shape[2], dtype=torch.int64, device=x.device).view(x.shape[1:]) < cols
         key = _key(x)
         down = (key & _HIGH_HALF | index).masked_fill(~real, _LARGEST)
         up = (key.clamp_max(0x7FFF0000) + 0xFFFF & _HIGH_HALF | 0xFFFF - index).masked_fill(~real, _SMALLEST)

@@ -16,7 +16,6 @@ Source: Flash Communication (arXiv 2412.04964), Algorithm 1; one_step: arXiv 241
 """
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -46,11 +45,11 @@ def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
 
 def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
-    first, second = codec.steps
+    first, second = codec.formats
     rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, messages.ranks.world_size)
-    # Of gloo's messages each waits until its receiver is ready, so be ready for all before anything is encoded.
+    # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
     scatter = messages.scatter(stripes.sizes, first.payload_bytes(cols, x.dtype), pieces, x.device)
     gather = messages.gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device)
     encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], first, messages)
@@ -125,7 +124,7 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
     >>> cut(1, 4096, parse("int8g128"), ranks=4)
     (4, 1024)
     """
-    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    unit = codec.unit(cols)
     if rows == 0 or cols == 0 or cols % unit:
         return rows, cols
     best = (0.0, 1)
@@ -141,11 +140,11 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
 
 
 class Stripes:
-    """Rows dealt out to ranks in runs of `length`; the last ranks may have fewer, or none."""
+    """Rows dealt out to ranks in runs of equal length; the last ranks may have fewer, or none."""
 
     def __init__(self, rows: int, ranks: int):
-        self.length = -(-rows // ranks)
-        edges = [min(rank * self.length, rows) for rank in range(ranks + 1)]
+        length = -(-rows // ranks)
+        edges = [min(rank * length, rows) for rank in range(ranks + 1)]
         self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
         self.sizes = [part.stop - part.start for part in self._slices]
         """Rows of each rank."""

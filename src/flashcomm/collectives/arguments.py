@@ -1,29 +1,75 @@
 """Check the arguments of the collectives, before any communication."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 import torch
 
-from flashcomm import codecs, kernels
+from flashcomm import codecs, kernels, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
 
 
-def check_tensor(x: torch.Tensor):
-    """Refuse what no collective can take.
+def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    """Refuse what no collective can take, and return `x` so that its memory holds its values.
 
     Raises:
-        ValueError: not a dense tensor, or one that requires a gradient.
+        ValueError: `x` or `out` is not a dense tensor, `x` requires a gradient, or the result cannot be written to the
+            memory of `out`.
     """
-    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
-        raise ValueError(
-            f"x must be a dense tensor, not {type(x).__name__ if not isinstance(x, torch.Tensor) else x.layout}"
-        )
-    # Not a call: this is in every collective.
+    # Little is called here: this is in every collective.
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested:
+        _check_dense(x, "x")
+    if out is not None:
+        _check_dense(out, "out")
+        check_writable(out)
     if x.requires_grad:
         check_grad(x)
+    if x.is_neg() or x.is_conj():
+        # Views whose values are not those in memory.
+        x = x.resolve_neg().resolve_conj()
     if not x.data_ptr():
         kernels.check_storage(x)
+    return x
+
+
+def _check_dense(x: torch.Tensor, name: str):
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a dense tensor, not {type(x).__name__}")
+    # A nested tensor may call itself strided.
+    if x.layout is not torch.strided or x.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, not {'a nested one' if x.is_nested else x.layout}")
+
+
+def check_writable(out: torch.Tensor):
+    """Refuse a tensor into whose memory nothing can be written as it is.
+
+    Raises:
+        ValueError: a pending negation or conjugation, or elements that share memory.
+    """
+    if out.is_neg() or out.is_conj():
+        pending = "negation" if out.is_neg() else "conjugation"
+        raise ValueError(f"out is a view with a pending {pending}: give a tensor whose memory holds its values")
+    if not out.is_contiguous() and _overlaps(out):
+        raise ValueError(
+            f"out must have memory for each of its elements, but some of {list(out.shape)} with strides "
+            f"{list(out.stride())} share theirs: give a tensor that is not expanded"
+        )
+
+
+def _overlaps(x: torch.Tensor) -> bool:
+    """Whether two elements lie at one address."""
+    if not x.numel():
+        return False
+    steps = sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1)
+    reaches = itertools.accumulate((stride * (size - 1) for stride, size in steps), initial=0)
+    # The usual case: a step of each dimension leads beyond all that shorter steps reach.
+    if all(stride > reach for (stride, _), reach in zip(steps, reaches, strict=False)):
+        return False
+    places = torch.zeros((), dtype=torch.long, device="cpu")
+    for stride, size in steps:
+        places = places[..., None] + stride * torch.arange(size, dtype=torch.long, device="cpu")
+    return len(places.unique()) < x.numel()
 
 
 def check_grad(x: torch.Tensor):
@@ -36,10 +82,21 @@ def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:
     """Parse the codec, and check that it can encode `x`."""
     codec = codecs.parse(codec)
     if x.dtype not in FLOAT_DTYPES and not isinstance(codec, Plain):
+        also = ", or pass torch.view_as_real(x).flatten(-2)" if x.is_complex() else ""
         raise ValueError(
-            f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types"
+            f"codec {codec} compresses bf16, fp16 and fp32, not {x.dtype}. Use codec='none' for other types{also}"
         )
     return codec
+
+
+def declined(plan: planner.Plan, asked: Codec, facts: planner.Facts, exact: str) -> str | None:
+    """The codec that was asked for, if `auto` sends values uncompressed instead; None if `auto` does as asked.
+
+    Whoever asks for `exact`, a cast that holds the values, is not declined.
+    """
+    if not plan.declined or planner.on_level(asked, facts) == codecs.parse(exact):
+        return None
+    return str(asked)
 
 
 def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
@@ -48,7 +105,7 @@ def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
         raise ValueError(f"only all_reduce has levels: of {codec}, give one of {codec.inside} and {codec.between}")
     if algorithm in ("two_step", "hierarchical"):
         raise ValueError(f"only all_reduce can be {algorithm}. Allowed here: auto, one_step, plain")
-    return codec.steps[place]
+    return codec.formats[place]
 
 
 def exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:

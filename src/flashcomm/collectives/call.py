@@ -7,6 +7,7 @@ Deciding takes longer than a small sum, so what `_decide` makes of a codec, shap
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from threading import Thread
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from flashcomm import kernels, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives import arguments
 from flashcomm.collectives.group import Group, group_of
-from flashcomm.collectives.routes import runs
+from flashcomm.collectives.routes import run_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
 from flashcomm.errors import CollectiveError, Unavailable, kind_of
 from flashcomm.transports import pages
-from flashcomm.transports.base import OnRows, Run, Task
+from flashcomm.transports.backend import Backend
+from flashcomm.transports.base import OnRows, Ranks, Run, Task, nothing_to_abandon
+from flashcomm.transports.lanes import Lane
 
 
 class Work:
@@ -72,9 +75,12 @@ class Work:
         return self._plain[0] if self._plain else None
 
     def add_done_callback(self, function: Callable[[], object]):
-        """Call `function` as soon as `wait` blocks the host no longer: at once, or from another thread."""
+        """Call `function` as soon as `wait` blocks the host no longer: at once, or from a thread of its own.
+
+        Not from the lane's: `function` may wait for another collective, which runs there.
+        """
         if self._future is not None:
-            self._future.add_done_callback(lambda _: function())
+            self._future.add_done_callback(lambda _: Thread(target=function, daemon=True).start())
         elif (plain := self._plain) is not None:
             plain[0].get_future().add_done_callback(lambda _: function())
         else:
@@ -86,7 +92,8 @@ class Call:
     """One collective, decided and checked on this rank."""
 
     verb: Verb
-    group: Group
+    ranks: Ranks
+    backend: Backend
     plan: planner.Plan
     contract: str
     shape: torch.Size
@@ -97,12 +104,11 @@ class Call:
     """Whether memory for the result comes from `transports.pages`."""
     plain_bytes: int
     """Bytes that the plain collective would send from this rank."""
-    runs: tuple[Run, Run]
-    """For synchronous and for asynchronous calls."""
-    moves: bool
-    """Whether anything is sent: not by one rank, nor without values."""
+    prepared: Run
+    lane: Lane | None
+    """Keeps the order of calls; None if nothing is sent, by one rank or without values."""
     refusal: str | None
-    """Why ``strict`` refuses it; raised after the agreement, since a missing kernel may be one rank's alone."""
+    """Reason to refuse it if ``strict``; raised after the agreement, since a missing kernel may be one rank's alone."""
     tally: Tally
 
     def start(self, x: torch.Tensor, out: torch.Tensor | None, async_op: bool) -> "torch.Tensor | Work":
@@ -110,56 +116,62 @@ class Call:
         if out is None and self.large:
             out = pages.empty(self.shape, self.dtype)
         elif out is None:
-            # Like x is found in half the time.
+            # empty_like takes half the time of empty.
             like = x.is_contiguous() and x.shape == self.shape
             out = torch.empty_like(x) if like else torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        else:
-            _check_out(out, self.shape, self.dtype, self.device)
+        elif out.shape != self.shape or out.dtype != self.dtype or out.device != self.device:
+            raise _refuse_out(out, self.shape, self.dtype, self.device)
         if self.refusal:
             raise Unavailable(f"strict: {self.verb.name} of {list(out.shape)} {out.dtype} {self.refusal}")
         if async_op:
             return self._start_later(x, out)
-        self._run(self.runs[0], x, out)
+        lane = self.lane
+        if lane is None:
+            self._run(x, out)
+            return out
+        with lane.turn:
+            # Calls that were started before, and run on the lane's thread.
+            if lane.last is not None:
+                lane.finish()
+            self._run(x, out)
         return out
 
-    def _run(self, run: Run, x: torch.Tensor, out: torch.Tensor):
+    def _run(self, x: torch.Tensor, out: torch.Tensor):
         """Run on this thread; `x` and `out` may have any strides."""
         try:
-            sent = run(x, out)
+            sent = self.prepared(x, out)
         except BaseException as error:
-            run.abandon(f"rank {self.group.ranks.rank} failed in the middle of an earlier call: {error!r}")
+            self.prepared.abandon(f"rank {self.ranks.rank} failed in the middle of an earlier call: {error!r}")
             if not isinstance(error, RuntimeError):
                 raise
             raise self._failure(error) from error
         self.tally.add(sent, self.plain_bytes)
 
     def _start_later(self, x: torch.Tensor, out: torch.Tensor) -> Work:
-        plain = self.plan.algorithm == "plain"
-        if plain and self.verb is ALL_REDUCE and self.moves and out.is_contiguous():
+        lane, plain = self.lane, self.plan.algorithm == "plain"
+        if lane is not None and plain and self.verb is ALL_REDUCE and out.is_contiguous():
             # On the backend's own thread or stream, where it keeps its place among the caller's collectives.
-            work = self.group.backend.all_reduce(x, out, async_op=True)
+            work = self.backend.all_reduce(x, out, async_op=True)
             self.tally.add(self.plain_bytes, self.plain_bytes)
             return Work(out, plain=(work, self._failure))
-        lane = self.group.meet(self.device).lanes[1] if self.moves else None
-        if out.device.type == "cuda":
-            stream = _side_stream(self.group, out.device)
+        if lane is not None and out.device.type == "cuda":
+            stream = lane.stream(out.device)
             stream.wait_stream(torch.cuda.current_stream(out.device))
             with torch.cuda.stream(stream):
-                self._run(self.runs[1], x, out)
+                self.start(x, out, async_op=False)
             for tensor in (x, out):
                 tensor.record_stream(stream)
             return Work(out, event=stream.record_event())
-        if plain or lane is None or lane.thread is None:
-            # What is not made of our own point-to-point messages keeps its place among the caller's collectives.
-            self._run(self.runs[0], x, out)
+        if lane is None or plain or lane.thread is None:
+            # A backend's operation keeps its place among the caller's collectives.
+            self.start(x, out, async_op=False)
             return Work(out)
         # Inference mode and grad mode are per thread.
-        later = torch.inference_mode()(self._run)
-        return Work(out, future=lane.thread.submit(later, self.runs[1], x, out))
+        return Work(out, future=lane.submit(torch.inference_mode()(self._run), x, out))
 
     def _failure(self, error: BaseException) -> CollectiveError:
         """The error that the caller gets for `error`."""
-        ranks = self.group.ranks
+        ranks = self.ranks
         return kind_of(error)(
             f"{self.verb.name} over {ranks.world_size} ranks failed on rank {ranks.rank} ({self.contract}): {error}. "
             "A peer that is gone, or that does not join within the group's timeout, looks like this"
@@ -184,17 +196,23 @@ def start(
     strict: bool = False,
     batch_invariant: bool = False,
     splits: Splits = _EQUAL,
+    because: str | None = None,
 ) -> "torch.Tensor | Work":
-    """Run a verb; the arguments are those of the public functions in `verbs`."""
-    arguments.check_tensor(x)
+    """Run a verb; the arguments are those of the public functions in `verbs`.
+
+    `because` is the reason, if the caller has one, why the values travel uncompressed; it is counted instead of the
+    plan's.
+    """
+    x = arguments.check_tensor(x, out)
     home = group_of(group)
-    key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant
-    if splits != _EQUAL:
-        key = (*key, *(None if sizes is None else tuple(sizes) for sizes in splits))
-    call = home.calls.get(key) if isinstance(codec, _KEYS) else None
+    key = verb.name, codec, algorithm, x.shape, x.dtype, x.device, strict, batch_invariant, because
+    # Splits vary from call to call, so they would crowd out calls that repeat.
+    repeats = splits == _EQUAL and isinstance(codec, _KEYS)
+    call = home.calls.get(key) if repeats else None
     if call is None:
-        call = _decide(verb, x, codec, home, algorithm, strict, batch_invariant, splits, out)
-        home.remember(key, call)
+        call = _decide(verb, x, codec, home, algorithm, strict, batch_invariant, splits, because, out)
+        if repeats:
+            home.remember(key, call)
     return call.start(x, out, async_op)
 
 
@@ -207,6 +225,7 @@ def _decide(
     strict: bool,
     batch_invariant: bool,
     splits: Splits,
+    because: str | None,
     out: torch.Tensor | None,
 ) -> Call:
     """Check and decide everything that depends only on x's shape, dtype and device, and agree on it with all ranks."""
@@ -229,9 +248,10 @@ def _decide(
     if x.numel():
         for checked in dict.fromkeys((asked, plan.codec)):
             checked.check(rows.cols, ranks.world_size)
-    _check_out(out, rows.shape, x.dtype, x.device)
-    uncompressed = plan.algorithm == "plain" or plan.declined
-    refusal = _refusal(plan, asked, x.device.type) if strict else None
+    if out is not None and (out.shape != rows.shape or out.dtype != x.dtype or out.device != x.device):
+        raise _refuse_out(out, rows.shape, x.dtype, x.device)
+    uncompressed = plan.algorithm == "plain" or plan.declined or because is not None
+    refusal = _refusal(plan, x.device.type) if strict else None
     # What was asked for, so that ranks that differ find out even where neither compresses.
     contract = _contract(verb, plan.algorithm, asked, x) + (f", strict={refusal or 'yes'}" if strict else "")
     if plan.codec.identity != str(plan.codec):
@@ -241,7 +261,8 @@ def _decide(
     moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
     return Call(
         verb=verb,
-        group=home,
+        ranks=ranks,
+        backend=home.backend,
         plan=plan,
         contract=contract,
         shape=rows.shape,
@@ -249,34 +270,35 @@ def _decide(
         device=x.device,
         large=pages.is_large(rows.shape, x.dtype, x.device),
         plain_bytes=rows.plain_bytes,
-        runs=_runs(verb, plan, rows, x, home, moves),
-        moves=moves,
+        prepared=_prepared(verb, plan, rows, x, home, moves),
+        lane=home.meet(x.device).lane if moves else None,
         refusal=refusal,
         tally=tally(
             verb.name,
-            f"{verb.name}/{plan.algorithm}/{plan.codec}",
-            plan.reason,
+            plan.algorithm,
+            str(plan.codec),
+            because or plan.reason,
             uncompressed=uncompressed,
+            declined=arguments.declined(plan, asked, facts, exact),
             slow=None if uncompressed else kernels.any_missing(plan.codec, x.device.type),
         ),
     )
 
 
-def _runs(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> tuple[Run, Run]:
-    """Make the plan ready, for synchronous and for asynchronous calls."""
+def _prepared(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> Run:
+    """Make the plan ready to run."""
     if not moves:
-        local = _copy if home.ranks.world_size == 1 else _nothing
-        return local, local
+        return _copy if home.ranks.world_size == 1 else _nothing
     if plan.algorithm == "plain":
+        backend = home.backend
 
         def plain(x: torch.Tensor, out: torch.Tensor) -> int:
-            verb.plain(home.backend, x, out, rows)
+            verb.plain(backend, x, out, rows)
             return rows.plain_bytes
 
-        run = OnRows(plain, (rows.count, rows.cols), abandon=str)
-        return run, run
+        return OnRows(plain, (rows.count, rows.cols), nothing_to_abandon)
     name = plan.algorithm if verb is ALL_REDUCE else verb.name
-    return runs(
+    return run_of(
         Task(
             name=name,
             codec=plan.codec,
@@ -300,21 +322,20 @@ def _plan_single_step(size: int, facts: planner.Facts, codec: Codec, algorithm: 
     return planner.Plan(algorithm="one_step", codec=codec, reason=plan.reason, pieces=pieces)
 
 
-def _check_out(out: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device):
-    if out is not None and (out.shape != shape or out.dtype != dtype or out.device != device):
-        raise ValueError(
-            f"out must be {dtype} {list(shape)} on {device}, not {out.dtype} {list(out.shape)} on {out.device}"
-        )
+def _refuse_out(out: torch.Tensor, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> ValueError:
+    return ValueError(
+        f"out must be {dtype} {list(shape)} on {device}, not {out.dtype} {list(out.shape)} on {out.device}"
+    )
 
 
-def _refusal(plan: planner.Plan, codec: Codec, device: str) -> str | None:
+def _refusal(plan: planner.Plan, device: str) -> str | None:
     """The reason why `strict` refuses a plan; None if it does not."""
     if plan.declined:
         return f"would run uncompressed: {plan.reason}"
     if plan.algorithm != "plain":
-        for step in plan.codec.steps:
-            if reason := kernels.missing(step, device):
-                return f"would run {step} without a kernel: {reason}"
+        for single in plan.codec.formats:
+            if reason := kernels.missing(single, device):
+                return f"would run {single} without a kernel: {reason}"
     return None
 
 
@@ -323,13 +344,6 @@ def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor) -> str:
     shape = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
     dtype, size = str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar"
     return f"op={verb.name}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
-
-
-def _side_stream(group: Group, device: torch.device) -> torch.cuda.Stream:
-    """The CUDA stream of a group's asynchronous calls."""
-    if device not in group.streams:
-        group.streams[device] = torch.cuda.Stream(device)
-    return group.streams[device]
 
 
 class _Local:

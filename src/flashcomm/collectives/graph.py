@@ -31,7 +31,7 @@ from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDU
 from flashcomm.collectives.topology import process_group
 from flashcomm.kernels.graph import into, name_of
 
-Group = dist.ProcessGroup | DeviceMesh | None
+AnyGroup = dist.ProcessGroup | DeviceMesh | None
 
 _meshes: dict[str, DeviceMesh] = {}
 """Meshes with levels, by the names of their groups between hosts and inside."""
@@ -40,7 +40,7 @@ _meshes: dict[str, DeviceMesh] = {}
 def all_reduce(
     x: torch.Tensor,
     codec: "str | Codec",
-    group: Group,
+    group: AnyGroup,
     algorithm: str,
     out: torch.Tensor | None,
     async_op: bool,
@@ -57,7 +57,12 @@ def all_reduce(
 
 
 def reduce_scatter(
-    x: torch.Tensor, codec: "str | Codec", group: Group, algorithm: str, out: torch.Tensor | None, async_op: bool
+    x: torch.Tensor,
+    codec: "str | Codec",
+    group: AnyGroup,
+    algorithm: str,
+    out: torch.Tensor | None,
+    async_op: bool,
 ) -> torch.Tensor:
     """`flashcomm.reduce_scatter` in a graph."""
     if async_op:
@@ -67,7 +72,12 @@ def reduce_scatter(
 
 
 def all_gather(
-    x: torch.Tensor, codec: "str | Codec", group: Group, algorithm: str, out: torch.Tensor | None, async_op: bool
+    x: torch.Tensor,
+    codec: "str | Codec",
+    group: AnyGroup,
+    algorithm: str,
+    out: torch.Tensor | None,
+    async_op: bool,
 ) -> torch.Tensor:
     """`flashcomm.all_gather` in a graph."""
     if async_op:
@@ -79,7 +89,7 @@ def all_gather(
 def all_to_all(
     x: torch.Tensor,
     codec: "str | Codec",
-    group: Group,
+    group: AnyGroup,
     output_split_sizes: Sequence[int] | None,
     input_split_sizes: Sequence[int] | None,
     algorithm: str,
@@ -104,7 +114,7 @@ def async_op_needs_a_graph_break(verb: Verb, *args: Any, **options: Any) -> Any:
 _between_graphs: Any = torch.compiler.disable(async_op_needs_a_graph_break)
 
 
-def _name_of(group: Group) -> str:
+def _name_of(group: AnyGroup) -> str:
     """The string by which an operator finds `group` again; "" for the default group at that time."""
     if group is None:
         return ""
@@ -134,7 +144,7 @@ def _refusal(group: Any) -> Any:
     process_group(getattr(group, "real_obj", group))
 
 
-def _group(name: str) -> Group:
+def _group(name: str) -> AnyGroup:
     if not name:
         return None
     return _meshes[name] if name in _meshes else distributed_c10d._resolve_process_group(name)  # pyright: ignore

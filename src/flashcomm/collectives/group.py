@@ -18,15 +18,14 @@ from flashcomm import measured, planner
 from flashcomm.collectives import topology
 from flashcomm.errors import RanksDisagree, kind_of
 from flashcomm.transports import lanes
-from flashcomm.transports.backend import Backend, cpu_backend, timeout_s
+from flashcomm.transports.backend import Backend, backend_of, timeout_s
 from flashcomm.transports.base import Ranks
 
 _CONTRACT_BYTES = 512
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
-# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one. The next
-# tag is that of the messages of asynchronous calls.
+# Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
 _TAG = 0xFC
 
 
@@ -35,7 +34,7 @@ class Group:
 
     Args:
         group: held weakly, because this object is the value under the group's own weak key.
-        tag: of messages that gloo carries, and the next one.
+        tag: of messages that gloo carries.
         hosts: the host of each rank, if the caller knows better than the operating system.
         levels: the groups inside of this rank's host and between hosts, if the caller has some.
         keep: hold `group` strongly, because the caller does not.
@@ -53,7 +52,7 @@ class Group:
         self.backend = Backend(group)
         self._keep = group if keep else None
         self._tag, self._hosts, self._levels = tag, hosts, levels
-        self.tags = itertools.count(tag + 2, 2)
+        self.tags = itertools.count(tag + 1)
         """Tags for other lanes over the same process group, whose threads are their own."""
         self.ranks = Ranks(
             rank=dist.get_rank(group),
@@ -68,8 +67,6 @@ class Group:
         self.facts = planner.Facts(
             ranks=self.ranks.world_size, hosts=topology.num_hosts(hosts or [0] * self.ranks.world_size)
         )
-        self.streams: dict[torch.device, torch.cuda.Stream] = {}
-        """CUDA streams of asynchronous calls."""
         self.name = ""
         """Key of this group's measured costs."""
 
@@ -84,7 +81,7 @@ class Group:
             group = self.backend.group
             meeting = lanes.meet(self.ranks, group, self._tag, device, self._hosts)
             if device.type == "cpu":
-                self._learn(meeting, cpu_backend(group))
+                self._learn(meeting, backend_of(group, device))
             self._meetings[device] = meeting
         return meeting
 
@@ -128,7 +125,7 @@ class Group:
         """
         if contract in self._contracts or self.ranks.world_size == 1:
             return
-        mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8)
+        mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8, device="cpu")
         encoded = torch.frombuffer(bytearray(contract.encode()[:_CONTRACT_BYTES]), dtype=torch.uint8)
         mine[: len(encoded)] = encoded
         everyone = torch.empty(self.ranks.world_size, _CONTRACT_BYTES, dtype=torch.uint8, device=device)

@@ -77,7 +77,7 @@ def hierarchical(
         move(gather_inside, sums[part], whole[_times(ranks, part)])
 
     if hosts == 2 and not isinstance(codec.between, Pair):
-        # Of two ranks each sends all that it has in one step or in two, and one rounds once.
+        # Two ranks send the same bytes in one step and in two, and one step rounds once.
         sent = _one_step(codec.between, between, sums, pieces, add_inside, hand_round)
     else:
         sent = _two_step(codec.between, between, sums, pieces, add_inside, hand_round)
@@ -88,7 +88,7 @@ def hierarchical(
 
 def inside_tasks(codec: Levels, ranks: int, cols: int, dtype: torch.dtype, device: torch.device) -> tuple[Task, Task]:
     """The reduce-scatter and the all-gather inside of a host, for its smallest piece."""
-    first, second = codec.inside.steps
+    first, second = codec.inside.formats
     either = partial(Task, cols=cols, device=device)
     return (
         either(name="reduce_scatter", codec=first, rows=ranks, dtype=dtype, out_dtype=torch.float32),
@@ -115,7 +115,7 @@ def _one_step(
 def _two_step(
     codec: Codec, between: Messages, sums: torch.Tensor, pieces: int, add_inside: AddInside, hand_round: HandRound
 ) -> int:
-    (first, second), cols = codec.steps, sums.shape[1]
+    (first, second), cols = codec.formats, sums.shape[1]
     stripes = Stripes(len(sums), between.ranks.world_size)
     scatter = between.scatter(stripes.sizes, first.payload_bytes(cols, sums.dtype), pieces, sums.device)
     gather = between.gather(stripes.sizes, second.payload_bytes(cols, sums.dtype), pieces, sums.device)

@@ -1,5 +1,6 @@
 """Choose what runs a task: a memory of the lane that serves it, or else an algorithm over the lane's messages."""
 
+from collections.abc import Callable
 from functools import lru_cache, partial
 
 import torch
@@ -12,26 +13,23 @@ from flashcomm.transports.base import OnRows, Run, Task
 from flashcomm.transports.lanes import Lane
 
 
-def runs(task: Task, group: Group) -> tuple[Run, Run]:
-    """Make a task ready for synchronous and for asynchronous calls; all ranks call it together and get the same.
+def run_of(task: Task, group: Group) -> Run:
+    """Make a task ready; all ranks call it together and get the same.
 
     Raises:
         Unavailable: shared memory cannot grow to the longest row; raised on all ranks.
     """
-    lanes = group.meet(task.device).lanes
-    if task.name == "hierarchical":
-        inside, between = (level.meet(task.device).lanes for level in group.levels())
-        run, later = (_over_levels(task, *pair) for pair in zip(inside, between, strict=True))
-    else:
-        run = route(task, lanes[0])
-        later = run if lanes[1] is lanes[0] else route(task, lanes[1])
-    return run, later
+    lane = group.meet(task.device).lane
+    if task.name != "hierarchical":
+        return route(task, lane, lane.finish)
+    inside, between = (level.meet(task.device).lane for level in group.levels())
+    return _over_levels(task, inside, between, lane.finish)
 
 
-def route(task: Task, lane: Lane) -> Run:
-    """Make a task of one level ready on one lane."""
+def route(task: Task, lane: Lane, finish: Callable[[], object]) -> Run:
+    """Make a task of one level ready; `finish` blocks until no call that uses the lane is under way."""
     for memory in lane.memories:
-        if run := memory.prepare(task):
+        if run := memory.prepare(task, finish):
             return run
     if task.splits:
         algorithm = partial(all_to_all, in_rows=task.splits[0], out_rows=task.splits[1])
@@ -41,13 +39,13 @@ def route(task: Task, lane: Lane) -> Run:
     def run_algorithm(x: torch.Tensor, out: torch.Tensor) -> int:
         return algorithm(x, out, task.codec, lane.messages)
 
-    return OnRows(run_algorithm, (task.rows, task.cols), lane.abandon)
+    return OnRows(run_algorithm, (task.rows, task.cols), lane.messages.abandon)
 
 
-def _over_levels(task: Task, inside: Lane, between: Lane) -> Run:
+def _over_levels(task: Task, inside: Lane, between: Lane, finish: Callable[[], object]) -> Run:
     assert isinstance(task.codec, Levels)
     ranks = inside.messages.ranks
-    prepare = lru_cache(maxsize=64)(partial(route, lane=inside))
+    prepare = lru_cache(maxsize=64)(partial(route, lane=inside, finish=finish))
     if task.rows and task.cols:
         # Room in memory is made now, on the caller's thread, because all ranks make it together.
         hosts = between.messages.ranks.world_size

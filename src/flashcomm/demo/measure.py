@@ -62,7 +62,7 @@ def rank_main(
     model, tokenizer = load(directory, getattr(torch, dtype))
     hidden = model.config.get_text_config().hidden_size
     # Special tokens between files are part of the stream, and a long text is no mistake here.
-    ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"])
+    ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"], dtype=torch.long, device="cpu")
     held_out = windows(ids, eval_tokens)
     calibration = None
     if any(parse(spec).unbound for spec in specs):

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from flashcomm import collectives, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives.group import group_of
-from flashcomm.collectives.stats import record_plain
+from flashcomm.collectives.stats import record_plain, warn_declined
 from flashcomm.integrations import worker_metrics
 from flashcomm.policy import Choice, Policy
 
@@ -161,6 +161,8 @@ class Sums:
         if key not in self._declined:
             plan = self._plan(message_bytes, codec)
             self._declined[key] = plan.reason if plan.declined else None
+            if plan.declined:
+                warn_declined(str(codec), plan.reason)
         reason = self._declined[key]
         return choice.declined(reason) if reason else choice
 

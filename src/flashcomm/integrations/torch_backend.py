@@ -72,6 +72,11 @@ class CompressedGroup(dist.ProcessGroup):
         return apply(choice, compressed=partial(self._compressed, x.detach(), choice, async_op), plain=plain)
 
     def _compressed(self, x: torch.Tensor, choice: Choice, async_op: bool) -> dist.Work:
+        if x.is_neg():
+            # The result cannot be written to memory that holds other signs, so it is copied, which waits for it.
+            total = collectives.all_reduce(x, choice.codec, self, algorithm=choice.algorithm)
+            assert isinstance(total, torch.Tensor)
+            return _Handle(collectives.Work(x.copy_(total)), x)
         work = collectives.all_reduce(x, choice.codec, self, algorithm=choice.algorithm, out=x, async_op=async_op)
         if not isinstance(work, collectives.Work):
             work = collectives.Work(x)
@@ -83,7 +88,11 @@ class CompressedGroup(dist.ProcessGroup):
             return None
         if not x.is_floating_point() or x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
             return None
-        return self.policy.choose(x.numel() * x.element_size(), x.dtype)
+        choice = self.policy.choose(x.numel() * x.element_size(), x.dtype)
+        if choice.reason is None and x.dim() > 1 and x.shape[-1] == 2:
+            # Complex numbers come as pairs of reals, which nobody can tell from others, and not every rank alike.
+            return choice.declined("rows of 2 values, as of complex numbers")
+        return choice
 
     def _agree(self, said: str) -> str:
         """Compare the ranks' policies through the store, because the group may be half made.

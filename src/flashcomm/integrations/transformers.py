@@ -38,7 +38,9 @@ from torch.distributed import distributed_c10d
 from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features, Plain
-from flashcomm.collectives.stats import plain_because, record_plain
+from flashcomm.collectives.call import start
+from flashcomm.collectives.rules import ALL_REDUCE
+from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
@@ -203,11 +205,11 @@ class Compression:
         try:
             for name, (module, _) in reducing.items():
                 self._mark(name, module)
-        except RuntimeError:
+            _patch()
+        except RuntimeError as error:
             self._marks.undo()
-            raise
+            raise ValueError(f"this model cannot be compressed now: {error}") from error
         _handles.append(self)
-        _patch()
 
     def undo(self):
         """Restore the model. Harmless when repeated."""
@@ -280,15 +282,13 @@ class Compression:
         algorithm = choice.algorithm if self.algorithm == "auto" else self.algorithm
 
         def plain():
-            assert choice.reason
-            with plain_because(choice.reason):
-                if isinstance(codec, Plain):
-                    return reduce(codec=codec, algorithm="plain")
-                # Uncompressed, by the fastest algorithm.
-                return reduce(codec="bf16" if x.dtype == torch.bfloat16 else "fp32")
+            # By the fastest algorithm, unless no codec was asked for.
+            cast = codec if isinstance(codec, Plain) else "bf16" if x.dtype == torch.bfloat16 else "fp32"
+            reason = choice.reason
+            return start(ALL_REDUCE, x, cast, self.group, out=out, async_op=async_op, because=reason)
 
         compressed = functools.partial(reduce, codec=codec, algorithm=algorithm, **self._options)
-        # `plain_because` counts: these sums are our own calls.
+        # The call itself counts the reason.
         return apply(choice, compressed=compressed, plain=plain, count=lambda reason: None)
 
 

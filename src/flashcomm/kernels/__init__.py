@@ -1,15 +1,13 @@
 """The verbs of the codecs at the speed of the device, in the bytes of the specification (`flashcomm.codecs`).
 
-    verbs      encode, decode, decode_sum, decode_sum_encode, decode_sum_add_norm
-    route      which implementation serves a codec on a device, and why
-    graph      encode and decode as operators of torch, for compiled graphs
-    cpu, gpu   the implementations; imported when first needed
-
-`kernels.route` is the function of this name; its module is reached by `from flashcomm.kernels.route import ...`.
+verbs      encode, decode, decode_sum, decode_sum_encode, decode_sum_add_norm
+routes     the implementation that serves a codec on a device, and the reason
+graph      encode and decode as operators of torch, for compiled graphs
+cpu, gpu   the implementations; imported when first needed
 """
 
 from flashcomm.kernels.arguments import check_payloads, check_storage, check_values
-from flashcomm.kernels.route import any_missing, missing, route, warm_up
+from flashcomm.kernels.routes import any_missing, missing, route, warm_up
 from flashcomm.kernels.verbs import decode, decode_sum, decode_sum_add_norm, decode_sum_encode, encode
 
 __all__ = [

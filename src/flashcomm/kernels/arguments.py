@@ -49,8 +49,10 @@ def check_out(out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, dev
     """Refuse an `out` that the result does not fit into.
 
     Raises:
-        ValueError: another shape, type or device, or rows that are not contiguous.
+        ValueError: another shape, type or device, rows that are not contiguous, or a view with a pending negation.
     """
+    if out.is_neg():
+        raise ValueError("out is a view with a pending negation: give a tensor whose memory holds its values")
     if out.shape != shape or out.dtype != dtype or out.device != device or (out.numel() and out.stride(1) != 1):
         raise ValueError(
             f"out must be {dtype} {list(shape)} on {device} with contiguous rows, "

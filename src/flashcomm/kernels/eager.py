@@ -6,10 +6,10 @@ these.
 
 import torch
 
-from flashcomm import codecs
+from flashcomm import codecs, subnormals
 from flashcomm.codecs import Codec, Plain
 from flashcomm.kernels.arguments import check_out, check_payloads, check_storage, check_values
-from flashcomm.kernels.route import implementation
+from flashcomm.kernels.routes import implementation
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:
@@ -17,12 +17,16 @@ def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> t
     codec = codecs.parse(codec)
     check_values(x, "encode")
     check_storage(x)
+    if x.is_neg():
+        # Kernels read memory, where the values have the other sign.
+        x = x.resolve_neg()
     shape = (x.shape[0], codec.payload_bytes(x.shape[1], x.dtype))
     if out is not None:
         check_out(out, shape, torch.uint8, x.device)
     kernels = implementation(codec, x.device.type, x.shape[1])
     if kernels is None or x.numel() == 0:
-        payload = codec.encode(x)
+        with subnormals.kept():
+            payload = codec.encode(x)
         return payload if out is None else out.copy_(payload)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -44,10 +48,11 @@ def decode_sum(
         check_out(out, (payloads.shape[1], cols), dtype, payloads.device)
     kernels = implementation(codec, payloads.device.type, cols)
     if kernels is None or payloads.numel() == 0:
-        if isinstance(codec, Plain) and payloads.shape[0] == 1:
-            result = codec.decode(payloads[0], cols, dtype)
-        else:
-            result = codecs.decode_sum(payloads, codec, cols, dtype)
+        with subnormals.kept():
+            if isinstance(codec, Plain) and payloads.shape[0] == 1:
+                result = codec.decode(payloads[0], cols, dtype)
+            else:
+                result = codecs.decode_sum(payloads, codec, cols, dtype)
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty(payloads.shape[1], cols, dtype=dtype, device=payloads.device)

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from flashcomm import codecs
+from flashcomm import codecs, subnormals
 from flashcomm.codecs import Codec
 from flashcomm.kernels import eager
 from flashcomm.kernels.arguments import check_out, check_payloads, check_values
-from flashcomm.kernels.route import implementation
+from flashcomm.kernels.routes import implementation
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -171,8 +171,10 @@ def decode_sum_add_norm(
         if payloads.stride(2) != 1:
             payloads = payloads.contiguous()
         out, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))
-        kernels.decode_sum_add_norm(payloads, codec, residual.contiguous(), weight.contiguous(), epsilon, out, total)
+        residual, weight = (t.resolve_neg().contiguous() for t in (residual, weight))
+        kernels.decode_sum_add_norm(payloads, codec, residual, weight, epsilon, out, total)
         return out, total
-    total = eager.decode_sum(payloads, codec, cols, residual.dtype, None) + residual
-    normed = total.float() * (total.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
-    return normed.to(residual.dtype) * weight, total
+    with subnormals.kept():
+        total = eager.decode_sum(payloads, codec, cols, residual.dtype, None) + residual
+        normed = total.float() * (total.float().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+        return normed.to(residual.dtype) * weight, total

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from flashcomm import machine
+from flashcomm import machine, settings
 from flashcomm.lab.hosts import RATE_VARIABLE, Lab
 
 INTERRUPTED = "interrupted; all ranks have been stopped"
@@ -104,7 +104,7 @@ def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
 
 def backend() -> str:
     """Name of the backend: NCCL if every rank can have its own GPU, otherwise, and in a lab, gloo."""
-    if RATE_VARIABLE in os.environ:
+    if settings.given(RATE_VARIABLE):
         return "gloo"
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
@@ -121,7 +121,7 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float):
     signal.signal(signal.SIGINT, _interrupt_once)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     # The hosts of a lab are one machine.
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE" if RATE_VARIABLE not in os.environ else "WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE" if settings.given(RATE_VARIABLE) else "LOCAL_WORLD_SIZE", "1"))
     torch.set_num_threads(max(1, len(machine.cores()) // ranks))
     # The parent process has compiled the kernels and logged it.
     logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)

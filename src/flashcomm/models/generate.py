@@ -1,6 +1,7 @@
 """Greedy text from a model, and how fast it comes: every rank's part of `flashcomm generate`."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def rank_main(
     # The streamer is given the prompt first, then one token at a time.
     arrivals = clock.times[1:]
     between = (arrivals[-1] - arrivals[0]) / (len(arrivals) - 1) if len(arrivals) > 1 else 0.0
+    stats = flashcomm.stats()
     return {
         "codec": spec,
         "ranks": dist.get_world_size(),
@@ -75,5 +77,5 @@ def rank_main(
         "new_tokens": len(arrivals),
         "ttft_ms": 1e3 * (arrivals[0] - start) if arrivals else None,
         "tokens_per_second": 1 / between if between else None,
-        "stats": flashcomm.stats(),
+        "stats": {**stats, "records": [asdict(record) for record in stats["records"]]},
     }

@@ -147,5 +147,9 @@ def calibration_text(stdlib: Path | None = None, characters: int = 400_000) -> s
 
 def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = 32 * 1024) -> list[torch.Tensor]:
     """Return windows of token ids to calibrate on, from ``text`` or else from the text that the model learned from."""
-    ids = torch.tensor(tokenizer(calibration_text() if text is None else text, verbose=False)["input_ids"])
+    ids = torch.tensor(
+        tokenizer(calibration_text() if text is None else text, verbose=False)["input_ids"],
+        dtype=torch.long,
+        device="cpu",
+    )
     return windows(ids, tokens)

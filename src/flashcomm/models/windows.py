@@ -18,5 +18,5 @@ def windows(ids: torch.Tensor, tokens: int, size: int = WINDOW) -> list[torch.Te
     [1024, 1024]
     """
     count = max(1, min(tokens, len(ids)) // size)
-    starts = torch.linspace(0, max(0, len(ids) - size), count).long().tolist()
+    starts = torch.linspace(0, max(0, len(ids) - size), count, dtype=torch.float32, device="cpu").long().tolist()
     return [ids[start : start + size] for start in starts]

@@ -267,7 +267,7 @@ def _advanced(layer: Any, tokens: int, prompt: Prompt) -> Any:
     if tokens:
         dtype = small.keys.dtype if small.is_initialized else None
         ones = torch.ones(1, 1, tokens, 1, dtype=dtype, device=prompt.device)
-        positions = torch.arange(prompt.before, prompt.before + tokens, device=prompt.device)
+        positions = torch.arange(prompt.before, prompt.before + tokens, dtype=torch.long, device=prompt.device)
         # Older releases want the positions, later ones ignore them.
         small.update(ones, ones, {"cache_position": positions})
     return small

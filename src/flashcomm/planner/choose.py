@@ -7,10 +7,12 @@ without asking each other again. The reason is a sentence that `flashcomm.stats(
 import math
 from dataclasses import dataclass
 
+from flashcomm import policy
 from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
 from flashcomm.planner.costs import LinkCosts
+from flashcomm.units import bytes_text
 
-ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical", "plain")
+ALGORITHMS = (*policy.ALGORITHMS, "plain")
 
 # Defaults for links that were not measured: sizes at which another algorithm becomes faster for 2 and 4 gloo ranks on
 # 2 cores, 2026-11-20, results/all_reduce_cpu.md.
@@ -102,11 +104,17 @@ def choose(
         return Plan(algorithm="plain", codec=codec, reason="asked for" if algorithm == "plain" else "codec none")
     if algorithm != "auto":
         return _compressed(algorithm, message_bytes, facts, codec, exact, "asked for")
-    if isinstance(codec, Levels) and not facts.has_levels:
-        codec = codec.inside if facts.hosts == 1 else codec.between
+    codec = on_level(codec, facts)
     if batch_invariant or facts.costs is None:
         return _by_rule(message_bytes, facts, codec, batch_invariant, exact)
     return _by_cost(message_bytes, facts.costs, codec, exact)
+
+
+def on_level(codec: Codec, facts: Facts) -> Codec:
+    """The format that counts in a group: of levels, the one for its only level, if it has just one."""
+    if isinstance(codec, Levels) and not facts.has_levels:
+        return codec.inside if facts.hosts == 1 else codec.between
+    return codec
 
 
 def pieces(message_bytes: int, device: str = "cpu") -> int:
@@ -170,9 +178,9 @@ def _by_cost(message_bytes: int, costs: LinkCosts, codec: Codec, exact: str) -> 
     if start is not None and message_bytes >= start and (best := costs.cheapest(codec, message_bytes).algorithm):
         sent = _with_levels(codec, exact) if best.name == "hierarchical" else codec
         return Plan(
-            algorithm=best.name, codec=sent, reason=f"measured to win from {_human(start)} on", pieces=best.pieces
+            algorithm=best.name, codec=sent, reason=f"measured to win from {bytes_text(start)} on", pieces=best.pieces
         )
-    reason = "compression does not pay on this link" if start is None else f"message under {_human(start)}"
+    reason = "compression does not pay on this link" if start is None else f"message under {bytes_text(start)}"
     best = costs.exact(message_bytes).algorithm
     if best is None:
         return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
@@ -200,7 +208,3 @@ def _uncompressed(message_bytes: int, facts: Facts, codec: Codec, exact: str, re
 def _with_levels(codec: Codec, exact: str) -> Levels:
     """The formats of `hierarchical`: uncompressed inside hosts, if `codec` does not name one for them."""
     return codec if isinstance(codec, Levels) else Levels(parse(exact), codec)
-
-
-def _human(size: int) -> str:
-    return f"{size >> 20} MiB" if size >= 1 << 20 else f"{size >> 10} KiB"

@@ -22,6 +22,7 @@ from flashcomm.errors import did_you_mean
 from flashcomm.planner.choose import MOST_PIECES, PIECE_S, Facts
 from flashcomm.planner.costs import SIZES, Algorithm, Cost, LinkCosts
 from flashcomm.planner.overlap import CROWDED
+from flashcomm.units import bits_per_second
 
 MATMUL_SHARE = 0.81
 """Share of the peak that the best matrix products reach: 252.9 of 312 TFLOPS on an A100 PCIe, the slowest NVIDIA card of
@@ -207,21 +208,6 @@ def accelerator(name: str) -> Accelerator:
             "of `flashcomm tune --save FILE`"
         )
     return ACCELERATORS[key]
-
-
-def bits_per_second(rate: str) -> float:
-    """Convert a rate such as ``10gbit`` to bits per second.
-
-    Raises:
-        ValueError: no number with kbit, mbit or gbit.
-
-    >>> bits_per_second("2.5gbit")
-    2500000000.0
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmg])bit", rate.strip().lower())
-    if not found or float(found[1]) == 0:
-        raise ValueError(f"rate {rate!r}: give a number and kbit, mbit or gbit (per second), such as 100gbit")
-    return float(found[1]) * {"k": 1e3, "m": 1e6, "g": 1e9}[found[2]]
 
 
 def cluster(

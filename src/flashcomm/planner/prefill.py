@@ -20,6 +20,7 @@ from flashcomm.planner.costs import Algorithm, LinkCosts
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import Line, Profile, Split
 from flashcomm.planner.shapes import Shape, Workload
+from flashcomm.units import bytes_text
 
 CODECS = ("none", "int8g128", "int6g128", "int5g128", "int4g32", "int4g128")
 SAFE_CODEC = "int8g128"
@@ -209,7 +210,7 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
         reasons.append(f"{chosen.codec} makes the first token {gain(chosen):.2f}x faster")
         if chosen.codec != SAFE_CODEC:
             reasons.append(f"more bits are not worth it: measure with `flashcomm accuracy` what {chosen.codec} costs")
-        reasons.append(f"messages under {human(chosen.min_bytes or 0)} stay plain, as those of most decode steps")
+        reasons.append(f"messages under {bytes_text(chosen.min_bytes or 0)} stay plain, as those of most decode steps")
     if gain(fastest) >= WORTH * gain(chosen):
         reasons.append(
             f"{fastest.codec} makes it {gain(fastest):.2f}x faster: measure with `flashcomm accuracy` what that costs"
@@ -241,15 +242,6 @@ def seconds(group: Facts, plan: Plan, message_bytes: int) -> float:
     """
     algorithm = None if plan.algorithm == "plain" else Algorithm(name=plan.algorithm, pieces=plan.pieces)
     return _costs(group).seconds(algorithm, plan.codec, message_bytes, exact=plan.declined)
-
-
-def human(size: int) -> str:
-    """Write bytes as KiB or MiB.
-
-    >>> human(3 << 19), human(64 << 10)
-    ('1.5 MiB', '64 KiB')
-    """
-    return f"{size / 2**20:g} MiB" if size >= 1 << 20 else f"{size / 2**10:g} KiB"
 
 
 def compare(shape: Shape, cluster: Cluster, codecs: Sequence[str], *, tokens: int, rows: int) -> Iterator[Prediction]:

@@ -86,7 +86,7 @@ class BackendLink:
         return self._start(dist.irecv, part, peer)
 
     def close(self, why: str):
-        """See `base.Link`. gloo notices by itself."""
+        """See `base.Link`. gloo's messages cannot be withdrawn: later ones may be paired with them."""
 
     def _start(self, operation: Any, part: torch.Tensor, peer: int) -> Transfer:
         if not part.numel():
@@ -127,13 +127,13 @@ def is_plain() -> bool:
     return _plain.get()
 
 
-def cpu_backend(group: dist.ProcessGroup) -> str:
-    """The name of the backend that serves CPU tensors, such as ``gloo``; ``none`` if no backend does.
+def backend_of(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The name of the backend that serves tensors on `device`, such as ``gloo``; ``none`` if no backend does.
 
     `dist.get_backend` does not know it for a group that has several.
     """
     try:
-        return group._get_backend(torch.device("cpu")).name().lower()
+        return group._get_backend(device).name().lower()
     except RuntimeError:
         return "none"
 

@@ -203,10 +203,15 @@ class Memory(Protocol):
     """Memory that all ranks map."""
 
     name: str
-    """What users call it, such as ``shared memory``."""
+    """Name that users read, such as ``shared memory``."""
 
-    def prepare(self, task: Task) -> Run | None:
-        """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together."""
+    def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
+        """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together.
+
+        Args:
+            task: the collective.
+            finish: blocks until no call is under way; called before the memory changes its place.
+        """
         ...
 
     def abandon(self, why: str):
@@ -217,7 +222,7 @@ class OnRows:
     """A function of rows, as a `Run`.
 
     Args:
-        function: takes contiguous-or-strided rows x[T, H] and contiguous rows out; returns the bytes sent.
+        function: takes rows x[T, H] of any strides and contiguous rows out; returns the bytes sent.
         rows: (T, H) of x.
         abandon: called with the reason after an error.
     """
@@ -243,6 +248,10 @@ class OnRows:
     def abandon(self, why: str):
         """See `Run`."""
         self._abandon(why)
+
+
+def nothing_to_abandon(why: str):
+    """Do nothing, for a `Run` that leaves nothing under way."""
 
 
 def cut_into(length: int, count: int) -> list[slice]:

@@ -1,29 +1,29 @@
-"""The ranks of a group meet, and open a lane each for synchronous and asynchronous calls.
+"""The ranks of a group meet, and open the lane on which its calls travel.
 
-A lane is one caller's transports and buffers. Messages are paired by the order in which they were started, so lanes
-share nothing: asynchronous calls on gloo run on one thread of their own, in the caller's order on every rank, whatever
-else the group does meanwhile. Where asynchronous calls need no thread, because a backend or a CUDA stream orders them,
-both lanes are one.
+A lane is the transports and buffers of one group. Messages are paired by the order in which they were started, so a
+lane runs one call after the other, in the caller's order on every rank, whether a call is asynchronous or not. On gloo,
+asynchronous calls run on a thread of the lane, and a synchronous call waits for those before it. Where a backend or a
+CUDA stream keeps calls in order, there is no thread.
 
-To add a transport, write its file and open it here, in `_lane`.
+To add a transport, write its file and open it here, in `_open`.
 """
 
 import importlib.util
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from flashcomm import settings
-from flashcomm.transports.backend import Backend, BackendLink, cpu_backend
-from flashcomm.transports.base import Link, Memory, Messages, Ranks
+from flashcomm import machine, settings
+from flashcomm.transports.backend import Backend, BackendLink, backend_of
+from flashcomm.transports.base import Memory, Messages, Ranks
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
 from flashcomm.transports.connections import Connections
@@ -45,16 +45,49 @@ class Site(NamedTuple):
     """Threads that torch may use."""
     why_not_shared: str
     """The reason why this process cannot share memory; "" if it can."""
+    why_not_symmetric: str
+    """The same for memory of GPUs."""
 
 
-@dataclass(frozen=True, slots=True)
 class Lane:
-    """One caller's transports: memories in the order in which they are asked, then messages."""
+    """The transports of one group, and the order of its calls.
 
-    messages: Messages
-    memories: tuple[Memory, ...] = ()
-    thread: ThreadPoolExecutor | None = None
-    """The thread that runs asynchronous calls; None where they run on the caller's."""
+    Args:
+        messages: carry what no memory serves.
+        memories: in the order in which they are asked.
+        threaded: run asynchronous calls on a thread.
+    """
+
+    def __init__(self, messages: Messages, memories: tuple[Memory, ...] = (), *, threaded: bool = False):
+        self.messages, self.memories = messages, memories
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async") if threaded else None
+        """The thread that runs asynchronous calls; None where they run on the caller's."""
+        self.turn = threading.RLock()
+        """Held by the thread whose call it is."""
+        self.last: Future | None = None
+        """The call that was submitted last, if it may still be under way."""
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def submit(
+        self, function: Callable[[torch.Tensor, torch.Tensor], object], x: torch.Tensor, out: torch.Tensor
+    ) -> Future:
+        """Call ``function(x, out)`` on the lane's thread, after all calls that were submitted."""
+        assert self.thread is not None
+        with self.turn:
+            self.last = self.thread.submit(function, x, out)
+            return self.last
+
+    def finish(self):
+        """Block until all calls that were submitted have ended, well or not."""
+        if self.last is not None:
+            wait((self.last,))
+            self.last = None
+
+    def stream(self, device: torch.device) -> torch.cuda.Stream:
+        """The CUDA stream of asynchronous calls on `device`."""
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
 
     def abandon(self, why: str):
         """Give up after an error in the middle of a call: what is under way would be taken for the next one's."""
@@ -70,8 +103,7 @@ class Meeting:
     """The host of each rank, counted from 0 in the order of ranks."""
     labels: tuple[str, ...]
     """The label of each rank's host."""
-    lanes: tuple[Lane, Lane]
-    """For synchronous calls and for asynchronous ones."""
+    lane: Lane
     carrier: str
     """The fastest transport that opened: ``shared memory``, ``symmetric memory``, ``connections``, or the backend."""
     why_not: dict[str, str]
@@ -96,7 +128,7 @@ def meet(
     Args:
         ranks: of the group.
         group: carries what ranks tell each other, and messages where no faster transport opens.
-        tag: of messages that gloo carries; asynchronous calls use the next one.
+        tag: of messages that gloo carries.
         device: of the tensors.
         hosts: the host of each rank, if the caller knows better than the operating system.
 
@@ -106,106 +138,81 @@ def meet(
     sites = ranks.each(_site)
     places = hosts or tuple(site.host for site in sites)
     names = list(dict.fromkeys(places))
-    opened = _Opened(ranks, group, device, tuple(sites), len(names))
-    if device.type == "cuda" or cpu_backend(group) != "gloo":
-        # Backends and streams keep asynchronous calls in order.
-        lane = opened.lane(tag)
-        lanes = lane, lane
-    else:
-        lanes = opened.pair(tag)
-    memory = lanes[0].memories[0].name if lanes[0].memories else ""
-    why_not = opened.why_not
+    why_not: dict[str, str] = {}
+    lane = _open(ranks, group, tag, device, sites, len(names), why_not)
+    memory = lane.memories[0].name if lane.memories else ""
     return Meeting(
         hosts=tuple(names.index(place) for place in places),
         labels=tuple(site.label for site in sites),
-        lanes=lanes,
-        carrier=memory or (cpu_backend(group) if Connections.name in why_not else Connections.name),
-        why_not=why_not,
+        lane=lane,
+        carrier=memory or (backend_of(group, device) if why_not[Connections.name] else Connections.name),
+        why_not={name: why for name, why in why_not.items() if why},
     )
 
 
-class _Opened:
-    """The transports that open, lane by lane."""
+def _open(
+    ranks: Ranks,
+    group: dist.ProcessGroup,
+    tag: int,
+    device: torch.device,
+    sites: list[Site],
+    num_hosts: int,
+    why_not: dict[str, str],
+) -> Lane:
+    """Open every transport that all ranks can, and note the reason for each that does not open."""
+    memories: list[Memory] = []
+    if why := _why_not(device.type == "cpu", num_hosts, [site.why_not_shared for site in sites]):
+        why_not[SharedMemory.name] = why
+    else:
+        shared, why_not[SharedMemory.name] = SharedMemory.open(ranks, threads=min(site.threads for site in sites))
+        memories += [shared] if shared else []
+    if why := _why_not(device.type == "cuda", 1, [site.why_not_symmetric for site in sites]):
+        why_not[SymmetricMemory.name] = why
+    else:
+        symmetric, why_not[SymmetricMemory.name] = SymmetricMemory.open(ranks, group, device)
+        memories += [symmetric] if symmetric else []
+    if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
+        why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
+        return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
+    connections, why = Connections.open(ranks)
+    why_not[Connections.name] = why
+    if not connections and not memories and ranks.rank == 0:
+        _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
+    link = connections or BackendLink(group, tag)
+    return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
 
-    def __init__(
-        self, ranks: Ranks, group: dist.ProcessGroup, device: torch.device, sites: tuple[Site, ...], num_hosts: int
-    ):
-        self._ranks, self._group, self._device, self._sites = ranks, group, device, sites
-        self.why_not: dict[str, str] = {}
-        refused = [(rank, site.why_not_shared) for rank, site in enumerate(sites) if site.why_not_shared]
-        if device.type != "cpu":
-            self.why_not[SharedMemory.name] = f"tensors are on {device.type}"
-        elif num_hosts > 1:
-            self.why_not[SharedMemory.name] = f"{num_hosts} hosts"
-        elif refused:
-            self.why_not[SharedMemory.name] = f"rank {refused[0][0]}: {refused[0][1]}"
 
-    def lane(self, tag: int) -> Lane:
-        """The one lane of a backend that keeps calls in order."""
-        self.why_not[Connections.name] = "they carry messages of CPU tensors where gloo is the backend"
-        memories: tuple[Memory, ...] = self._share(1)
-        if self._device.type == "cuda":
-            symmetric, why = SymmetricMemory.open(self._ranks, self._group, self._device)
-            if symmetric:
-                memories = (symmetric,)
-            else:
-                self.why_not[SymmetricMemory.name] = why
-        return Lane(Bulk(Backend(self._group), self._ranks, Buffers()), memories)
-
-    def pair(self, tag: int) -> tuple[Lane, Lane]:
-        """The two lanes of a gloo group."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="flashcomm-async")
-        memories = self._share(2, idle=lambda: thread.submit(int).result())
-        # Now, because the first asynchronous call must not wait for ranks that are late.
-        links = self._link(tag), self._link(tag + 1)
-        if Connections.name in self.why_not and not memories and self._ranks.rank == 0:
-            why = self.why_not[Connections.name]
-            _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
-        lanes = [
-            Lane(Direct(link, self._ranks, Buffers()), memories[number : number + 1], thread if number else None)
-            for number, link in enumerate(links)
-        ]
-        return lanes[0], lanes[1]
-
-    def _share(self, count: int, idle: Callable[[], object] = int) -> tuple[SharedMemory, ...]:
-        """As many shared memories, or none."""
-        if SharedMemory.name in self.why_not:
-            return ()
-        threads = min(site.threads for site in self._sites)
-        memories = []
-        for number in range(count):
-            memory, why = SharedMemory.open(self._ranks, threads=threads, idle=idle if number else int)
-            if memory is None:
-                self.why_not[SharedMemory.name] = why
-                return ()
-            memories.append(memory)
-        return tuple(memories)
-
-    def _link(self, tag: int) -> Link:
-        if Connections.name not in self.why_not:
-            connections, why = Connections.open(self._ranks)
-            if connections:
-                return connections
-            self.why_not[Connections.name] = why
-        return BackendLink(self._group, tag)
+def _why_not(serves: bool, num_hosts: int, refusals: list[str]) -> str:
+    """The reason why ranks cannot use memory of a kind; "" if they can."""
+    if not serves:
+        return "it is for tensors on other devices"
+    if len(refusals) == 1:
+        return "one rank"
+    if num_hosts > 1:
+        return f"{num_hosts} hosts"
+    return next((f"rank {rank}: {why}" for rank, why in enumerate(refusals) if why), "")
 
 
 def _site() -> Site:
     settings.check()
     label = socket.gethostname() + (f"@{rate}" if (rate := settings.text("FLASHCOMM_LAB_RATE")) else "")
+    fused = "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
     try:
-        namespaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid")]
-        host = " ".join([Path("/proc/sys/kernel/random/boot_id").read_text().strip(), *namespaces])
+        host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux")
+        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused)
     why = ""
     if not settings.switched_on("FLASHCOMM_SHARED_MEMORY"):
         why = "FLASHCOMM_SHARED_MEMORY=0"
     elif importlib.util.find_spec("numba") is None:
         why = "numba is not installed (pip install numba)"
-    return Site(host, label, torch.get_num_threads(), why)
+    return Site(host, label, torch.get_num_threads(), why, fused)
 
 
 def why_not_shared() -> str:
-    """The reason why this process cannot share memory with the ranks of its host; "" if it can where they can."""
+    """The reason why this process cannot share memory with the ranks of its host; "" if it can where they can.
+
+    Raises:
+        SettingError: a ``FLASHCOMM_`` switch has a value that is neither on nor off.
+    """
     return _site().why_not_shared

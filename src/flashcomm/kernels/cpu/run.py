@@ -109,6 +109,8 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
     operands = np.empty(simd.MAX_OPERANDS, np.int64)
     registers = np.zeros(6, np.int64)
     registers[SCRATCH] = scratch.ctypes.data
+    # Once for all rows: a thread that flushes subnormal numbers must give the bits of those that do not.
+    before = simd.keep_subnormals()  # pyright: ignore[reportCallIssue]
     for r in range(first, last):
         # Inside the loop: numba frees an array after the last line that names it.
         at = operands.ctypes.data
@@ -123,6 +125,7 @@ def _rows(each, ranks, rank_stride, source, source_stride, after, target, target
                 for i in range(count):
                     operands[i] = registers[table[s, 2 + i]] + table[s, 2 + simd.MAX_OPERANDS + i]
                 simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
+    simd.restore_control(before)  # pyright: ignore[reportCallIssue]
 
 
 run_rows = ops.compiled(lambda on_disk: njit(nogil=True, error_model="numpy", cache=on_disk)(_rows))

@@ -14,6 +14,7 @@ Source: our own. bf16 rounds half to even with integer arithmetic (exact, the sa
 """
 
 import operator
+import platform
 
 from llvmlite import ir
 from numba import types
@@ -728,6 +729,66 @@ def prefetch(typingctx, address):
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, _I32, _I32, _I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
         builder.call(function, [pointer] + [ir.Constant(_I32, c) for c in (0, 3, 1)])
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64), codegen
+
+
+_I64 = ir.IntType(64)
+
+
+def _read_control(builder):
+    """The thread's floating-point control register, and its bits that flush; None on CPUs that cannot flush."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        place = cgutils.alloca_once(builder, _I32)
+        _intrinsic_call(builder, "llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(place, ir.PointerType(_I8)))
+        # Flush results, and take arguments for zero.
+        return builder.zext(builder.load(place), _I64), 1 << 15 | 1 << 6
+    if platform.machine() in ("aarch64", "arm64"):
+        # FZ, FZ16 and FIZ.
+        return _intrinsic_call(builder, "llvm.aarch64.get.fpcr", _I64), 1 << 24 | 1 << 19 | 1
+    return None
+
+
+def _write_control(builder, control):
+    if platform.machine() in ("x86_64", "AMD64"):
+        place = cgutils.alloca_once_value(builder, builder.trunc(control, _I32))
+        _intrinsic_call(builder, "llvm.x86.sse.ldmxcsr", ir.VoidType(), builder.bitcast(place, ir.PointerType(_I8)))
+    else:
+        _intrinsic_call(builder, "llvm.aarch64.set.fpcr", ir.VoidType(), control)
+
+
+def _intrinsic_call(builder, name, result, *operands):
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+
+
+@intrinsic
+def keep_subnormals(typingctx):
+    """Stop this thread from flushing subnormal numbers; return what `restore_control` needs."""
+
+    def codegen(context, builder, sig, args):
+        found = _read_control(builder)
+        if found is None:
+            return ir.Constant(_I64, 0)
+        control, flushing = found
+        changes = builder.icmp_unsigned("!=", builder.and_(control, ir.Constant(_I64, flushing)), ir.Constant(_I64, 0))
+        with builder.if_then(changes, likely=False):
+            _write_control(builder, builder.and_(control, ir.Constant(_I64, ~flushing)))
+        # 0 where there is nothing to restore, which no register that flushes holds.
+        return builder.select(changes, control, ir.Constant(_I64, 0))
+
+    return signature(types.int64), codegen
+
+
+@intrinsic
+def restore_control(typingctx, before):
+    """Undo `keep_subnormals`."""
+
+    def codegen(context, builder, sig, args):
+        if platform.machine() in ("x86_64", "AMD64", "aarch64", "arm64"):
+            with builder.if_then(builder.icmp_unsigned("!=", args[0], ir.Constant(_I64, 0)), likely=False):
+                _write_control(builder, args[0])
         return context.get_dummy_value()
 
     return signature(types.void, types.int64), codegen

@@ -21,7 +21,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -49,26 +49,24 @@ class SharedMemory:
 
     name = "shared memory"
 
-    def __init__(self, ranks: Ranks, region: "_Region", idle: Callable[[], object]):
-        self._ranks, self._region, self._idle = ranks, region, idle
-        self._failure: CollectiveError | None = None
+    def __init__(self, ranks: Ranks, region: "_Region"):
+        self._ranks, self._region = ranks, region
+        self._failure: tuple[type[CollectiveError], str] | None = None
+        """Kind and text of the error that later calls raise; not the error, whose traceback holds its callers."""
         self._scratch = [np.empty(0, np.uint8)] * region.threads
         # Its own: in a common pool, rows that wait for a peer could hold up the rows which that peer waits for.
         self._pool = ThreadPoolExecutor(region.threads, thread_name_prefix="flashcomm-shared")
 
     @classmethod
-    def open(
-        cls, ranks: Ranks, threads: int = 1, idle: Callable[[], object] = int
-    ) -> "tuple[SharedMemory | None, str]":
+    def open(cls, ranks: Ranks, threads: int = 1) -> "tuple[SharedMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not.
 
         Args:
             ranks: of one host.
             threads: that share a large message.
-            idle: blocks until no call is under way; needed where calls run on another thread than the caller's.
         """
         region, why = _Region.open(ranks, HALF_BYTES, threads)
-        return (cls(ranks, region, idle), "") if region else (None, why)
+        return (cls(ranks, region), "") if region else (None, why)
 
     @property
     def threads(self) -> int:
@@ -80,7 +78,7 @@ class SharedMemory:
         """Bytes of half of each rank's region: the most that it publishes at once."""
         return self._region.half_bytes
 
-    def prepare(self, task: Task) -> "InMemory | None":
+    def prepare(self, task: Task, finish: Callable[[], object]) -> "InMemory | None":
         """See `base.Memory`.
 
         Raises:
@@ -92,6 +90,8 @@ class SharedMemory:
         if ready is None:
             return None
         if ready.half_bytes > self.half_bytes:
+            # What other ranks began in the memory that was, this rank must finish there too.
+            finish()
             self._grow(ready.half_bytes)
         return InMemory(ready, self)
 
@@ -99,8 +99,6 @@ class SharedMemory:
         region, why = _Region.open(self._ranks, 1 << (half_bytes - 1).bit_length(), self.threads)
         if region is None:
             raise Unavailable(f"a row of {half_bytes} bytes needs more shared memory: {why}")
-        # What other ranks began in the memory that was, this rank must finish there too.
-        self._idle()
         self._region = region
 
     def run(self, ready: "Prepared", x: int, x_stride: int, out: int):
@@ -112,7 +110,7 @@ class SharedMemory:
             CollectiveError: an earlier call failed.
         """
         if self._failure:
-            raise type(self._failure)(*self._failure.args)
+            self._raise()
         region = self._region
         threads = min(region.threads, ready.most_threads)
         if threads == 1:
@@ -122,7 +120,12 @@ class SharedMemory:
             missing = max(self._pool.map(work, range(threads), [threads] * threads))
         if missing >= 0:
             self._failure = region.failure(missing)
-            raise self._failure
+            self._raise()
+
+    def _raise(self) -> NoReturn:
+        assert self._failure
+        kind, text = self._failure
+        raise kind(text)
 
     def _work(self, region: "_Region", ready: Any, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
         scratch = self._scratch[thread]
@@ -132,7 +135,7 @@ class SharedMemory:
 
     def abandon(self, why: str):
         """See `base.Memory`. Of several reasons, later calls give the first."""
-        self._failure = self._failure or CollectiveError(why)
+        self._failure = self._failure or (CollectiveError, why)
 
 
 class InMemory:
@@ -172,7 +175,7 @@ class _Region:
         self._header_bytes = -(-(_NONCE_BYTES + ranks.world_size * threads * _COUNTER_BYTES) // _PAGE) * _PAGE
         self._size = self._header_bytes + ranks.world_size * self._stride
         self.places: list[np.ndarray] = []
-        """What each thread must know of the memory, by the fields of `loops`."""
+        """Addresses and sizes for each thread, by the fields of `loops`."""
 
     @classmethod
     def open(cls, ranks: Ranks, half_bytes: int, threads: int) -> "tuple[_Region | None, str]":
@@ -243,12 +246,12 @@ class _Region:
         place[loops.TIMEOUT_NS] = int(ranks.timeout_s * 1e9)
         return place
 
-    def failure(self, missing: int) -> CollectiveError:
-        """The error of a call for which rank `missing` did not come."""
+    def failure(self, missing: int) -> tuple[type[CollectiveError], str]:
+        """Kind and text of the error of a call for which rank `missing` did not come."""
         ended = int(self._polls.view(np.int16)[missing * 4 + 3])
         what = "has ended" if ended else "did not come within the group's timeout"
         kind = PeerLost if ended else TimedOut
-        return kind(f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory")
+        return kind, f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory"
 
 
 def _close(descriptors: list[int]):

@@ -3,7 +3,6 @@
 Source: our own; the two steps are Flash Communication's (arXiv 2412.04964).
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -75,7 +74,7 @@ def shorten(rows: int, cols: int, codec: Codec, least: int, most_bytes: int) -> 
     >>> shorten(1, 1 << 20, parse("int8g128"), least=4, most_bytes=1 << 20)
     (4, 262144)
     """
-    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    unit = codec.unit(cols)
     pieces = max(-(-least // rows), -(-4 * cols // most_bytes))
     if pieces == 1 or cols % unit:
         return rows, cols
@@ -140,7 +139,7 @@ def two_step(
     codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, rank: int, ranks: int
 ) -> Prepared:
     """Prepare ``algorithms.two_step`` for x[rows, cols]."""
-    first, second = codec.steps
+    first, second = codec.formats
     rows, cols = shorten(rows, cols, codec, ranks, PIECE_BYTES // ranks)
     width, sum_width = first.payload_bytes(cols, dtype), second.payload_bytes(cols, dtype)
     encode, add = cpu.encoder(first, cols, cpu.KINDS[dtype]), cpu.reducer(first, second, cols, ranks)

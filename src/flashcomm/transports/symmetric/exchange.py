@@ -35,13 +35,13 @@ def _place(buffers_ptr, rank, offset):
 
 @triton.jit
 def _long(n):
-    """An int64, also where Triton has made a constant of a number."""
+    """Widen to int64, also where Triton has made a constant of a number."""
     return tl.full([], 0, tl.int64) + n
 
 
 @triton.jit
 def _half(epoch, half_bytes, R: tl.constexpr):
-    """Where the half that a call works in begins: behind the flags, at a multiple of 16."""
+    """Offset in bytes of the half that a call works in: behind the flags, a multiple of 16."""
     return tl.cdiv(8 * R * tl.num_programs(0), 16) * 16 + (epoch & 1).to(tl.int64) * half_bytes
 
 
@@ -54,7 +54,7 @@ def _flag(buffers_ptr, rank, step, source, R: tl.constexpr):
 
 @triton.jit
 def _await(buffers_ptr, rank, step, peer, epoch, patience, lost_ptr, R: tl.constexpr, PTX: tl.constexpr):
-    """Until a rank has signalled; the patience that is left for others, none once one rank was lost."""
+    """Wait until a rank has signalled; return the patience left for others, which is none once one rank was lost."""
     come = wait(_flag(buffers_ptr, rank, step, peer, R), epoch, patience, PTX)
     if not come:
         tl.store(lost_ptr, peer + 1)
@@ -63,7 +63,7 @@ def _await(buffers_ptr, rank, step, peer, epoch, patience, lost_ptr, R: tl.const
 
 @triton.jit
 def _copy(target_ptr, source_ptr, width, WORDS: tl.constexpr):
-    """`width` bytes from address to address, all multiples of 16."""
+    """Copy `width` bytes from address to address, all multiples of 16."""
     word = tl.arange(0, WORDS)
     # By way of integers, as Triton's interpreter refuses to make one pointer of another.
     source = tl.multiple_of(source_ptr.to(tl.int64).to(tl.pointer_type(tl.int32)), 16) + word
@@ -101,7 +101,7 @@ def one_step(
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """out[T, H] = the sum over ranks of their x[T, H]; each sends all of its payload to every other."""
+    """Sum every rank's x[T, H] into out[T, H]; each rank sends all of its payload to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs_ptr + block) + 1
     start = _half(epoch, half_bytes, R)
@@ -152,7 +152,7 @@ def two_step(
     WORDS: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """out[T, H] = the sum over ranks of their x[T, H]; each adds up its stripe and sends the sums to every other."""
+    """Sum every rank's x[T, H] into out[T, H]; each rank adds up its stripe and sends the sums to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs_ptr + block) + 1
     stripe = (rows + R - 1) // R

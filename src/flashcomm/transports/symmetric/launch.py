@@ -4,7 +4,6 @@ The memory may be torch's symmetric memory across GPUs, or on one GPU that sever
 that processes map, in Triton's interpreter.
 """
 
-import math
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -16,7 +15,7 @@ from flashcomm import kernels
 from flashcomm.codecs import Codec
 from flashcomm.errors import PeerLost
 from flashcomm.kernels import gpu
-from flashcomm.transports.base import OnRows, Task
+from flashcomm.transports.base import OnRows, Task, nothing_to_abandon
 from flashcomm.transports.symmetric import exchange
 
 BLOCKS = 16
@@ -66,9 +65,9 @@ def row_length(cols: int, codec: Codec) -> int | None:
     >>> row_length(5120, parse("int8g128")), row_length(5120, parse("nvfp4"))
     (1024, 5120)
     """
-    unit = math.lcm(*(step.segment(cols) for step in codec.steps))
+    unit = codec.unit(cols)
     lengths = [n for n in range(unit, min(cols, gpu.LARGEST_TILE) + 1, unit) if cols % n == 0]
-    lengths = [n for n in lengths if not any(gpu.why_not(step, n) for step in codec.steps)]
+    lengths = [n for n in lengths if not any(gpu.why_not(single, n) for single in codec.formats)]
     short = [n for n in lengths if n <= gpu.TILE]
     # A tile without an edge first, then the longest that is no longer than usual.
     return max(short, key=lambda n: (n & -n == n and n >= gpu.TILE // 4, n)) if short else min(lengths, default=None)
@@ -76,7 +75,7 @@ def row_length(cols: int, codec: Codec) -> int | None:
 
 def needed_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
     """Bytes of half of a rank's memory that an all-reduce of x[rows, cols] uses; see `exchange`."""
-    first, second = (padded(step.payload_bytes(cols)) for step in codec.steps)
+    first, second = (padded(single.payload_bytes(cols)) for single in codec.formats)
     return ranks * rows * first if algorithm == "one_step" else ranks * -(-rows // ranks) * (2 * first + second)
 
 
@@ -85,12 +84,12 @@ def sent_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -
     length = row_length(cols, codec)
     assert length is not None
     rows = rows * cols // length
-    first, second = (padded(step.payload_bytes(length)) for step in codec.steps)
+    first, second = (padded(single.payload_bytes(length)) for single in codec.formats)
     return (ranks - 1) * (rows * first if algorithm == "one_step" else -(-rows // ranks) * (first + second))
 
 
 def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, algorithm: str):
-    """out[T, H] = the sum over ranks of their x[T, H], in as many launches as the memory needs.
+    """Sum every rank's x[T, H] into out[T, H], in as many launches as the memory needs.
 
     Args:
         x: contiguous bf16, fp16 or fp32 [T, H] on the device of `peers`.
@@ -107,9 +106,9 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
     assert length is not None
     ranks = len(peers.buffers)
     x, out = x.view(-1, length), out.view(-1, length)
-    forms = (gpu.describe(step, length) for step in codec.steps)
+    forms = (gpu.describe(single, length) for single in codec.formats)
     first, second = (form._replace(kind="cast") if form.kind == "values" else form for form in forms)
-    widths = [padded(step.payload_bytes(length)) for step in codec.steps]
+    widths = [padded(single.payload_bytes(length)) for single in codec.formats]
     size = gpu.tile(first, second, cols=length)
     at_once = ranks * (peers.half_bytes // needed_bytes(algorithm, ranks, length, codec, ranks))
     if at_once == 0:
@@ -171,4 +170,4 @@ def prepare(task: Task, peers: Peers) -> OnRows | None:
         return sent
 
     # Ranks of which one has been lost find out by themselves.
-    return OnRows(run, (task.rows, task.cols), abandon=str)
+    return OnRows(run, (task.rows, task.cols), nothing_to_abandon)

@@ -9,12 +9,12 @@ not valid. Launches of one group must not run at the same time: a stream waits f
 Source: `torch.distributed._symmetric_memory`; the protocol is that of `exchange`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from flashcomm import settings
 from flashcomm.transports.base import Ranks, Run, Task
 
 SIZE_BYTES = 64 << 20
@@ -34,18 +34,17 @@ class SymmetricMemory:
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
-        peers, why = None, "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
-        if not why:
-            try:
-                peers = _map(ranks, group, device)
-            except (ImportError, RuntimeError) as error:
-                why = f"no symmetric memory: {str(error).splitlines()[0]}"
+        peers, why = None, ""
+        try:
+            peers = _map(ranks, group, device)
+        except (ImportError, RuntimeError) as error:
+            why = f"no symmetric memory: {str(error).splitlines()[0]}"
         for rank, refusal in enumerate(ranks.tell(why)):
             if refusal:
                 return None, f"rank {rank}: {refusal}"
         return cls(peers), ""
 
-    def prepare(self, task: Task) -> Run | None:
+    def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """See `base.Memory`."""
         # Imports Triton.
         from flashcomm.transports.symmetric import launch
@@ -70,7 +69,7 @@ def _map(ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> Any:
         buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
         size_bytes=SIZE_BYTES,
         epochs=torch.zeros(launch.BLOCKS, dtype=torch.int32, device=device),
-        lost=torch.zeros(1, dtype=torch.int32, pin_memory=True),
+        lost=torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True),
         patience=min(int(ranks.timeout_s * _LOOKS_PER_S), 2**31 - 1),
         streams=[torch.cuda.current_stream(device)],
         keep=(memory, handle),

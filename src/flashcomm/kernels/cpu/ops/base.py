@@ -1,12 +1,15 @@
 """Ops: functions that become machine code with an address, and the numbers that they share."""
 
 import inspect
+import logging
 import threading
 
 import numpy as np
 from numba import cfunc, njit, types
 
 from flashcomm.kernels.cpu import simd
+
+_log = logging.getLogger("flashcomm.kernels")
 
 BF16, FP16, FP32 = 0, 1, 2
 
@@ -56,8 +59,54 @@ class Op:
 
 
 def compiled(compile):
-    """Call `compile(cache)` so that numba keeps the result on disk, or in this process if no folder is writable."""
+    """Call `compile(cache)` so that numba keeps the result on disk, or in this process if the disk does not serve.
+
+    No folder may be writable; the disk may be full, or the user's share of it; what lies there may be broken.
+    """
     try:
-        return compile(True)
-    except RuntimeError:
-        return compile(False)
+        made = compile(True)
+    # Whatever it is: if it was not the disk, it is raised again.
+    except Exception as error:
+        made = compile(False)
+        _say_once(error)
+        return made
+    if hasattr(made, "overloads"):
+        # Compiled when it is first called.
+        made._cache = _Forgiving(made._cache)
+    return made
+
+
+class _Forgiving:
+    """The cache of a function on disk, as numba uses it; errors are a reason to compile, and to keep nothing."""
+
+    def __init__(self, cache):
+        self._cache = cache
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def load_overload(self, sig, target_context):
+        try:
+            return self._cache.load_overload(sig, target_context)
+        except Exception as error:
+            return _say_once(error)
+
+    def save_overload(self, sig, data):
+        try:
+            self._cache.save_overload(sig, data)
+        except Exception as error:
+            _say_once(error)
+
+
+_said: set[str] = set()
+
+
+def _say_once(error):
+    if not _said:
+        _said.add(str(error))
+        _log.warning(
+            "compiled CPU kernels cannot be kept on disk, so every process compiles them anew (two to four seconds): "
+            "%s: %s. Set NUMBA_CACHE_DIR to a folder with room",
+            type(error).__name__,
+            error,
+        )

@@ -47,7 +47,7 @@ def missing(codec: Codec, device_type: str) -> str | None:
 @lru_cache(maxsize=4096)
 def any_missing(codec: Codec, device_type: str) -> str | None:
     """Why one of the formats of `codec` has no kernel, see `missing`; None if each has one."""
-    return next((why for step in codec.steps if (why := missing(step, device_type))), None)
+    return next((why for single in codec.formats if (why := missing(single, device_type))), None)
 
 
 @lru_cache(maxsize=4096)
@@ -71,9 +71,9 @@ def warm_up(codec: "str | Codec" = "int8g128"):
 
     The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
     """
-    for step in codecs.parse(codec).steps:
-        if route(step, "cpu")[0] == "numba":
-            _load(step)
+    for single in codecs.parse(codec).formats:
+        if route(single, "cpu")[0] == "numba":
+            _load(single)
 
 
 @lru_cache(maxsize=4096)
@@ -85,10 +85,12 @@ def _load(codec: Codec):
     notice.start()
     from flashcomm.kernels import cpu
 
-    features = getattr(codec, "features", None) or codecs.Features(torch.ones(2, 256))
+    features = getattr(codec, "features", None) or codecs.Features(
+        torch.ones(2, 256, dtype=torch.float32, device="cpu")
+    )
     codec, cols = codec.bind(features, 0), features.cols
-    x = torch.zeros(1, cols, dtype=torch.bfloat16)
-    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8)
+    x = torch.zeros(1, cols, dtype=torch.bfloat16, device="cpu")
+    payload = torch.empty(1, 1, codec.payload_bytes(cols), dtype=torch.uint8, device="cpu")
     cpu.encode(x, codec, payload[0])
     cpu.decode_sum(payload, codec, x)
     cpu.decode_sum_encode(payload, codec, codec, cols, payload[0])
