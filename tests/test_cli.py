@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,9 +13,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flashcomm.cli import app
+from flashcomm.cli import app, base
 from flashcomm.demo import MODEL
 from flashcomm.lab import hosts as lab
+from flashcomm.lab import launch
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli"]
 
@@ -217,7 +219,7 @@ def test_bench_joins_ranks_that_run_already(tmp_path):
     assert (tmp_path / "plots" / "a.png").stat().st_size > 1000
     done = run("lab", "--ranks", 2, "--rate", "100mbit", "--", "python", *COMMAND[1:], *bench, "--tp", 3)
     assert done.returncode == 2
-    assert done.stderr.count("--tp 3 on a rank of 2: start 2 ranks or more, and leave --tp out") == 1
+    assert done.stderr.count("--tp 3 on a rank of 2: leave --tp out") == 1
 
 
 def test_generate(tmp_path):
@@ -299,6 +301,55 @@ def test_bench_ttft(tmp_path):
         assert (row["predicted_ms"] is not None) == row["overlap"]
     assert rows[0]["speedup"] == 1
     assert (tmp_path / "plots" / "t.png").stat().st_size > 1000
+
+
+LEFT_OVER = "If no launcher, such as torchrun, has started this process as a rank: unset RANK WORLD_SIZE"
+
+
+def place(rank="", world_size="", address="", port="") -> dict[str, str]:
+    """The environment, with what a launcher sets or has left behind."""
+    return {**os.environ, "RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": address, "MASTER_PORT": port}
+
+
+@pytest.mark.parametrize("command", ["bench all_reduce --sizes 4k", "tune"])
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (("1", "2"), "RANK=1 and WORLD_SIZE=2 set, but MASTER_ADDR and MASTER_PORT are not"),
+        (("", "2", "host", "1234"), "WORLD_SIZE=2 set, but RANK is not"),
+        (("x", "2", "host", "1234"), "RANK=x and WORLD_SIZE=2 set, but that is no rank"),
+        (("2", "2", "host", "1234"), "RANK=2 and WORLD_SIZE=2 set, but that is no rank"),
+        (("0", "1", "host", "1234"), "RANK=0 and WORLD_SIZE=1 set: start 2 ranks or more"),
+    ],
+)
+def test_left_over_variables_of_a_launcher_are_an_error_that_says_what_to_do(command, left, message):
+    done = CliRunner().invoke(app, command.split(), env=place(*left))
+    assert done.exit_code == 2
+    assert f"{message}. {LEFT_OVER}" in done.stderr
+
+
+def test_empty_variables_of_a_launcher_are_none(monkeypatch):
+    monkeypatch.setattr(os, "environ", {**place(), "LOCAL_RANK": "", "LOCAL_WORLD_SIZE": ""})
+    assert not launch.joined()
+    assert launch.backend() in ("gloo", "nccl")
+
+
+def test_a_rank_without_a_rank_0_says_what_is_wrong(monkeypatch):
+    """Rank 0 speaks for all, unless there is none."""
+    monkeypatch.setattr(base, "_LAST_WORDS_S", 0.1)
+    command = ["bench", "all_reduce", "--codecs", "int9"]
+    done = CliRunner().invoke(app, command, env=place("1", "2", "localhost", "1234"))
+    assert done.exit_code == 2
+    assert done.stderr.count("unknown codec 'int9'") == 1
+
+
+def test_a_rank_that_stays_alone_says_so(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    monkeypatch.setattr(os, "environ", place("1", "2", "127.0.0.1", port))
+    with pytest.raises(launch.RankError, match="rank 1 of 2 did not find the others at 127.0.0.1, port") as raised:
+        launch.join(print, timeout_s=1)
+    assert LEFT_OVER in str(raised.value)
 
 
 @pytest.fixture

@@ -283,11 +283,21 @@ def test_the_group_can_be_destroyed(pair):
     assert pair.run(ends) == ["CompressedGroup"] * 2
 
 
-def created(policies) -> list:
-    """The group, or the exception, of each rank in a world of threads; one policy for each."""
-    store, made = dist.HashStore(), [None] * len(policies)
+def created(policies, store=None, first: int | None = None) -> list:
+    """The group, or the exception, of each rank in a world of threads; rank `first` comes before the others."""
+    store, made, begun = store or dist.HashStore(), [None] * len(policies), threading.Event()
+
+    class Watched(Policy):
+        """A policy that the ranks compare once it has been printed."""
+
+        def __repr__(self):
+            begun.set()
+            return repr(Policy(codec=self.codec))
 
     def make(rank):
+        if first is not None:
+            policies[rank] = Watched(codec=policies[rank].codec) if rank == first else policies[rank]
+            assert rank == first or begun.wait(20)
         options = SimpleNamespace(
             store=store, group_rank=rank, group_size=len(policies), global_ranks_in_group=[], group_id="t",
             timeout=timedelta(seconds=20),
@@ -323,6 +333,21 @@ def test_ranks_with_different_policies_all_fail_before_communication(other):
     assert "ranks disagree about their policy: rank 0 has Policy(codec='int8g128'" in str(first)
     expected = "rank 1 has Policy(codec='int4g32'" if isinstance(other, Policy) else "Policy is needed, such as"
     assert expected in str(second)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_words_and_addresses_of_an_earlier_group_do_not_count(first):
+    """Under one launcher, whose store outlives the group; one rank is there before the other."""
+    store = dist.HashStore()
+    for codec in ("int8g128", "int4g32", "int5g128"):
+        groups = created([Policy(codec=codec), Policy(codec=codec)], store, first)
+        assert [group.policy.codec for group in groups] == [codec] * 2
+        x = torch.ones(8)
+        works = [group.allreduce([x]) for group in groups]
+        for work in works:
+            work.wait()
+        del groups, works
+    assert "ranks disagree" in str(created([Policy(codec="int8g128"), Policy(codec="int4g32")], store)[0])
 
 
 def test_wrong_policies_are_refused(monkeypatch):

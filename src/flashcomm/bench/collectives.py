@@ -186,7 +186,7 @@ def _measure_size(
     shared = {
         "op": op,
         "ranks": ranks,
-        "ranks_per_host": int(os.environ.get("LOCAL_WORLD_SIZE", ranks)),
+        "ranks_per_host": int(os.environ.get("LOCAL_WORLD_SIZE") or ranks),
         "backend": dist.get_backend(),
         "dtype": str(dtype).removeprefix("torch."),
         "link": _link(rate, ranks),
@@ -265,7 +265,7 @@ def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> t
 def _link(rate: str | None, ranks: int) -> str:
     if rate is not None:
         return rate or "unlimited"
-    return "local" if int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) == ranks else "network"
+    return "local" if int(os.environ.get("LOCAL_WORLD_SIZE") or ranks) == ranks else "network"
 
 
 def _sum(terms: Sequence[torch.Tensor]) -> torch.Tensor:

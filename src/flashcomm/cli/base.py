@@ -1,5 +1,6 @@
 """Shared by all commands: consoles, common options, and checks that end a command with a sentence."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,26 @@ def fail(message: str) -> NoReturn:
     if stderr.quiet:
         # The launcher ends all ranks when the first one fails, and only rank 0 prints why: leave it the time.
         time.sleep(_LAST_WORDS_S)
+        # Who is still there has no launcher, and perhaps no rank 0.
+        stderr.quiet = False
+        fail(message)
     raise typer.Exit(2)
+
+
+def joined() -> bool:
+    """Whether a launcher has started this process as one of several ranks, of which only rank 0 prints errors."""
+    from flashcomm.lab import launch
+
+    try:
+        is_rank = launch.joined()
+    except ValueError as error:
+        fail(str(error))
+    if is_rank:
+        rank, ranks = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+        if ranks < 2:
+            fail(f"RANK={rank} and WORLD_SIZE={ranks} set: start 2 ranks or more. {launch.LEFT_OVER}")
+        stderr.quiet = rank != "0"
+    return is_rank
 
 
 def new_table(title: str) -> Table:

@@ -19,6 +19,7 @@ from flashcomm.cli.base import (
     codec_list,
     fail,
     in_lab,
+    joined,
     new_table,
     number_of_ranks,
     stderr,
@@ -59,10 +60,9 @@ def bench_collective(op: str):
 
         from flashcomm.bench import collectives
         from flashcomm.bench import mpi as open_mpi
-        from flashcomm.lab import launch
 
-        # Every rank checks its input, and rank 0 prints what is wrong with it.
-        stderr.quiet = launch.joined() and os.environ["RANK"] != "0"
+        # Every rank checks its input.
+        is_rank = joined()
         specs = codec_list(codecs)
         byte_sizes = [_message_bytes(text) for text in sizes.split(",")]
         chosen = algorithms.split(",")
@@ -72,7 +72,7 @@ def bench_collective(op: str):
         check_dtype(dtype)
         if plot:
             check_plot(plot)
-        if mpi and (rate or launch.joined()):
+        if mpi and (rate or is_rank):
             fail("--mpi compares ranks of this machine without a slow link: leave out --rate, and torchrun")
         if mpi and (reason := open_mpi.unavailable()):
             fail(reason)
@@ -80,7 +80,7 @@ def bench_collective(op: str):
         for ranks in worlds:
             checked_lab(ranks, rate, ranks_per_host)
         warm_up(specs)
-        if launch.joined():
+        if is_rank:
             rows = _join(tp, rate, (op, specs, byte_sizes, chosen, repeats, getattr(torch, dtype)))
             if rows is None:
                 return
@@ -114,8 +114,8 @@ def _join(tp: str | None, rate: str | None, arguments: tuple) -> list | None:
     from flashcomm.lab import launch
 
     world = os.environ["WORLD_SIZE"]
-    if tp not in (None, world) or int(world) < 2:
-        fail(f"--tp {tp or world} on a rank of {world}: start 2 ranks or more, and leave --tp out")
+    if tp not in (None, world):
+        fail(f"--tp {tp} on a rank of {world}: leave --tp out. {launch.LEFT_OVER}")
     if rate:
         fail(f"--rate {rate} starts ranks of its own, and this is a rank already: leave it out")
     rows = launch.join(collectives.measure, arguments)

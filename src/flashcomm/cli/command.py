@@ -65,6 +65,8 @@ def main():
     try:
         app()
     except RankError as error:
+        # The other ranks of a launcher may never have come.
+        stderr.quiet = False
         interrupted = isinstance(error, Interrupted)
         stderr.print(str(error) if interrupted else f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(130 if interrupted else 1)

@@ -14,6 +14,7 @@ from flashcomm.cli.base import (
     Rate,
     fail,
     in_lab,
+    joined,
     need,
     new_table,
     stderr,
@@ -49,16 +50,17 @@ def tune(
     from flashcomm.bench import tune as tuning_bench
     from flashcomm.lab import launch
 
+    is_rank = joined()
     if save:
         need("transformers", "transformers")
         if save.suffix != ".json":
             fail(f"--save {str(save)!r}: give a file that ends in .json")
     measure = compute.measure if save else tuning_bench.measure
     warm_up([*tuning_bench.CODECS, "bf16"])
-    if launch.joined():
+    if is_rank:
         world = os.environ["WORLD_SIZE"]
-        if int(world) < 2 or rate or str(tp or world) != world:
-            fail(f"this is one rank of {world} already: start 2 or more, and leave --tp and --rate out")
+        if rate or str(tp or world) != world:
+            fail(f"this is one rank of {world} already: leave --tp and --rate out. {launch.LEFT_OVER}")
         group = launch.join(measure, (repeats,))
         if os.environ["RANK"] != "0":
             return

@@ -20,6 +20,7 @@ from flashcomm.collectives.routes import run_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
 from flashcomm.errors import CollectiveError, Unavailable, kind_of
+from flashcomm.transports import pages
 from flashcomm.transports.backend import Backend
 from flashcomm.transports.base import OnRows, Ranks, Run, Task, nothing_to_abandon
 from flashcomm.transports.lanes import Lane
@@ -99,6 +100,8 @@ class Call:
     """Shape of the result."""
     dtype: torch.dtype
     device: torch.device
+    large: bool
+    """Whether memory for the result comes from `transports.pages`."""
     plain_bytes: int
     """Bytes that the plain collective would send from this rank."""
     prepared: Run
@@ -110,7 +113,9 @@ class Call:
 
     def start(self, x: torch.Tensor, out: torch.Tensor | None, async_op: bool) -> "torch.Tensor | Work":
         """Run on `x`; return the result, or a `Work` if `async_op`."""
-        if out is None:
+        if out is None and self.large:
+            out = pages.empty(self.shape, self.dtype)
+        elif out is None:
             # empty_like takes half the time of empty.
             like = x.is_contiguous() and x.shape == self.shape
             out = torch.empty_like(x) if like else torch.empty(self.shape, dtype=self.dtype, device=self.device)
@@ -264,6 +269,7 @@ def _decide(
         shape=rows.shape,
         dtype=x.dtype,
         device=x.device,
+        large=pages.is_large(rows.shape, x.dtype, x.device),
         plain_bytes=rows.plain_bytes,
         prepared=_prepared(verb, plan, rows, x, home, moves),
         lane=home.meet(x.device).lane if moves else None,

@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore
 
 from flashcomm import codecs, collectives
+from flashcomm.integrations.agreement import exchange
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Choice, Policy
 from flashcomm.transports.backend import is_plain
@@ -38,13 +39,12 @@ class CompressedGroup(dist.ProcessGroup):
     policy: Policy | None
     """Policy of this group; None to compress nothing. `set_policy` changes it."""
 
-    def __init__(self, store: Any, rank: int, size: int, policy: Policy | None):
+    def __init__(self, store: Any, rank: int, size: int, policy: Policy | None, timeout_s: float):
         # Given the store too, torch makes an object that does not call the methods of a subclass.
         super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.policy = policy
-        self._store = store
+        self._store, self._timeout_s = store, timeout_s
         self._plain = dist.ProcessGroup(store, rank, size)
-        self._agreements = 0
 
     def allreduce(self, tensors: Any, *args: Any, **kwargs: Any) -> dist.Work:
         """Sum one tensor over all ranks, in place; compressed if the policy says so.
@@ -94,22 +94,23 @@ class CompressedGroup(dist.ProcessGroup):
             return choice.declined("rows of 2 values, as of complex numbers")
         return choice
 
-    def _agree(self, said: str):
+    def _agree(self, said: str) -> str:
         """Compare the ranks' policies through the store, because the group may be half made.
+
+        Returns:
+            A name that no other agreement has, the same on all ranks.
 
         Raises:
             RuntimeError: the policies differ; raised on all ranks, naming two of them.
         """
-        self._agreements += 1
-        store, keys = self._store, [f"policy {self._agreements} of {rank}" for rank in range(self.size())]
-        store.set(keys[self.rank()], said)
-        everyone = [store.get(key).decode() for key in keys]
+        everyone, name = exchange(PrefixStore("policy/", self._store), self.rank(), self.size(), said, self._timeout_s)
         if len(set(everyone)) > 1:
             other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
             raise RuntimeError(
                 f"ranks disagree about their policy: rank 0 has {everyone[0]}; rank {other} has {everyone[other]}. "
                 "Give every rank the same"
             )
+        return name
 
 
 def _plain_method(name: str) -> Any:
@@ -201,14 +202,16 @@ def create(options: Any, policy: Any) -> CompressedGroup:
         said = repr(found)
     except ValueError as error:
         found, failure, said = None, error, f"an error: {error}"
-    group = CompressedGroup(options.store, options.group_rank, options.group_size, found)
+    timeout_s = options.timeout.total_seconds()
+    group = CompressedGroup(options.store, options.group_rank, options.group_size, found, timeout_s)
     try:
-        group._agree(said)
+        name = group._agree(said)
     except RuntimeError as disagreement:
         raise failure or disagreement from None
     if failure:
         raise failure
-    _add_backends(group, options)
+    # The store may hold addresses of an earlier group, which gloo would take for this one's.
+    _add_backends(group, options, PrefixStore(name, options.store))
     is_default = not options.global_ranks_in_group
     if is_default and options.group_rank == 0:
         _announce(found, options.group_size)
@@ -230,11 +233,11 @@ def _check(policy: Any) -> Policy | None:
     return policy
 
 
-def _add_backends(group: CompressedGroup, options: Any):
+def _add_backends(group: CompressedGroup, options: Any, store: Any):
     """Add gloo for CPU tensors and NCCL for those on GPUs, like torch does for ``cpu:gloo,cuda:nccl``."""
     ranks, name = options.global_ranks_in_group, options.group_id
-    store = distributed_c10d.PrefixStore("cpu/", options.store)
-    gloo = dist.ProcessGroupGloo(store, options.group_rank, options.group_size, timeout=options.timeout)
+    cpu_store, cuda_store = PrefixStore("cpu/", store), PrefixStore("cuda/", store)
+    gloo = dist.ProcessGroupGloo(cpu_store, options.group_rank, options.group_size, timeout=options.timeout)
     gloo.options.global_ranks_in_group, gloo.options.group_name = ranks, name
     types = dist.ProcessGroup.BackendType
     backends: list[tuple[str, Any, Any]] = [("cpu", types.GLOO, gloo)]
@@ -242,8 +245,7 @@ def _add_backends(group: CompressedGroup, options: Any):
         nccl_options = dist.ProcessGroupNCCL.Options()
         nccl_options._timeout = options.timeout
         nccl_options.global_ranks_in_group, nccl_options.group_name = ranks, name
-        store = distributed_c10d.PrefixStore("cuda/", options.store)
-        nccl = dist.ProcessGroupNCCL(store, options.group_rank, options.group_size, nccl_options)
+        nccl = dist.ProcessGroupNCCL(cuda_store, options.group_rank, options.group_size, nccl_options)
         backends.append(("cuda", types.NCCL, nccl))
     for device, kind, backend in backends:
         backend._set_sequence_number_for_group()

@@ -28,6 +28,8 @@ from flashcomm.lab.hosts import RATE_VARIABLE, Lab
 
 INTERRUPTED = "interrupted; all ranks have been stopped"
 _STOPPED = "the other ranks have been stopped"
+_PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LEFT_OVER = f"If no launcher, such as torchrun, has started this process as a rank: unset {' '.join(_PLACE)}"
 
 
 class RankError(RuntimeError):
@@ -86,8 +88,24 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
 
 
 def joined() -> bool:
-    """True if this process is a rank that torchrun or `flashcomm lab` has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """True if this process is a rank that torchrun or `flashcomm lab` has started.
+
+    Raises:
+        ValueError: variables of a launcher are there that cannot be a launcher's, such as some of them alone.
+    """
+    place = {name: os.environ.get(name, "").strip() for name in _PLACE}
+    if not (place["RANK"] or place["WORLD_SIZE"]):
+        return False
+    missing = [name for name, value in place.items() if not value]
+    numbers = [int(value) if value.isdecimal() else -1 for value in (place["RANK"], place["WORLD_SIZE"])]
+    if missing:
+        why = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not"
+    elif not 0 <= numbers[0] < numbers[1]:
+        why = "that is no rank"
+    else:
+        return True
+    given = " and ".join(f"{name}={place[name]}" for name in _PLACE[:2] if place[name])
+    raise ValueError(f"{given} set, but {why}. {LEFT_OVER}")
 
 
 def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
@@ -98,15 +116,18 @@ def join(function: Callable, args: tuple = (), *, timeout_s: float = 120.0):
 
     Returns:
         What the function returned on this rank.
+
+    Raises:
+        RankError: the other ranks did not come.
     """
-    return _rank_main(function, args, timeout_s)
+    return _rank_main(function, args, timeout_s, joins=True)
 
 
 def backend() -> str:
     """Name of the backend: NCCL if every rank can have its own GPU, otherwise, and in a lab, gloo."""
     if settings.given(RATE_VARIABLE):
         return "gloo"
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return "nccl" if torch.cuda.is_available() and torch.cuda.device_count() >= ranks else "gloo"
 
 
@@ -117,18 +138,27 @@ def _interrupt_once(signum: int, frame: Any):
 
 
 @record
-def _rank_main(function: Callable, args: tuple, timeout_s: float):
+def _rank_main(function: Callable, args: tuple, timeout_s: float, joins: bool = False):
     signal.signal(signal.SIGINT, _interrupt_once)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
     # The hosts of a lab are one machine.
-    ranks = int(os.environ.get("WORLD_SIZE" if settings.given(RATE_VARIABLE) else "LOCAL_WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE" if settings.given(RATE_VARIABLE) else "LOCAL_WORLD_SIZE") or 1)
     torch.set_num_threads(max(1, len(machine.cores()) // ranks))
     # The parent process has compiled the kernels and logged it.
     logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
     name = backend()
     if name == "nccl":
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(name, timeout=timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(name, timeout=timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        if not joins:
+            raise
+        rank, world_size, address, port = (os.environ[variable] for variable in _PLACE)
+        raise RankError(
+            f"rank {rank} of {world_size} did not find the others at {address}, port {port}, within {timeout_s:g} s: "
+            f"{str(error).splitlines()[0]}. {LEFT_OVER}"
+        ) from error
     try:
         return function(*args)
     finally:

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from flashcomm.transports import pages
+
 
 class Buffers:
     """The buffers of one lane, whose calls do not overlap, except on different CUDA streams."""
@@ -20,7 +22,11 @@ class Buffers:
         if held is None or held.numel() < size:
             # A buffer born in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                held = self._held[name, device, stream] = torch.empty(size, dtype=torch.uint8, device=device)
+                if device.type == "cpu" and size >= pages.HUGE_BYTES:
+                    held = pages.empty(torch.Size([size]), torch.uint8)
+                else:
+                    held = torch.empty(size, dtype=torch.uint8, device=device)
+            self._held[name, device, stream] = held
         return held[:size].view(shape)
 
 
