@@ -1,8 +1,11 @@
-"""A transport inside of one process: ranks without processes, for tests of algorithms.
+"""A transport inside of one process: ranks without processes, for tests of algorithms and of the collectives.
 
 It is a `Link` like any other, in one file: queues instead of connections. `Loopback.run` calls a function on every
 rank. Ranks take turns, each until it waits for a message that has not been sent. So a test costs milliseconds, always
 runs in the same order, and ranks that wait for each other are an error at once, not a time-out.
+
+Each rank also has a process group, with which `flashcomm.all_reduce` takes its usual way from its arguments to the
+algorithm: only the meeting of the ranks is made up.
 """
 
 from collections import deque
@@ -12,12 +15,18 @@ from typing import Any
 
 import greenlet
 import torch
+import torch.distributed as dist
 
+from flashcomm import planner
+from flashcomm.collectives import group as groups
 from flashcomm.transports.backend import Backend
 from flashcomm.transports.base import Messages, Ranks
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
+from flashcomm.transports.connections import Connections
 from flashcomm.transports.direct import Direct
+from flashcomm.transports.lanes import Lane, Meeting
+from flashcomm.transports.shared.memory import SharedMemory
 
 _steps = 0
 """Messages that were put or taken, so that a round without any is known."""
@@ -96,7 +105,8 @@ class Collectives(Backend):
     def __init__(self, rank: int, calls: "list[list]"):
         self._rank, self._calls = rank, calls
 
-    def _meet(self, mine: Any) -> list:
+    def meet(self, mine: Any) -> list:
+        """Every rank's `mine`, in rank order."""
         calls, number = self._calls, len(self._calls[self._rank])
         calls[self._rank].append(mine)
         _step()
@@ -105,22 +115,52 @@ class Collectives(Backend):
 
     def gather(self, received: torch.Tensor, sent: torch.Tensor) -> _Sent:
         """See `Backend`."""
-        received.copy_(torch.stack(self._meet(sent.clone())).view(received.shape))
+        received.copy_(torch.stack(self.meet(sent.clone())).view(received.shape))
         return _Sent()
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> _Sent:
         """See `Backend`."""
-        received.copy_(torch.stack([theirs[self._rank] for theirs in self._meet(sent.clone())]))
+        received.copy_(torch.stack([theirs[self._rank] for theirs in self.meet(sent.clone())]))
         return _Sent()
 
     def all_to_all(self, received: torch.Tensor, sent: torch.Tensor, out_rows: Any, in_rows: Any):
         """See `Backend`."""
-        everyone = self._meet(sent.clone().split(list(in_rows)))
+        everyone = self.meet(sent.clone().split(list(in_rows)))
         received.copy_(torch.cat([theirs[self._rank] for theirs in everyone]))
+
+    def all_reduce(self, x: torch.Tensor, out: torch.Tensor, *, async_op: bool = False) -> _Sent:
+        """See `Backend`."""
+        out.copy_(sum(self.meet(x.clone())))
+        return _Sent()
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor):
+        """See `Backend`."""
+        out.copy_(torch.stack(self.meet(x.clone())).view(out.shape))
+
+
+class Group(groups.Group):
+    """A group whose ranks have met already, in this process.
+
+    Args:
+        group: only a name: torch knows of no backend for it.
+        backend: what `Backend` would be.
+        messages: of this rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, backend: Collectives, messages: Messages):
+        super().__init__(group)
+        self.backend, self.ranks = backend, messages.ranks
+        bulk, lane, size = isinstance(messages, Bulk), Lane(messages), self.ranks.world_size
+        why_not = {SharedMemory.name: "loopback"} | ({Connections.name: "loopback"} if bulk else {})
+        meeting = Meeting(
+            hosts=(0,) * size, labels=("here",) * size, lanes=(lane, lane), carrier="loopback", why_not=why_not
+        )
+        self._meetings[torch.device("cpu")] = meeting
+        self.facts = planner.Facts(ranks=size, connected=meeting.connected)
 
 
 class Loopback:
-    """The messages of `world_size` ranks.
+    """The messages of `world_size` ranks, and their groups.
 
     Args:
         world_size: number of ranks.
@@ -132,12 +172,16 @@ class Loopback:
         lines = {(a, b): deque() for a in everyone for b in everyone}
         calls: list[list] = [[] for _ in everyone]
         self.messages: list[Messages] = []
+        self.groups: list[dist.ProcessGroup] = []
         for rank in everyone:
-            ranks = Ranks(rank=rank, world_size=world_size, timeout_s=0.0, tell=lambda fact: [fact])
+            backend = Collectives(rank, calls)
+            ranks = Ranks(rank=rank, world_size=world_size, timeout_s=0.0, tell=backend.meet)
             if bulk:
-                self.messages.append(Bulk(Collectives(rank, calls), ranks, Buffers()))
+                self.messages.append(Bulk(backend, ranks, Buffers()))
             else:
                 self.messages.append(Direct(Link(lines, rank), ranks, Buffers()))
+            self.groups.append(dist.ProcessGroup(rank, world_size))
+            groups._groups[self.groups[rank]] = Group(self.groups[rank], backend, self.messages[rank])
 
     def run(self, function: Callable[[int, Messages], Any]) -> list:
         """Call ``function(rank, messages)`` on every rank, and return the results in rank order.

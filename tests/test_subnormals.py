@@ -50,7 +50,7 @@ def figures(spec: str, messages) -> list[torch.Tensor]:
     for xs in messages:
         mine = [flashcomm.codec(spec).bind(features, rank) for rank in range(2)]
         payloads = torch.stack([kernels.encode(x, codec) for x, codec in zip(xs, mine, strict=True)])
-        first, second = mine[0].steps
+        first, second = mine[0].formats
         found += [
             payloads,
             kernels.decode_sum(payloads, first, cols=cols, dtype=xs[0].dtype),

@@ -10,6 +10,9 @@ import ranks
 from flashcomm import codecs
 
 pytest.importorskip("triton")
+import interpreter
+
+interpreter.hasten()
 
 SIZE_BYTES = 1 << 18
 

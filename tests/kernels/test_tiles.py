@@ -8,7 +8,10 @@ import values
 from flashcomm import codecs, kernels
 
 pytest.importorskip("triton")
+import interpreter
 from flashcomm.kernels import gpu
+
+interpreter.hasten()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of values that overflow
 

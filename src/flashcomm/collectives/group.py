@@ -55,8 +55,8 @@ class Group:
         self.tags = itertools.count(tag + 1)
         """Tags for other lanes over the same process group, whose threads are their own."""
         self.ranks = Ranks(
-            rank=dist.get_rank(group),
-            world_size=dist.get_world_size(group),
+            rank=group.rank(),
+            world_size=group.size(),
             timeout_s=timeout_s(group),
             tell=partial(_tell, self.backend),
         )
