@@ -46,3 +46,10 @@ def test_every_variable_in_the_sources_is_in_the_table():
 def test_only_the_table_reads_our_variables():
     reads = re.compile(r"environ(?:\.get\(|\[|\.pop\()\s*[\"']FLASHCOMM_")
     assert [path.name for path in SOURCES.rglob("*.py") if reads.search(path.read_text())] == ["settings.py"]
+
+
+def test_every_variable_is_in_the_documents():
+    text = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    for setting in settings.SETTINGS.values():
+        default = {True: "on", False: "off", "": ""}[setting.default]
+        assert f"| `{setting.name}` | {default} | {setting.meaning} |" in text
