@@ -181,7 +181,7 @@ class Loopback:
             else:
                 self.messages.append(Direct(Link(lines, rank), ranks, Buffers()))
             self.groups.append(dist.ProcessGroup(rank, world_size))
-            groups._groups[self.groups[rank]] = Group(self.groups[rank], backend, self.messages[rank])
+            groups.register(self.groups[rank], Group(self.groups[rank], backend, self.messages[rank]))
 
     def run(self, function: Callable[[int, Messages], Any]) -> list:
         """Call ``function(rank, messages)`` on every rank, and return the results in rank order.

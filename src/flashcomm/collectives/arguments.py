@@ -17,27 +17,21 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         ValueError: `x` or `out` is not a dense tensor, `x` requires a gradient, or the result cannot be written to the
             memory of `out`.
     """
-    # This is in every collective, so the usual case calls no function of ours, and not torch's slow `isinstance`.
-    if (
-        (type(x) is not torch.Tensor and not isinstance(x, torch.Tensor))
-        or x.layout is not torch.strided
-        or x.is_nested
-    ):
+    # This is in every collective, so it asks no more than it must.
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested:
         raise _not_dense(x, "x")
-    if out is not None and (
-        type(out) is not torch.Tensor
-        or out.layout is not torch.strided
-        or out.is_nested
-        or out.is_neg()
-        or out.is_conj()
-        or not out.is_contiguous()
-    ):
-        check_writable(out)
+    if out is not None:
+        try:
+            usual = out.is_contiguous() and not out.is_neg() and not out.is_nested
+        except (AttributeError, RuntimeError):
+            usual = False
+        if not usual:
+            check_writable(out)
     if x.requires_grad:
         check_grad(x)
-    if x.is_neg() or x.is_conj():
-        # Views whose values are not those in memory.
-        x = x.resolve_neg().resolve_conj()
+    if x.is_neg():
+        # A view whose values are not those in memory.
+        x = x.resolve_neg()
     if not x.data_ptr():
         kernels.check_storage(x)
     return x

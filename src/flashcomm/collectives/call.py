@@ -121,6 +121,10 @@ class Call:
             out = torch.empty_like(x) if like else torch.empty(self.shape, dtype=self.dtype, device=self.device)
         elif out.shape != self.shape or out.dtype != self.dtype or out.device != self.device:
             raise _refuse_out(out, self.shape, self.dtype, self.device)
+        if self.dtype.is_complex:
+            # Only complex numbers may be conjugated views.
+            x = x.resolve_conj()
+            arguments.check_writable(out)
         if self.refusal:
             raise Unavailable(f"strict: {self.verb.name} of {list(out.shape)} {out.dtype} {self.refusal}")
         if async_op:

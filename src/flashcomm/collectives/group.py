@@ -160,7 +160,9 @@ def _tell(backend: Backend, fact: Any) -> list:
     return facts
 
 
-_groups: "weakref.WeakKeyDictionary[dist.ProcessGroup, Group]" = weakref.WeakKeyDictionary()
+_groups: "dict[int, tuple[weakref.ref[dist.ProcessGroup], Group]]" = {}
+"""Groups by the identity of their process group, held weakly. A WeakKeyDictionary takes three times as long, which
+matters in every call."""
 _meshes: "weakref.WeakKeyDictionary[dist.ProcessGroup, weakref.WeakKeyDictionary[dist.ProcessGroup, Group]]"
 _meshes = weakref.WeakKeyDictionary()
 """Groups of meshes with levels, by their groups between and inside: a mesh may be made anew for every call."""
@@ -172,15 +174,14 @@ def group_of(group: Any) -> Group:
     Raises:
         ValueError: torch.distributed is not initialised, this rank is not in `group`, or the mesh is not a group.
     """
-    # This is in every call, so the usual cases come first, without `isinstance`, which is slow for torch.
     means = dist.group.WORLD if group is None else group
-    if type(means) is not dist.ProcessGroup:
-        means = topology.process_group(group)
-    if type(means) is dist.ProcessGroup or isinstance(means, dist.ProcessGroup):
-        found = _groups.get(means)
-        if found is None:
-            found = _groups[means] = Group(means)
-        return found
+    known = _groups.get(id(means))
+    if known is not None and known[0]() is means:
+        return known[1]
+    means = topology.process_group(group)
+    if isinstance(means, dist.ProcessGroup):
+        known = _groups.get(id(means))
+        return known[1] if known is not None and known[0]() is means else register(means, Group(means))
     between, inside = means.get_group(0), means.get_group(1)
     groups = _meshes.setdefault(between, weakref.WeakKeyDictionary())
     if inside not in groups:
@@ -191,3 +192,10 @@ def group_of(group: Any) -> Group:
             whole, next(group_of(whole).tags), hosts=hosts, levels=levels, keep=whole is not dist.group.WORLD
         )
     return groups[inside]
+
+
+def register(process_group: dist.ProcessGroup, group: Group) -> Group:
+    """Keep `group` as long as its process group lives, for `group_of` to find."""
+    key = id(process_group)
+    _groups[key] = weakref.ref(process_group, lambda _: _groups.pop(key, None)), group
+    return group
