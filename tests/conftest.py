@@ -32,7 +32,14 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
 
-_LABS = {"test_cli.py", "test_collectives.py", "test_lab.py", "test_hierarchical.py", "test_planning.py"}
+_LABS = {
+    "test_addresses.py",
+    "test_cli.py",
+    "test_collectives.py",
+    "test_lab.py",
+    "test_hierarchical.py",
+    "test_planning.py",
+}
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
 

@@ -17,7 +17,7 @@ import ranks
 from calls import all_reduce_of_ones, check, failure, meeting, new_group
 from flashcomm.collectives import algorithms
 from flashcomm.errors import PeerLost
-from flashcomm.transports import connections
+from flashcomm.transports import addresses, connections
 from flashcomm.transports.base import Ranks
 
 
@@ -188,14 +188,14 @@ def one_rank_refuses():
 
 def one_rank_says_a_wrong_address():
     """An address that leads nowhere; 192.0.2.0/24 is reserved for documentation (RFC 5737)."""
-    found, patience = connections._addresses, connections._CONNECT_S
+    found, patience = addresses.own, connections._CONNECT_S
     connections._CONNECT_S = 0.5
     if dist.get_rank() == 0:
-        connections._addresses = lambda: ["192.0.2.1"]
+        addresses.own = lambda patience_s: ["192.0.2.1"]
     try:
         return whether_connected()
     finally:
-        connections._addresses, connections._CONNECT_S = found, patience
+        addresses.own, connections._CONNECT_S = found, patience
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ def test_if_one_rank_cannot_connect_none_does_and_all_know_why(function, reason)
 
 def some_addresses_are_wrong():
     """Nobody has the name of the first; at the second somebody listens who is not the rank."""
-    found = connections._addresses
+    found = addresses.own
     with socket.create_server(("127.0.0.1", 0)) as other:
         threading.Thread(target=_answer_wrongly, args=(other,), daemon=True).start()
         greet = connections._greet
@@ -224,11 +224,12 @@ def some_addresses_are_wrong():
         def misled(address, port, *rest):
             return greet(address, other.getsockname()[1] if address == "127.0.0.1" else port, *rest)
 
-        connections._addresses, connections._greet = lambda: ["no-such-host.invalid", "127.0.0.1", "127.0.0.2"], misled
+        addresses.own = lambda patience_s: ["no-such-host.invalid", "127.0.0.1", "127.0.0.2"]
+        connections._greet = misled
         try:
             return whether_connected()
         finally:
-            connections._addresses, connections._greet = found, greet
+            addresses.own, connections._greet = found, greet
 
 
 def _answer_wrongly(listener):

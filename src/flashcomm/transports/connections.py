@@ -21,7 +21,6 @@ Source: our own.
 
 import contextlib
 import math
-import os
 import secrets
 import select
 import socket
@@ -35,6 +34,7 @@ import torch
 
 from flashcomm import settings
 from flashcomm.errors import CollectiveError, PeerLost, RanksDisagree, TimedOut
+from flashcomm.transports import addresses
 from flashcomm.transports.base import Ranks
 
 _LENGTH = struct.Struct("!Q")
@@ -45,8 +45,6 @@ _CONNECT_S, _HELLO_S, _POLL_MS = 5.0, 1.0, 1000
 # Where there are several peers, what the kernel may hold of a connection beyond what is in flight: enough for the link
 # while codecs run, little enough that messages travel in the order of `send`. Measured 2026-11-21, 1 Gbit/s.
 _UNSENT_BYTES = 128 << 10
-# SIOCGIFADDR, which Python has no name for.
-_GET_ADDRESS = 0x8915
 
 
 class Transfer:
@@ -84,6 +82,7 @@ class Connections:
 
     def __init__(self, ranks: Ranks):
         self.rank, self.ranks, self._timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
+        self._patience_s = min(_CONNECT_S, ranks.timeout_s)
         self._failure: type[CollectiveError] = CollectiveError
         self.broken: str | None = None
         self._sockets: dict[int, socket.socket] = {}
@@ -105,8 +104,8 @@ class Connections:
             else:
                 try:
                     listener = stack.enter_context(_listen(ranks.world_size))
-                    offer = (_addresses(), listener.getsockname()[1], secret)
-                except (OSError, UnicodeError) as error:
+                    offer = (addresses.own(self._patience_s / 2), listener.getsockname()[1], secret)
+                except OSError as error:
                     why = f"cannot listen: {error}"
             offers = ranks.tell(offer)
             if listener and all(offers):
@@ -131,16 +130,20 @@ class Connections:
 
     def _connect(self, listener: socket.socket, offers: list[tuple[list[str], int, bytes]]) -> str:
         """Connect to the lower ranks, then accept the higher ones; return "" or the reason why that failed."""
-        end = time.monotonic() + _CONNECT_S
+        end = time.monotonic() + self._patience_s
         for peer in range(self.rank):
-            addresses, port, secret = offers[peer]
-            for tried, address in enumerate(addresses):
-                with contextlib.suppress(OSError):
-                    seconds = max(0.001, end - time.monotonic()) / (len(addresses) - tried)
+            theirs, port, secret = offers[peer]
+            candidates = [address for told in theirs for address in addresses.seen_from_here(told)]
+            reason = ""
+            for tried, address in enumerate(candidates):
+                try:
+                    seconds = max(0.001, end - time.monotonic()) / (len(candidates) - tried)
                     self._sockets[peer] = _greet(address, port, secret, offers[self.rank][2], self.rank, seconds)
                     break
+                except OSError as error:
+                    reason = f": {error.strerror or error}"
             else:
-                return f"cannot reach rank {peer} at {' or '.join(addresses)}, port {port}"
+                return f"cannot reach rank {peer} at {' or '.join(candidates or theirs)}, port {port}{reason}"
         while len(self._sockets) < self.ranks - 1 and (left := end - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
@@ -149,7 +152,7 @@ class Connections:
                 if peer is not None:
                     self._sockets[peer] = connection
         missing = [peer for peer in range(self.ranks) if peer != self.rank and peer not in self._sockets]
-        return f"rank {missing[0]} did not connect within {_CONNECT_S:g} s" if missing else ""
+        return f"rank {missing[0]} did not connect within {self._patience_s:g} s" if missing else ""
 
     def close(self, why: str = "closed"):
         """See `base.Link`. Of several reasons, later calls give the first."""
@@ -295,30 +298,3 @@ def _welcome(connection: socket.socket, secrets_of: list[bytes], rank: int) -> i
             return peer
     connection.close()
     return None
-
-
-def _addresses() -> list[str]:
-    """Addresses by which other ranks may reach this one: of the interface that gloo is told to use, else of the one
-    that leads to rank 0, then those of the host's name.
-    """
-    found = []
-    if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
-        return [_address_of(interface)]
-    with contextlib.suppress(OSError):
-        master = os.environ.get("MASTER_ADDR", "localhost")
-        family, kind, _, _, there = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            # Sends nothing; only asks the kernel for the route.
-            probe.connect(there)
-            found.append(probe.getsockname()[0])
-    with contextlib.suppress(OSError):
-        found += [entry[4][0] for entry in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
-    return list(dict.fromkeys(found))
-
-
-def _address_of(interface: str) -> str:
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", interface.encode()))
-    return socket.inet_ntoa(answer[20:24])
