@@ -152,9 +152,7 @@ class Group(groups.Group):
         self.backend, self.ranks = backend, messages.ranks
         bulk, lane, size = isinstance(messages, Bulk), Lane(messages), self.ranks.world_size
         why_not = {SharedMemory.name: "loopback"} | ({Connections.name: "loopback"} if bulk else {})
-        meeting = Meeting(
-            hosts=(0,) * size, labels=("here",) * size, lanes=(lane, lane), carrier="loopback", why_not=why_not
-        )
+        meeting = Meeting(hosts=(0,) * size, labels=("here",) * size, lane=lane, carrier="loopback", why_not=why_not)
         self._meetings[torch.device("cpu")] = meeting
         self.facts = planner.Facts(ranks=size, connected=meeting.connected)
 
