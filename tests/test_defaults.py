@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from flashcomm.kernels.route import _load
 from torch.utils._device import _device_constructors
 
 import flashcomm
@@ -16,6 +15,7 @@ import promises
 import ranks
 from calls import new_group
 from flashcomm import kernels
+from flashcomm.kernels.routes import _load
 
 SOURCES = Path(flashcomm.__file__).parent
 # Those that the default device changes, and those that the default dtype alone changes.

@@ -182,7 +182,7 @@ def _measure_size(
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
         combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
-    rate = settings.text(labs.RATE_VARIABLE)
+    rate = settings.text(labs.RATE_VARIABLE) if settings.given(labs.RATE_VARIABLE) else None
     shared = {
         "op": op,
         "ranks": ranks,
