@@ -9,6 +9,7 @@ import torch
 import flashcomm
 import ranks
 from calls import new_group
+from flashcomm import kernels
 from flashcomm.collectives import Record
 from flashcomm.collectives.group import group_of
 from flashcomm.integrations.sums import Sums
@@ -45,6 +46,9 @@ def warning(codec: str, reason: str, algorithm: str = "two_step") -> str:
 
 
 def declined_on_ranks():
+    # A machine that has not compiled these kernels yet would say so.
+    for codec in ("int2g32", "int4g32", "int4g128"):
+        kernels.warm_up(codec)
     group, small = new_group(), torch.ones(4, 256)
     reason = {True: "compression does not pay in shared memory", False: "message under 64 KiB"}[
         group_of(group).meet(small.device).shared

@@ -167,7 +167,7 @@ def reasons_of_engines(policy: Policy, dtype: torch.dtype, tokens: int):
     "policy, dtype, tokens, reason",
     [
         (Policy(min_bytes=1 << 20, algorithm="one_step"), torch.bfloat16, 64, "under the policy's min_bytes = 1 MiB"),
-        (Policy(min_bytes=1000, algorithm="one_step"), torch.bfloat16, 1, "under the policy's min_bytes = 1000 bytes"),
+        (Policy(min_bytes=1000, algorithm="one_step"), torch.bfloat16, 1, "under the policy's min_bytes = 1000 B"),
         (Policy(min_bytes=0, algorithm="one_step"), torch.bfloat16, 1, "decode step"),
         (Policy(min_bytes=0, codec="none"), torch.bfloat16, 64, "codec none"),
         (Policy(min_bytes=0, layers=(Rule(match="*.o_proj", codec="none"),)), torch.float32, 64, "codec none"),
