@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from flashcomm.cli import app, base
@@ -350,6 +353,19 @@ def test_a_rank_that_stays_alone_says_so(monkeypatch):
     with pytest.raises(launch.RankError, match="rank 1 of 2 did not find the others at 127.0.0.1, port") as raised:
         launch.join(print, timeout_s=1)
     assert LEFT_OVER in str(raised.value)
+
+
+def test_a_process_that_joined_is_its_owners_again(monkeypatch):
+    def state():
+        return signal.getsignal(signal.SIGINT), torch.get_num_threads(), logging.getLogger("flashcomm.kernels").level
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    before = state()
+    monkeypatch.setattr(os, "environ", place("0", "1", "127.0.0.1", port))
+    assert launch.join(state, timeout_s=20) != before
+    assert not dist.is_initialized()
+    assert state() == before
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -137,18 +137,35 @@ def _interrupt_once(signum: int, frame: Any):
     raise KeyboardInterrupt
 
 
+def _heed_interrupts(handler: Any):
+    # Unless one is on its way out of this process, whose second signal may still come.
+    if signal.getsignal(signal.SIGINT) is _interrupt_once:
+        signal.signal(signal.SIGINT, handler)
+
+
 @record
 def _rank_main(function: Callable, args: tuple, timeout_s: float, joins: bool = False):
-    signal.signal(signal.SIGINT, _interrupt_once)
-    local_rank = int(os.environ.get("LOCAL_RANK") or 0)
-    # The hosts of a lab are one machine.
-    ranks = int(os.environ.get("WORLD_SIZE" if settings.given(RATE_VARIABLE) else "LOCAL_WORLD_SIZE") or 1)
-    torch.set_num_threads(max(1, len(machine.cores()) // ranks))
-    # The parent process has compiled the kernels and logged it.
-    logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
-    name = backend()
-    if name == "nccl":
-        torch.cuda.set_device(local_rank)
+    with ExitStack() as given_back:
+        # A process that joins is its owner's again afterwards.
+        given_back.callback(_heed_interrupts, signal.signal(signal.SIGINT, _interrupt_once))
+        given_back.callback(torch.set_num_threads, torch.get_num_threads())
+        local_rank = int(os.environ.get("LOCAL_RANK") or 0)
+        # The hosts of a lab are one machine.
+        ranks = int(os.environ.get("WORLD_SIZE" if settings.given(RATE_VARIABLE) else "LOCAL_WORLD_SIZE") or 1)
+        torch.set_num_threads(max(1, len(machine.cores()) // ranks))
+        if not joins:
+            # The parent process has compiled the kernels and logged it.
+            logging.getLogger("flashcomm.kernels").setLevel(logging.ERROR)
+        name = backend()
+        if name == "nccl":
+            torch.cuda.set_device(local_rank)
+        _meet(name, timeout_s, joins)
+        given_back.callback(dist.destroy_process_group)
+        return function(*args)
+
+
+def _meet(name: str, timeout_s: float, joins: bool):
+    """Make the group of all ranks, with the backend of that name."""
     try:
         dist.init_process_group(name, timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
@@ -159,10 +176,6 @@ def _rank_main(function: Callable, args: tuple, timeout_s: float, joins: bool = 
             f"rank {rank} of {world_size} did not find the others at {address}, port {port}, within {timeout_s:g} s: "
             f"{str(error).splitlines()[0]}. {LEFT_OVER}"
         ) from error
-    try:
-        return function(*args)
-    finally:
-        dist.destroy_process_group()
 
 
 def _run_in_lab(lab: Lab, function: Callable, args: tuple, timeout_s: float) -> list:
