@@ -17,9 +17,9 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         ValueError: `x` or `out` is not a dense tensor, `x` requires a gradient, or the result cannot be written to the
             memory of `out`.
     """
-    # This is in every collective, so it asks no more than it must.
-    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided or x.is_nested:
-        raise _not_dense(x, "x")
+    # This is in every collective, so it asks no more than it must: a nested `x` is found where its shape is needed.
+    if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
+        raise not_dense(x, "x")
     if out is not None:
         try:
             usual = out.is_contiguous() and not out.is_neg() and not out.is_nested
@@ -37,7 +37,8 @@ def check_tensor(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     return x
 
 
-def _not_dense(x: object, name: str) -> ValueError:
+def not_dense(x: object, name: str) -> ValueError:
+    """Explain which kind of tensor `x` is, or that it is none; `name` is the argument's."""
     given = ("a nested one" if x.is_nested else x.layout) if isinstance(x, torch.Tensor) else type(x).__name__
     return ValueError(f"{name} must be a dense tensor, not {given}")
 
@@ -49,7 +50,7 @@ def check_writable(out: torch.Tensor):
         ValueError: not a dense tensor, a pending negation or conjugation, or elements that share memory.
     """
     if not isinstance(out, torch.Tensor) or out.layout is not torch.strided or out.is_nested:
-        raise _not_dense(out, "out")
+        raise not_dense(out, "out")
     if out.is_neg() or out.is_conj():
         pending = "negation" if out.is_neg() else "conjugation"
         raise ValueError(f"out is a view with a pending {pending}: give a tensor whose memory holds its values")

@@ -20,7 +20,6 @@ import struct
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
@@ -93,6 +92,9 @@ class SharedMemory:
             # What other ranks began in the memory that was, this rank must finish there too.
             finish()
             self._grow(ready.half_bytes)
+        if ready.scratch_bytes > self._scratch[0].size:
+            # A call that is under way holds what it was given.
+            self._scratch = [np.empty(ready.scratch_bytes, np.uint8) for _ in self._scratch]
         return InMemory(ready, self)
 
     def _grow(self, half_bytes: int):
@@ -101,7 +103,7 @@ class SharedMemory:
             raise Unavailable(f"a row of {half_bytes} bytes needs more shared memory: {why}")
         self._region = region
 
-    def run(self, ready: "Prepared", x: int, x_stride: int, out: int):
+    def run(self, ready: "Prepared", threads: int, x: int, x_stride: int, out: int):
         """Run on rows of x, `x_stride` bytes from each other, and contiguous rows of out: both are addresses.
 
         Raises:
@@ -111,13 +113,15 @@ class SharedMemory:
         """
         if self._failure:
             self._raise()
-        region = self._region
-        threads = min(region.threads, ready.most_threads)
+        region, scratch, function, call = self._region, self._scratch, ready.function, ready.call
         if threads == 1:
-            missing = self._work(region, ready, x, x_stride, out, 0, 1)
+            missing = function(region.places[0], call, scratch[0], x, x_stride, out, 0, 1)
         else:
-            work = partial(self._work, region, ready, x, x_stride, out)
-            missing = max(self._pool.map(work, range(threads), [threads] * threads))
+
+            def work(thread: int) -> int:
+                return function(region.places[thread], call, scratch[thread], x, x_stride, out, thread, threads)
+
+            missing = max(self._pool.map(work, range(threads)))
         if missing >= 0:
             self._failure = region.failure(missing)
             self._raise()
@@ -127,12 +131,6 @@ class SharedMemory:
         kind, text = self._failure
         raise kind(text)
 
-    def _work(self, region: "_Region", ready: Any, x: int, x_stride: int, out: int, thread: int, threads: int) -> int:
-        scratch = self._scratch[thread]
-        if scratch.size < ready.scratch_bytes:
-            scratch = self._scratch[thread] = np.empty(ready.scratch_bytes, np.uint8)
-        return ready.function(region.places[thread], ready.call, scratch, x, x_stride, out, thread, threads)
-
     def abandon(self, why: str):
         """See `base.Memory`. Of several reasons, later calls give the first."""
         self._failure = self._failure or (CollectiveError, why)
@@ -141,10 +139,11 @@ class SharedMemory:
 class InMemory:
     """A collective bound to the memory that it runs in; a `base.Run`."""
 
-    __slots__ = ("_memory", "_ready")
+    __slots__ = ("_memory", "_ready", "_threads")
 
     def __init__(self, ready: "Prepared", memory: SharedMemory):
         self._ready, self._memory = ready, memory
+        self._threads = min(memory.threads, ready.most_threads)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> int:
         """Run on x and out, of any shapes and strides that hold the task's number of values."""
@@ -156,7 +155,7 @@ class InMemory:
             x_stride = x.stride(0) * x.element_size()
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
         # Of contiguous tensors only the addresses matter, whatever their shapes.
-        self._memory.run(ready, x.data_ptr(), x_stride, target.data_ptr())
+        self._memory.run(ready, self._threads, x.data_ptr(), x_stride, target.data_ptr())
         if target is not out:
             out.copy_(target)
         return ready.sent
