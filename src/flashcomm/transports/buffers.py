@@ -36,7 +36,13 @@ class Payloads:
     def __init__(self, buffers: Buffers, name: str, length: int, width: int, ranks: int, device: torch.device):
         self._width, self._ranks = width, ranks
         self._bytes = buffers.take(name, device, length * ranks * width)
+        self._pieces: dict[int, torch.Tensor] = {}
 
     def __getitem__(self, piece: slice) -> torch.Tensor:
-        row = self._ranks * self._width
-        return self._bytes[piece.start * row : piece.stop * row].view(self._ranks, -1, self._width)
+        # Each rank's part is asked for once or twice, and a view takes 2 us.
+        view = self._pieces.get(piece.start)
+        if view is None:
+            row = self._ranks * self._width
+            view = self._bytes[piece.start * row : piece.stop * row].view(self._ranks, -1, self._width)
+            self._pieces[piece.start] = view
+        return view

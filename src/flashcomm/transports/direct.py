@@ -108,6 +108,7 @@ class DirectGather(_Pending):
         super().__init__(messages.link, messages.ranks)
         self._sizes, self.pieces = sizes, cut_into(max(sizes), pieces)
         self._leaving: list[tuple[int, Transfer]] = []
+        self._own: dict[int, torch.Tensor] = {}
         count = self._ranks.world_size
         self._payloads = Payloads(messages.buffers, "gathered", max(sizes), width, count, device)
         for piece in self.pieces:
@@ -119,7 +120,10 @@ class DirectGather(_Pending):
 
     def place(self, piece: slice) -> torch.Tensor:
         """See `base.Gather`."""
-        return self._of(self._ranks.rank, piece)
+        own = self._own.get(piece.start)
+        if own is None:
+            own = self._own[piece.start] = self._of(self._ranks.rank, piece)
+        return own
 
     def send(self, piece: slice):
         """See `base.Gather`."""

@@ -92,9 +92,6 @@ class SharedMemory:
             # What other ranks began in the memory that was, this rank must finish there too.
             finish()
             self._grow(ready.half_bytes)
-        if ready.scratch_bytes > self._scratch[0].size:
-            # A call that is under way holds what it was given.
-            self._scratch = [np.empty(ready.scratch_bytes, np.uint8) for _ in self._scratch]
         return InMemory(ready, self)
 
     def _grow(self, half_bytes: int):
@@ -102,6 +99,12 @@ class SharedMemory:
         if region is None:
             raise Unavailable(f"a row of {half_bytes} bytes needs more shared memory: {why}")
         self._region = region
+
+    def reserve(self, scratch_bytes: int):
+        """Have scratch memory of at least that size for each thread; `run` does not look."""
+        if scratch_bytes > self._scratch[0].size:
+            # A call that is under way holds what it was given.
+            self._scratch = [np.empty(scratch_bytes, np.uint8) for _ in self._scratch]
 
     def run(self, ready: "Prepared", threads: int, x: int, x_stride: int, out: int):
         """Run on rows of x, `x_stride` bytes from each other, and contiguous rows of out: both are addresses.
@@ -144,6 +147,7 @@ class InMemory:
     def __init__(self, ready: "Prepared", memory: SharedMemory):
         self._ready, self._memory = ready, memory
         self._threads = min(memory.threads, ready.most_threads)
+        memory.reserve(ready.scratch_bytes)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> int:
         """Run on x and out, of any shapes and strides that hold the task's number of values."""
