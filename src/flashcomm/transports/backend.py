@@ -2,8 +2,10 @@
 
 import contextlib
 import contextvars
+import time
 import weakref
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,6 +78,7 @@ class BackendLink:
     def __init__(self, group: dist.ProcessGroup, tag: int):
         self._backend, self._tag = Backend(group), tag
         self._global_ranks = dist.get_process_group_ranks(group)
+        self.timeout_s = timeout_s(group)
 
     def send(self, part: torch.Tensor, peer: int) -> Transfer:
         """See `base.Link`."""
@@ -91,23 +94,28 @@ class BackendLink:
     def _start(self, operation: Any, part: torch.Tensor, peer: int) -> Transfer:
         if not part.numel():
             return _NOTHING
-        return _BackendTransfer(operation(part, self._global_ranks[peer], group=self._backend.group, tag=self._tag))
+        work = operation(part, self._global_ranks[peer], group=self._backend.group, tag=self._tag)
+        return _BackendTransfer(work, time.monotonic() + self.timeout_s)
 
 
 class _BackendTransfer:
-    """A message of gloo's, whose own handle must not be waited for twice."""
+    """A message of gloo's, whose own handle must not be waited for twice.
 
-    def __init__(self, work: Any):
-        self._work = work
+    gloo counts anew in every wait; here all messages of a call share one clock, because they begin with it.
+    """
+
+    def __init__(self, work: Any = None, end: float = 0.0):
+        self._work, self._end = work, end
 
     def wait(self):
         """See `base.Transfer`."""
         if self._work is not None:
-            self._work.wait()
+            # gloo takes zero for no limit.
+            self._work.wait(timedelta(milliseconds=max(1, 1000 * (self._end - time.monotonic()))))
             self._work = None
 
 
-_NOTHING = _BackendTransfer(None)
+_NOTHING = _BackendTransfer()
 
 _plain: "contextvars.ContextVar[bool]" = contextvars.ContextVar("plain", default=False)
 

@@ -61,6 +61,8 @@ class Transfer:
 
     def __init__(self, connections: "Connections", peer: int, part: torch.Tensor, header: bytes):
         self._connections, self.peer, self.header = connections, peer, bytearray(header)
+        self.end = time.monotonic() + connections.timeout_s
+        """When to give up: messages begin with their call, so all of a call share one clock."""
         self.length = part.numel()
         self.views = [memoryview(self.header), part.view(-1).numpy().data]
         """The bytes that are still to be moved."""
@@ -90,7 +92,7 @@ class Connections:
     name = "connections"
 
     def __init__(self, ranks: Ranks):
-        self.rank, self.ranks, self._timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
+        self.rank, self.ranks, self.timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
         self._patience_s = min(_CONNECT_S, ranks.timeout_s)
         self._failure: type[CollectiveError] = CollectiveError
         self.broken: str | None = None
@@ -207,11 +209,10 @@ class Connections:
     def wait(self, transfer: Transfer):
         """Move messages until `transfer` has been moved."""
         self._check()
-        end = time.monotonic() + self._timeout_s
         while transfer.views:
-            left_ms = 1000 * (end - time.monotonic())
+            left_ms = 1000 * (transfer.end - time.monotonic())
             if not self._move(max(0, min(_POLL_MS, math.ceil(left_ms)))) and left_ms <= 0:
-                why = f"did not come within the group's timeout of {self._timeout_s:g} s"
+                why = f"did not come within the group's timeout of {self.timeout_s:g} s"
                 self._fail(TimedOut, transfer.peer, why)
 
     def _move(self, patience_ms: int) -> bool:
