@@ -1,8 +1,10 @@
+import functools
 import hashlib
 import importlib.util
 import os
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # numba notices changes of the file that defines a kernel, not of the lanes that the kernel is made of.
@@ -43,17 +45,40 @@ _LABS = {
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
 
+@functools.cache
+def _shares(path: str) -> bool:
+    """Whether tests of a file share ranks, or a fixture."""
+    text = (Path(__file__).parents[1] / path).read_text()
+    return "ranks.shared(" in text or 'scope="module"' in text
+
+
+def _scope(nodeid: str) -> tuple[int, str]:
+    """When a test runs, and what it runs together with on one worker."""
+    path = nodeid.partition("::")[0]
+    if path.rpartition("/")[2] in _LABS:
+        return 0, "labs"
+    return (1, path) if _shares(path) else (2, nodeid)
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several workers each gets whole files, which share ranks, and one gets all that have labs."""
+    """Large scopes go first, and single tests fill what is left, so that workers end together."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            path = nodeid.split("::")[0]
-            return "labs" if path.rpartition("/")[2] in _LABS else path
+            return _scope(nodeid)[1]
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every worker collects the scopes in the order in which they are handed out."""
+    if hasattr(config, "workerinput"):
+        scopes = {item: _scope(item.nodeid) for item in items}
+        sizes = Counter(scopes.values())
+        items.sort(key=lambda item: (scopes[item][0], -sizes[scopes[item]]))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,9 +17,10 @@ WAYS = {
 }
 """How messages may go between ranks of one host, and what to set for that."""
 
-_context = multiprocessing.get_context("forkserver")
+forked = multiprocessing.get_context("forkserver")
+"""Processes that have imported torch, transformers and flashcomm."""
 # Without threads, which a fork would lose: torch and numba start theirs when they first compute.
-_context.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu"])
+forked.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu", "transformers.models.llama.modeling_llama"])
 
 
 class RankFailed(AssertionError):
@@ -39,7 +40,7 @@ class Ranks:
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self.store.port
         # What they are forked from has imported packages already, and has the environment of its own start.
-        context = multiprocessing.get_context("spawn") if path else _context
+        context = multiprocessing.get_context("spawn") if path else forked
         environment = {**os.environ, **(env or {})}
         self.pipes, self.processes = [], []
         for rank in range(ranks):
@@ -114,6 +115,11 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     os._exit(0)
+
+
+def forget(name: str):
+    """Take a variable out of the environment of a forked process, before it imports what looks at it."""
+    os.environ.pop(name, None)
 
 
 def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:

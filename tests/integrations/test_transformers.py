@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 
 import flashcomm
 import promises
@@ -242,6 +243,29 @@ def compiled(folder):
     assert handle.calls == calls
 
 
+def others_compile(folder):
+    """Sums of the rest of the program are traced into one graph while a model is compressed, and keep their bits."""
+
+    def in_place(x):
+        y = x * 2
+        dist.all_reduce(y)
+        return y + 1
+
+    def functional(x):
+        return functional_collectives.all_reduce(x * 2, "sum", dist.group.WORLD) + 1
+
+    model, _ = loaded(tiny("biased", folder))
+    x = torch.arange(4.0) + dist.get_rank()
+    want = in_place(x)
+    with compressed(model, "int8g128", algorithm="two_step"):
+        for function in (in_place, functional):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), want)
+        logits(model)
+    for function in (in_place, functional):
+        assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), want)
+
+
 def survives_an_exception():
     """A forward pass that raises in the middle leaves hooks, stack and patches in order."""
     model, _ = loaded(MODEL)
@@ -304,6 +328,10 @@ def test_biases_are_added_once(release, tmp_path):
 def test_a_compiled_model(tmp_path):
     # On the newest alone: inductor takes most of a minute.
     newest().run(compiled, str(tmp_path))
+
+
+def test_other_functions_compile_in_one_graph(tmp_path):
+    newest().run(others_compile, str(tmp_path))
 
 
 def test_experts_are_covered(tmp_path):

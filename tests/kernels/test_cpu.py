@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -167,10 +172,6 @@ def test_tensors_without_memory_are_refused():
 
 def test_scratch_memory_lives_as_long_as_the_kernel():
     """With this setting a freed array is unmapped, so a kernel that works in freed memory crashes."""
-    import os
-    import subprocess
-    import sys
-
     code = """
 import torch
 from flashcomm import codecs, kernels
@@ -199,3 +200,28 @@ def test_specification_gives_the_same_bytes_on_cuda():
             for out in values.DTYPES:
                 decoded = kernels.decode(payload, codec, cols=256, dtype=out)
                 assert same_bytes(decoded.cpu(), codec.decode(payload.cpu(), 256, out)), f"{codec} {dtype}: decode"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64")
+@pytest.mark.parametrize("cpu", ["x86-64-v2", "sandybridge"])
+def test_a_cpu_without_conversions_of_fp16_gives_the_same_bytes(cpu):
+    """As many virtual machines have: LLVM then calls functions that nobody links. A process, as it may crash."""
+    code = """
+import torch
+from flashcomm import codecs, kernels
+x = torch.randn(8, 512, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 4, 512)
+for spec in ("fp32", "int8g128", "mxfp8_e4m3"):
+    codec = codecs.parse(spec)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        payload = kernels.encode(x.to(dtype), codec)
+        assert torch.equal(payload, codec.encode(x.to(dtype))), (spec, dtype)
+        got = kernels.decode(payload, codec, cols=512, dtype=dtype)
+        assert torch.equal(got, codec.decode(payload, 512, dtype)), (spec, dtype)
+        payloads = torch.stack([payload, payload])
+        got = kernels.decode_sum(payloads, codec, cols=512, dtype=dtype)
+        assert torch.equal(got, codecs.decode_sum(payloads, codec, 512, dtype)), (spec, dtype)
+assert kernels.route(codecs.parse("int8g128"), "cpu")[0] == "numba"
+"""
+    like = os.environ | {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=like, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -387,8 +387,13 @@ def _patch():
         plain: Any = dist.all_reduce
         plain_functional: Any = functional.all_reduce
 
+        # A module that is compressed runs between graphs, so what the compiler traces belongs to others, in one graph.
+        compiling = torch.compiler.is_dynamo_compiling
+
         @functools.wraps(plain)
         def all_reduce(tensor, *args, **kwargs):
+            if compiling():
+                return plain(tensor, *args, **kwargs)
             marked = _marked(tensor, *_sum_and_group(*args, **kwargs))
             if marked is None:
                 return plain(tensor, *args, **kwargs)
@@ -397,6 +402,8 @@ def _patch():
 
         @functools.wraps(plain_functional)
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
+            if compiling():
+                return plain_functional(self, reduceOp, group, tag)
             marked = _marked(self, reduceOp.lower() == "sum", group)
             if marked is None:
                 return plain_functional(self, reduceOp, group, tag)
