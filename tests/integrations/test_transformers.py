@@ -287,6 +287,36 @@ def survives_an_exception():
     assert total.tolist() == [2, 2, 2]
 
 
+class Adapted(torch.nn.Module):
+    """A low-rank adapter around a row-parallel linear, as PEFT puts it there: its own small sum is not the model's."""
+
+    def __init__(self, base_layer: torch.nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down, self.up = torch.nn.Linear(64 // dist.get_world_size(), 4), torch.nn.Linear(4, 64)
+
+    def forward(self, x):
+        low = self.down(x)
+        dist.all_reduce(low)
+        return self.base_layer(x) + self.up(low)
+
+
+def adapters(folder):
+    """Layers inside of adapters are found and compressed, the sums of the adapters are plain."""
+    model, _ = loaded(tiny("biased", folder))
+    torch.manual_seed(dist.get_rank())
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Adapted(layer.self_attn.o_proj)
+    plain = logits(model)
+    with compressed(torch.nn.ModuleDict({"base_model": model}), "fp32", algorithm="two_step") as handle:
+        flashcomm.reset_stats()
+        assert promises.same(logits(model), plain)
+        inside = [name for name in handle.modules if name.endswith("o_proj.base_layer")]
+        assert len(inside) == len(model.model.layers), handle.modules
+        assert set(handle.calls.values()) == {1}
+        assert flashcomm.stats()["calls"] == {"all_reduce/two_step/fp32": len(handle.modules)}
+
+
 def not_tensor_parallel():
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
@@ -332,6 +362,11 @@ def test_a_compiled_model(tmp_path):
 
 def test_other_functions_compile_in_one_graph(tmp_path):
     newest().run(others_compile, str(tmp_path))
+
+
+@both
+def test_adapters_may_be_inside(release, tmp_path):
+    release().run(adapters, str(tmp_path))
 
 
 def test_experts_are_covered(tmp_path):

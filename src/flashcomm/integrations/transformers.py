@@ -348,7 +348,8 @@ def _reducing_modules(model: Any):
     for name, module in model.named_modules():
         style = getattr(module, "_hf_tp_plan", None)
         if style is None and "forward" in vars(module):
-            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+            # The layer inside of an adapter is in the plan under the name that it had before.
+            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")))
         if style is not None and not _NOT_REDUCING.match(style):
             yield name, module, style
 
