@@ -95,6 +95,16 @@ def _skip_without_gpu(request):
 
 
 @pytest.fixture
+def forked_launch(monkeypatch, tmp_path):
+    """Ranks that `lab.launch` starts are forked from a process that has imported much; returns what they printed."""
+    from flashcomm.lab import launch
+
+    logs = tmp_path / "logs of ranks"
+    monkeypatch.setattr(launch, "LaunchConfig", ranks.forking(logs))
+    return lambda: "".join(path.read_text() for path in sorted(logs.rglob("std*.log")))
+
+
+@pytest.fixture
 def fresh_ranks():
     """A set of ranks for a test that breaks them; stopped at its end."""
     made = []
