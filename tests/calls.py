@@ -43,17 +43,17 @@ def tell(word: str, group=None):
 
 
 def hear(word: str, group=None, within_s: float = 60.0):
-    """Wait until one of the other ranks after the other has got to `word`."""
+    """Wait until all other ranks have got to `word`."""
     others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
     _store().wait([_key(word, rank, group) for rank in others], timedelta(seconds=within_s))
 
 
-def _store() -> dist.Store:
+def _store():
     return dist.distributed_c10d._get_default_store()
 
 
 def _key(word: str, rank: int, group) -> str:
-    return f"{(group or dist.group.WORLD).group_name}: {word} on rank {rank}"
+    return f"{group.group_name if group else 'world'}: {word} on rank {rank}"
 
 
 def meeting(group=None) -> lanes.Meeting:

@@ -57,12 +57,12 @@ def _scope(nodeid: str) -> tuple[int, str]:
     path = nodeid.partition("::")[0]
     if path.rpartition("/")[2] in _LABS:
         return 0, "labs"
-    return (1, path) if _shares(path) else (2, nodeid)
+    return (1, path) if _shares(path) else (2, nodeid.partition("[")[0])
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Large scopes go first, and single tests fill what is left, so that workers end together."""
+    """Large scopes go first, and single functions fill what is left, so that workers end together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByScope(LoadScopeScheduling):

@@ -4,6 +4,7 @@ Starting a process costs seconds of `import torch`, so ranks are forked from a p
 world size is kept, which makes a test cost milliseconds.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -101,6 +102,8 @@ def _fork(pipes, path: str, *common):
 
 
 def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, env: dict):
+    # What has been imported stays, so no collection needs to look at it.
+    gc.freeze()
     os.environ.clear()
     os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}

@@ -80,7 +80,7 @@ def a_full_disk(folder):
         caching.IndexDataCacheFile._save_data = _no_room
         config.CACHE_DIR = folder
     for _ in range(2):
-        check(all_reduce_of_ones(None, codec="int8g128"))
+        check(all_reduce_of_ones(None))
     return len(os.listdir(folder))
 
 
