@@ -1,16 +1,20 @@
 """Ranks meet: a step that fails on one rank is an error on all, and the next call starts clean."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from numba.core import caching, config
 
+import flashcomm
 import ranks
 from calls import all_reduce_of_ones, check, new_group
 from flashcomm import measured
 from flashcomm.errors import CollectiveError, PeerLost, RanksDisagree, TimedOut, Unavailable, kind_of
-from flashcomm.transports import lanes
+from flashcomm.transports.base import Ranks, Step
 
 
 def a_wrong_setting():
@@ -18,28 +22,34 @@ def a_wrong_setting():
     if dist.get_rank() == 1:
         os.environ["FLASHCOMM_SHARED_MEMORY"] = "maybe"
     try:
-        with pytest.raises(ValueError, match="rank 1 failed while the ranks met: SettingError: FLASHCOMM_SHARED"):
+        with pytest.raises(
+            ValueError, match="rank 1 could not look at its host while the ranks met: SettingError: FLASHC"
+        ):
             all_reduce_of_ones(group)
     finally:
         os.environ.pop("FLASHCOMM_SHARED_MEMORY", None)
     check(all_reduce_of_ones(group))
 
 
-def a_step_that_raises(module, name):
-    """Each step that a rank does alone, by what it calls."""
-    owner = {"measured": measured, "lanes": lanes}[module]
-    group, real = new_group(), getattr(owner, name)
+def a_step_that_raises(step, who):
+    """A step that a rank does alone fails there: the others learn it, and the next call starts clean."""
+    group, real, met = new_group(), Ranks.alone, []
 
-    def fail(*args):
+    def full():
         raise OSError(122, "Disk quota exceeded")
 
-    if dist.get_rank() == 0:
-        setattr(owner, name, fail)
+    def alone(self, now, act):
+        met.append(now)
+        return real(self, now, full if (now, self.rank) == (step, who) else act)
+
+    said = rf"^rank {who} could not {step.value} while the ranks met: OSError: \[Errno 122\] Disk quota exceeded$"
+    Ranks.alone = alone
     try:
-        with pytest.raises(CollectiveError, match=r"rank 0 failed while the ranks met: OSError: \[Errno 122\] Disk"):
+        with pytest.raises(CollectiveError, match=said):
             all_reduce_of_ones(group)
     finally:
-        setattr(owner, name, real)
+        Ranks.alone = real
+    assert met[-1] is step
     check(all_reduce_of_ones(group))
 
 
@@ -64,9 +74,27 @@ def test_a_wrong_setting_on_one_rank_is_an_error_on_all():
     ranks.shared(3).run(a_wrong_setting)
 
 
-@pytest.mark.parametrize(("module", "name"), [("lanes", "_site"), ("measured", "load")])
-def test_a_step_that_fails_on_one_rank_fails_on_all_and_is_tried_again(module, name):
-    ranks.shared(2).run(a_step_that_raises, module, name)
+@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("step", Step, ids=lambda step: step.name)
+def test_a_step_that_fails_on_one_rank_fails_on_all_and_is_tried_again(step, who):
+    if step is Step.SYMMETRIC:
+        pytest.skip("no CUDA device on this machine" if not torch.cuda.is_available() else "needs two GPUs")
+    ranks.shared(2, by="connections" if step in (Step.LISTEN, Step.CONNECT) else "memory").run(
+        a_step_that_raises, step, who
+    )
+
+
+def test_no_step_is_told_but_through_the_guard():
+    """`Ranks.tell` is for what a rank has at hand; whatever may fail on one rank alone goes through `each`."""
+    package = Path(flashcomm.__file__).parent
+    told = {
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        if re.search(r"\btell\(", path.read_text()) and path.name != "base.py"
+    }
+    assert told == {"bench/tune.py", "overlap/measuring.py"}
+    named = {step for step in Step if any(f"Step.{step.name}" in path.read_text() for path in package.rglob("*.py"))}
+    assert named == set(Step)
 
 
 @pytest.mark.parametrize("without", [(0, 1), (0,), (1,)], ids=["all", "rank 0", "rank 1"])

@@ -7,6 +7,7 @@ Deciding takes longer than a small sum, so what `_decide` makes of a codec, shap
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 from typing import Any
 
@@ -14,9 +15,8 @@ import torch
 
 from flashcomm import kernels, planner
 from flashcomm.codecs import Codec
-from flashcomm.collectives import arguments
+from flashcomm.collectives import arguments, routes
 from flashcomm.collectives.group import Group, group_of
-from flashcomm.collectives.routes import run_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
 from flashcomm.errors import CollectiveError, Unavailable, kind_of
@@ -270,8 +270,9 @@ def _decide(
     if plan.codec.identity != str(plan.codec):
         # Once per calibrated codec, not once more for every new shape.
         home.agree(f"codec={plan.codec.identity}", x.device)
-    home.agree(contract, x.device)
     moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
+    task = _task(verb, plan, rows, x) if moves and plan.algorithm != "plain" else None
+    home.agree(contract, x.device, partial(routes.load, task, home) if task else lambda: None)
     return Call(
         verb=verb,
         ranks=ranks,
@@ -283,7 +284,7 @@ def _decide(
         device=x.device,
         large=pages.is_large(rows.shape, x.dtype, x.device),
         plain_bytes=rows.plain_bytes,
-        prepared=_prepared(verb, plan, rows, x, home, moves),
+        prepared=routes.run_of(task, home) if task else _uncompressed(verb, rows, home, moves),
         lane=home.meet(x.device).lane if moves else None,
         refusal=refusal,
         tally=tally(
@@ -298,33 +299,31 @@ def _decide(
     )
 
 
-def _prepared(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor, home: Group, moves: bool) -> Run:
-    """Make the plan ready to run."""
+def _task(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor) -> Task:
+    return Task(
+        name=plan.algorithm if verb is ALL_REDUCE else verb.name,
+        codec=plan.codec,
+        rows=rows.count,
+        cols=rows.cols,
+        dtype=x.dtype,
+        out_dtype=x.dtype,
+        device=x.device,
+        pieces=plan.pieces,
+        splits=rows.splits,
+    )
+
+
+def _uncompressed(verb: Verb, rows: Rows, home: Group, moves: bool) -> Run:
+    """Run the plain collective, or what is left of it where nothing is sent."""
     if not moves:
         return _copy if home.ranks.world_size == 1 else _nothing
-    if plan.algorithm == "plain":
-        backend = home.backend
+    backend = home.backend
 
-        def plain(x: torch.Tensor, out: torch.Tensor) -> int:
-            verb.plain(backend, x, out, rows)
-            return rows.plain_bytes
+    def plain(x: torch.Tensor, out: torch.Tensor) -> int:
+        verb.plain(backend, x, out, rows)
+        return rows.plain_bytes
 
-        return OnRows(plain, (rows.count, rows.cols), nothing_to_abandon)
-    name = plan.algorithm if verb is ALL_REDUCE else verb.name
-    return run_of(
-        Task(
-            name=name,
-            codec=plan.codec,
-            rows=rows.count,
-            cols=rows.cols,
-            dtype=x.dtype,
-            out_dtype=x.dtype,
-            device=x.device,
-            pieces=plan.pieces,
-            splits=rows.splits,
-        ),
-        home,
-    )
+    return OnRows(plain, (rows.count, rows.cols), nothing_to_abandon)
 
 
 def _plan_single_step(size: int, facts: planner.Facts, codec: Codec, algorithm: str) -> planner.Plan:

@@ -7,6 +7,7 @@ are about to do, and all of them raise if they differ.
 
 import itertools
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,12 +17,14 @@ import torch.distributed as dist
 
 from flashcomm import measured, planner
 from flashcomm.collectives import topology
-from flashcomm.errors import RanksDisagree, kind_of
+from flashcomm.errors import CollectiveError, RanksDisagree, kind_of
 from flashcomm.transports import lanes
 from flashcomm.transports.backend import Backend, backend_of, timeout_s
-from flashcomm.transports.base import Ranks
+from flashcomm.transports.base import Failure, Ranks, Step
 
 _CONTRACT_BYTES = 512
+# In the place of a contract that a rank cannot keep, before the reason. No contract begins like this.
+_FAILED = "\x01"
 # Prefill lengths vary without end; dropping all at the same count keeps the ranks in step.
 _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
@@ -89,7 +92,7 @@ class Group:
         carrier = "" if meeting.carrier == backend else meeting.carrier
         self.name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier)
         # Only rank 0 reads the file, so that all ranks plan with the same figures.
-        costs = self.ranks.each(lambda: measured.load(self.name) if self.ranks.rank == 0 else None)[0]
+        costs = self.ranks.each(Step.COSTS, lambda: measured.load(self.name) if self.ranks.rank == 0 else None)[0]
         self.facts = planner.Facts(
             ranks=self.ranks.world_size,
             hosts=topology.num_hosts(meeting.hosts),
@@ -116,15 +119,25 @@ class Group:
             self.calls.clear()
         self.calls[key] = call
 
-    def agree(self, contract: str, device: torch.device):
+    def agree(self, contract: str, device: torch.device, load: Callable[[], object] = lambda: None):
         """Compare `contract` with every rank's, the first time that this rank meets it.
 
+        Args:
+            contract: of the call.
+            device: of its tensors.
+            load: loads what this rank needs to keep the contract.
+
         Raises:
+            CollectiveError: `load` failed on some rank; raised on all ranks.
             RanksDisagree: some rank is about to do something else; raised on all ranks, naming two sides.
             PeerLost, TimedOut: some rank does not come.
         """
         if contract in self._contracts or self.ranks.world_size == 1:
+            load()
             return
+        loaded, cause = self.ranks.alone(Step.KERNELS, load)
+        if isinstance(loaded, Failure):
+            contract = _FAILED + loaded.why
         mine = torch.zeros(_CONTRACT_BYTES, dtype=torch.uint8, device="cpu")
         encoded = torch.frombuffer(bytearray(contract.encode()[:_CONTRACT_BYTES]), dtype=torch.uint8)
         mine[: len(encoded)] = encoded
@@ -136,6 +149,9 @@ class Group:
                 f"rank {self.ranks.rank} could not compare {contract!r} with others: {error}"
             ) from error
         texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyone.cpu().numpy()]
+        for rank, text in enumerate(texts):
+            if text.startswith(_FAILED):
+                raise Failure(Step.KERNELS, CollectiveError, text.removeprefix(_FAILED)).error(rank) from cause
         if len(set(texts)) > 1:
             other = next(rank for rank, theirs in enumerate(texts) if theirs != texts[0])
             raise RanksDisagree(

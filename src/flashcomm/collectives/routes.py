@@ -5,12 +5,20 @@ from functools import lru_cache, partial
 
 import torch
 
+from flashcomm import kernels
 from flashcomm.codecs import Levels
 from flashcomm.collectives.algorithms import ALGORITHMS, all_to_all, cut
 from flashcomm.collectives.group import Group
 from flashcomm.collectives.hierarchical import hierarchical, inside_tasks
-from flashcomm.transports.base import OnRows, Run, Task
+from flashcomm.transports.base import OnRows, Run, Step, Task
 from flashcomm.transports.lanes import Lane
+
+
+def load(task: Task, group: Group):
+    """Load what the task needs and may be missing on this rank alone, so that it fails before others wait for it."""
+    kernels.load(task.codec, task.device.type)
+    for memory in group.meet(task.device).lane.memories:
+        memory.load(task)
 
 
 def run_of(task: Task, group: Group) -> Run:
@@ -50,7 +58,10 @@ def _over_levels(task: Task, inside: Lane, between: Lane, finish: Callable[[], o
         # Room in memory is made now, on the caller's thread, because all ranks make it together.
         hosts = between.messages.ranks.world_size
         _, cols = cut(task.rows, task.cols, task.codec, ranks.world_size * hosts * task.pieces)
-        for part in inside_tasks(task.codec, ranks.world_size, cols, task.dtype, task.device):
+        parts = inside_tasks(task.codec, ranks.world_size, cols, task.dtype, task.device)
+        for memory in inside.memories:
+            ranks.each(Step.KERNELS, lambda: [memory.load(part) for part in parts])  # noqa: B023
+        for part in parts:
             prepare(part)
 
     def run_levels(x: torch.Tensor, out: torch.Tensor) -> int:

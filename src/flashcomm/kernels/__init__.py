@@ -7,10 +7,10 @@ cpu, gpu   the implementations; imported when first needed
 """
 
 from flashcomm.kernels.arguments import check_payloads, check_storage, check_values
-from flashcomm.kernels.routes import any_missing, missing, route, warm_up
+from flashcomm.kernels.routes import any_missing, load, missing, route, warm_up
 from flashcomm.kernels.verbs import decode, decode_sum, decode_sum_add_norm, decode_sum_encode, encode
 
 __all__ = [
     "any_missing", "check_payloads", "check_storage", "check_values", "decode", "decode_sum", "decode_sum_add_norm",
-    "decode_sum_encode", "encode", "missing", "route", "warm_up",
+    "decode_sum_encode", "encode", "load", "missing", "route", "warm_up",
 ]  # fmt: skip

@@ -71,8 +71,13 @@ def warm_up(codec: "str | Codec" = "int8g128"):
 
     The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
     """
-    for single in codecs.parse(codec).formats:
-        if route(single, "cpu")[0] == "numba":
+    load(codecs.parse(codec), "cpu")
+
+
+def load(codec: Codec, device_type: str):
+    """Load the compiled kernels of all formats of `codec`. Triton's are compiled for the values of a call."""
+    for single in codec.formats:
+        if route(single, device_type)[0] == "numba":
             _load(single)
 
 

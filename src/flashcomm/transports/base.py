@@ -16,6 +16,7 @@ Source: the division of pytorch/gloo into algorithms and ``transport/``; the sec
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -24,6 +25,32 @@ from flashcomm.codecs import Codec
 from flashcomm.errors import kind_of
 
 T = TypeVar("T")
+
+
+class Step(Enum):
+    """Everything that a rank does alone while the others wait, as errors say it."""
+
+    SITE = "look at its host"
+    COSTS = "read what was measured"
+    CREATE = "create shared memory"
+    MAP = "map shared memory"
+    SYMMETRIC = "map the memory of GPUs"
+    LISTEN = "listen for connections"
+    CONNECT = "connect to the others"
+    KERNELS = "load the kernels"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A step that failed on one rank, as text: an exception may hold what cannot be sent."""
+
+    step: Step
+    kind: type[Exception]
+    why: str
+
+    def error(self, rank: int) -> Exception:
+        """The error that every rank raises if the step failed on `rank`."""
+        return self.kind(f"rank {rank} could not {self.step.value} while the ranks met: {self.why}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,28 +70,31 @@ class Ranks:
         """The other ranks, the next one first, so that not all start with rank 0."""
         return [(self.rank + i) % self.world_size for i in range(1, self.world_size)]
 
-    def each(self, act: Callable[[], T]) -> list[T]:
-        """Run `act` on every rank and return every rank's result; where it fails on one, all ranks raise.
+    def alone(self, step: Step, act: Callable[[], T]) -> tuple[T | Failure, Exception | None]:
+        """Run `act`; return its result, or a `Failure` to tell all ranks and the error on this one.
 
-        A step that one rank does alone (a file, memory, a socket) goes through here, so that no rank waits for
-        another that has failed.
+        Every step that a rank does alone (a file, memory, a socket, a kernel) goes through here, so that no rank waits
+        for another that has failed.
+        """
+        try:
+            return act(), None
+        except Exception as error:
+            kind = ValueError if isinstance(error, ValueError) else kind_of(error)
+            return Failure(step, kind, f"{type(error).__name__}: {error}"), error
+
+    def each(self, step: Step, act: Callable[[], T]) -> list[T]:
+        """Run `act` on every rank and return every rank's result; where it fails on one, all ranks raise.
 
         Raises:
             ValueError: `act` raised one on some rank.
             CollectiveError: `act` raised anything else on some rank; the error says on which and why.
         """
-        cause = None
-        try:
-            mine = (True, act())
-        except Exception as error:
-            cause, kind = error, ValueError if isinstance(error, ValueError) else kind_of(error)
-            # As text: an exception may hold what cannot be sent.
-            mine = (False, (kind, f"{type(error).__name__}: {error}"))
+        mine, cause = self.alone(step, act)
         results = self.tell(mine)
-        for rank, (good, result) in enumerate(results):
-            if not good:
-                raise result[0](f"rank {rank} failed while the ranks met: {result[1]}") from cause
-        return [result for _, result in results]
+        for rank, result in enumerate(results):
+            if isinstance(result, Failure):
+                raise result.error(rank) from cause
+        return results
 
 
 class Transfer(Protocol):
@@ -204,6 +234,9 @@ class Memory(Protocol):
 
     name: str
     """Name that users read, such as ``shared memory``."""
+
+    def load(self, task: Task):
+        """Load what `prepare` needs and may be missing on this rank alone, such as compiled code."""
 
     def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """Make the task ready, and room for it; None if this memory does not serve it. All ranks call it together.

@@ -28,14 +28,14 @@ import struct
 import time
 import weakref
 from collections import deque
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from flashcomm import settings
 from flashcomm.errors import CollectiveError, PeerLost, RanksDisagree, TimedOut
 from flashcomm.transports import addresses
-from flashcomm.transports.base import Ranks
+from flashcomm.transports.base import Ranks, Step
 
 _LENGTH = struct.Struct("!Q")
 _SECRET_BYTES = 32
@@ -45,6 +45,15 @@ _CONNECT_S, _HELLO_S, _POLL_MS = 5.0, 1.0, 1000
 # Where there are several peers, what the kernel may hold of a connection beyond what is in flight: enough for the link
 # while codecs run, little enough that messages travel in the order of `send`. Measured 2026-11-21, 1 Gbit/s.
 _UNSENT_BYTES = 128 << 10
+
+
+class _Offer(NamedTuple):
+    """How a rank can be reached, or the reason why it cannot."""
+
+    addresses: list[str] = []
+    port: int = 0
+    secret: bytes = b""
+    why: str = ""
 
 
 class Transfer:
@@ -96,24 +105,15 @@ class Connections:
     def open(cls, ranks: Ranks) -> "tuple[Connections | None, str]":
         """Connect all ranks: (connections, "") on every rank, or (None, why) on every rank if one cannot be reached."""
         self = cls(ranks)
-        secret = secrets.token_bytes(_SECRET_BYTES)
-        with contextlib.ExitStack() as stack:
-            listener, offer, why = None, None, ""
-            if not settings.switched_on("FLASHCOMM_CONNECTIONS"):
-                why = "FLASHCOMM_CONNECTIONS=0"
-            else:
-                try:
-                    listener = stack.enter_context(_listen(ranks.world_size))
-                    offer = (addresses.own(self._patience_s / 2), listener.getsockname()[1], secret)
-                except OSError as error:
-                    why = f"cannot listen: {error}"
-            offers = ranks.tell(offer)
-            if listener and all(offers):
-                try:
-                    why = self._connect(listener, offers)
-                except OSError as error:
-                    why = f"cannot accept connections: {error}"
-            whys = ranks.tell(why)
+        listening: list[socket.socket] = []
+        try:
+            offers = ranks.each(Step.LISTEN, lambda: self._listen(listening))
+            whys = [offer.why for offer in offers]
+            if not any(whys):
+                whys = ranks.each(Step.CONNECT, lambda: self._connect(listening[0], offers))
+        finally:
+            for listener in listening:
+                listener.close()
         # Higher ranks connect to lower ones, so they know more of what went wrong.
         for rank, why in reversed(list(enumerate(whys))):
             if why:
@@ -128,17 +128,34 @@ class Connections:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         return self, ""
 
-    def _connect(self, listener: socket.socket, offers: list[tuple[list[str], int, bytes]]) -> str:
+    def _listen(self, listening: list[socket.socket]) -> "_Offer":
+        """Listen for the higher ranks; `listening` gets the socket."""
+        if not settings.switched_on("FLASHCOMM_CONNECTIONS"):
+            return _Offer(why="FLASHCOMM_CONNECTIONS=0")
+        try:
+            listening.append(_listen(self.ranks))
+            theirs, port = addresses.own(self._patience_s / 2), listening[0].getsockname()[1]
+        except OSError as error:
+            return _Offer(why=f"cannot listen: {error}")
+        return _Offer(theirs, port, secrets.token_bytes(_SECRET_BYTES))
+
+    def _connect(self, listener: socket.socket, offers: "list[_Offer]") -> str:
         """Connect to the lower ranks, then accept the higher ones; return "" or the reason why that failed."""
+        try:
+            return self._meet(listener, offers)
+        except OSError as error:
+            return f"cannot accept connections: {error}"
+
+    def _meet(self, listener: socket.socket, offers: "list[_Offer]") -> str:
         end = time.monotonic() + self._patience_s
         for peer in range(self.rank):
-            theirs, port, secret = offers[peer]
+            theirs, port, secret, _ = offers[peer]
             candidates = [address for told in theirs for address in addresses.seen_from_here(told)]
             reason = ""
             for tried, address in enumerate(candidates):
                 try:
                     seconds = max(0.001, end - time.monotonic()) / (len(candidates) - tried)
-                    self._sockets[peer] = _greet(address, port, secret, offers[self.rank][2], self.rank, seconds)
+                    self._sockets[peer] = _greet(address, port, secret, offers[self.rank].secret, self.rank, seconds)
                     break
                 except OSError as error:
                     reason = f": {error.strerror or error}"
@@ -148,7 +165,7 @@ class Connections:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
                 connection, _ = listener.accept()
-                peer = _welcome(connection, [offer[2] for offer in offers], self.rank)
+                peer = _welcome(connection, [offer.secret for offer in offers], self.rank)
                 if peer is not None:
                     self._sockets[peer] = connection
         missing = [peer for peer in range(self.ranks) if peer != self.rank and peer not in self._sockets]

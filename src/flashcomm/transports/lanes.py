@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from flashcomm import machine, settings
 from flashcomm.transports.backend import Backend, BackendLink, backend_of
-from flashcomm.transports.base import Memory, Messages, Ranks
+from flashcomm.transports.base import Memory, Messages, Ranks, Step
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
 from flashcomm.transports.connections import Connections
@@ -135,7 +135,7 @@ def meet(
     Raises:
         ValueError, CollectiveError: a step failed on some rank; raised on all ranks.
     """
-    sites = ranks.each(_site)
+    sites = ranks.each(Step.SITE, _site)
     places = hosts or tuple(site.host for site in sites)
     names = list(dict.fromkeys(places))
     why_not: dict[str, str] = {}

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from flashcomm.errors import CollectiveError, PeerLost, TimedOut, Unavailable
-from flashcomm.transports.base import Ranks, Task
+from flashcomm.transports.base import Ranks, Step, Task
 from flashcomm.transports.shared.sizes import HALF_BYTES
 
 if TYPE_CHECKING:
@@ -76,6 +76,12 @@ class SharedMemory:
     def half_bytes(self) -> int:
         """Bytes of half of each rank's region: the most that it publishes at once."""
         return self._region.half_bytes
+
+    def load(self, task: Task):
+        """See `base.Memory`."""
+        from flashcomm.transports.shared.prepare import load
+
+        load(task)
 
     def prepare(self, task: Task, finish: Callable[[], object]) -> "InMemory | None":
         """See `base.Memory`.
@@ -185,12 +191,13 @@ class _Region:
         region = cls(ranks, half_bytes, threads)
         nonce, mine = secrets.token_bytes(_NONCE_BYTES), []
         try:
-            offers = ranks.each(lambda: region._create(nonce, mine))
+            offers = ranks.each(Step.CREATE, lambda: region._create(nonce, mine))
             for rank, (_, descriptor, _, refusal) in enumerate(offers):
                 if descriptor < 0:
                     return None, f"rank {rank} cannot create memory: {refusal}"
             pid, descriptor, theirs, _ = offers[0]
-            refusals = ranks.each(lambda: region._map(pid, descriptor, theirs, [offer[0] for offer in offers]))
+            pids = [offer[0] for offer in offers]
+            refusals = ranks.each(Step.MAP, lambda: region._map(pid, descriptor, theirs, pids))
         finally:
             for file in mine:
                 os.close(file)

@@ -201,9 +201,26 @@ def _threads(rows: int, cols: int, dtype: torch.dtype) -> int:
 _COLLECTIVES = {"one_step": one_step, "two_step": two_step, "reduce_scatter": reduce_scatter, "all_gather": all_gather}
 
 
+_LOOPS = {
+    "one_step": loops.sum_stripes,
+    "two_step": loops.two_step,
+    "reduce_scatter": loops.sum_stripes,
+    "all_gather": loops.gather,
+}
+
+
+def _serves(task: Task) -> bool:
+    return task.name in _COLLECTIVES and bool(task.rows and task.cols) and not kernels.any_missing(task.codec, "cpu")
+
+
+def load(task: Task):
+    """Compile the loop of a task, or load it from disk."""
+    if _serves(task):
+        _LOOPS[task.name].compile(loops.SIGNATURE)
+
+
 def prepare(task: Task, rank: int, ranks: int) -> Prepared | None:
     """Prepare a task; None where shared memory does not serve it."""
-    make = _COLLECTIVES.get(task.name)
-    if make is None or not task.rows or not task.cols or kernels.any_missing(task.codec, "cpu"):
+    if not _serves(task):
         return None
-    return make(task.codec, task.rows, task.cols, task.dtype, task.out_dtype, rank, ranks)
+    return _COLLECTIVES[task.name](task.codec, task.rows, task.cols, task.dtype, task.out_dtype, rank, ranks)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from flashcomm.transports.base import Ranks, Run, Task
+from flashcomm.transports.base import Ranks, Run, Step, Task
 
 SIZE_BYTES = 64 << 20
 """Bytes of each rank's memory; longer messages take several launches."""
@@ -34,15 +34,22 @@ class SymmetricMemory:
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
-        peers, why = None, ""
-        try:
-            peers = _map(ranks, group, device)
-        except (ImportError, RuntimeError) as error:
-            why = f"no symmetric memory: {str(error).splitlines()[0]}"
-        for rank, refusal in enumerate(ranks.tell(why)):
+        mapped: list[Any] = []
+
+        def map_it() -> str:
+            try:
+                mapped.append(_map(ranks, group, device))
+            except (ImportError, RuntimeError) as error:
+                return f"no symmetric memory: {str(error).splitlines()[0]}"
+            return ""
+
+        for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, map_it)):
             if refusal:
                 return None, f"rank {rank}: {refusal}"
-        return cls(peers), ""
+        return cls(mapped[0]), ""
+
+    def load(self, task: Task):
+        """See `base.Memory`. Triton compiles for the values of a call, so there is nothing to load before."""
 
     def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """See `base.Memory`."""
