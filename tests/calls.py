@@ -1,4 +1,7 @@
-"""What tests of real ranks share: groups that have never met, a call whose result is known, errors and their time."""
+"""What tests of real ranks share: groups that have never met, a call whose result is known, errors and their time.
+
+Ranks tell each other how far they are beside the group under test, through the store that they met in.
+"""
 
 import time
 from datetime import timedelta
@@ -32,6 +35,25 @@ def failure(call, kind: type[Exception] = RuntimeError) -> tuple[str, float]:
     with pytest.raises(kind) as raised:
         call()
     return str(raised.value), time.monotonic() - start
+
+
+def tell(word: str, group=None):
+    """Let the other ranks know that this one has got to `word`."""
+    _store().set(_key(word, dist.get_rank(), group), "")
+
+
+def hear(word: str, group=None, within_s: float = 60.0):
+    """Wait until all other ranks have got to `word`."""
+    others = [rank for rank in range(dist.get_world_size()) if rank != dist.get_rank()]
+    _store().wait([_key(word, rank, group) for rank in others], timedelta(seconds=within_s))
+
+
+def _store():
+    return dist.distributed_c10d._get_default_store()
+
+
+def _key(word: str, rank: int, group) -> str:
+    return f"{group.group_name if group else 'world'}: {word} on rank {rank}"
 
 
 def meeting(group=None) -> lanes.Meeting:

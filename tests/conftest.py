@@ -1,8 +1,10 @@
+import functools
 import hashlib
 import importlib.util
 import os
 import signal
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 # numba notices changes of the file that defines a kernel, not of the lanes that the kernel is made of.
@@ -43,17 +45,40 @@ _LABS = {
 """Labs are of the whole machine, and these tests look for what is left of them."""
 
 
+@functools.cache
+def _shares(path: str) -> bool:
+    """Whether tests of a file share ranks, or a fixture."""
+    text = (Path(__file__).parents[1] / path).read_text()
+    return "ranks.shared(" in text or 'scope="module"' in text
+
+
+def _scope(nodeid: str) -> tuple[int, str]:
+    """When a test runs, and what it runs together with on one worker."""
+    path = nodeid.partition("::")[0]
+    if path.rpartition("/")[2] in _LABS:
+        return 0, "labs"
+    return (1, path) if _shares(path) else (2, nodeid.partition("[")[0])
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Of several workers each gets whole files, which share ranks, and one gets all that have labs."""
+    """Large scopes go first, and single functions fill what is left, so that workers end together."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByFile(LoadScopeScheduling):
+    class ByScope(LoadScopeScheduling):
         def _split_scope(self, nodeid):
-            path = nodeid.split("::")[0]
-            return "labs" if path.rpartition("/")[2] in _LABS else path
+            return _scope(nodeid)[1]
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False
+    return ByScope(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Every worker collects the scopes in the order in which they are handed out."""
+    if hasattr(config, "workerinput"):
+        scopes = {item: _scope(item.nodeid) for item in items}
+        sizes = Counter(scopes.values())
+        items.sort(key=lambda item: (scopes[item][0], -sizes[scopes[item]]))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,6 +92,16 @@ def _one_thread_and_no_ranks_left():
 def _skip_without_gpu(request):
     if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
+
+
+@pytest.fixture
+def forked_launch(monkeypatch, tmp_path):
+    """Ranks that `lab.launch` starts are forked from a process that has imported much; returns what they printed."""
+    from flashcomm.lab import launch
+
+    logs = tmp_path / "logs of ranks"
+    monkeypatch.setattr(launch, "LaunchConfig", ranks.forking(logs))
+    return lambda: "".join(path.read_text() for path in sorted(logs.rglob("std*.log")))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ this rank sees, as sentences. It never raises in the middle: the ranks must stay
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,6 +26,13 @@ CODECS = (
 def tensor(rank: int, shape, dtype=torch.bfloat16, seed: int = 0) -> torch.Tensor:
     """What rank `rank` contributes; every rank can compute every other's."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(1000 * seed + rank)).to(dtype)
+
+
+@cache
+def simulated(world_size: int, spec: str, algorithm: str, shape, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """What the simulation gives for `tensor` of each rank; the same for every kind of messages, so it is kept."""
+    xs = [tensor(rank, shape, dtype, seed) for rank in range(world_size)]
+    return flashcomm.simulate.all_reduce(xs, spec, algorithm)
 
 
 def algorithms(spec: str) -> list[str]:
@@ -79,6 +86,8 @@ class Member:
 
     def predicted(self, make: Callable[[int], torch.Tensor], spec: str, algorithm: str) -> torch.Tensor:
         """The result that the simulation gives where rank r holds ``make(r)``; one rank keeps its values."""
+        if isinstance(make, partial) and self.world_size > 1:
+            return simulated(self.world_size, spec, algorithm, **make.keywords)
         xs = [make(rank) for rank in range(self.world_size)]
         return xs[0] if len(xs) == 1 else flashcomm.simulate.all_reduce(xs, spec, algorithm)
 

@@ -4,11 +4,14 @@ Starting a process costs seconds of `import torch`, so ranks are forked from a p
 world size is kept, which makes a test cost milliseconds.
 """
 
+import gc
 import multiprocessing
 import os
 import sys
 import traceback
 from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
 
 WAYS = {
     "memory": {},
@@ -17,9 +20,10 @@ WAYS = {
 }
 """How messages may go between ranks of one host, and what to set for that."""
 
-_context = multiprocessing.get_context("forkserver")
+forked = multiprocessing.get_context("forkserver")
+"""Processes that have imported torch, transformers and flashcomm."""
 # Without threads, which a fork would lose: torch and numba start theirs when they first compute.
-_context.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu"])
+forked.set_forkserver_preload(["flashcomm", "flashcomm.kernels.cpu", "transformers.models.llama.modeling_llama"])
 
 
 class RankFailed(AssertionError):
@@ -38,19 +42,21 @@ class Ranks:
         # Held here, so that nobody else can get the port before the ranks are there.
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         port = self.store.port
-        # What they are forked from has imported packages already, and has the environment of its own start.
-        context = multiprocessing.get_context("spawn") if path else _context
+        # What others are forked from has imported packages already, and has the environment of its own start.
+        context = multiprocessing.get_context("spawn") if path else forked
         environment = {**os.environ, **(env or {})}
-        self.pipes, self.processes = [], []
-        for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, ranks, port, timeout_s, backend, path, environment), daemon=True
-            )
+        pipes = [context.Pipe() for _ in range(ranks)]
+        self.pipes, theirs = map(list, zip(*pipes, strict=True))
+        common = ranks, port, timeout_s, backend, environment
+        if path:
+            calls = [(_fork, (theirs, path, *common))]
+        else:
+            calls = [(_serve, (pipe, rank, *common)) for rank, pipe in enumerate(theirs)]
+        self.processes = [context.Process(target=target, args=args, daemon=True) for target, args in calls]
+        for process in self.processes:
             process.start()
-            theirs.close()
-            self.pipes.append(ours)
-            self.processes.append(process)
+        for pipe in theirs:
+            pipe.close()
 
     def start(self, function, *args):
         """Begin ``function(*args)`` on every rank without waiting."""
@@ -84,9 +90,20 @@ class Ranks:
                 process.join()
 
 
-def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, path: str, env: dict):
-    if path:
-        sys.path.insert(0, path)
+def _fork(pipes, path: str, *common):
+    """Become rank 0 and fork the others, after an import of what lies in `path`."""
+    sys.path.insert(0, path)
+    import_module("transformers.models.llama.modeling_llama")
+    rank = next((rank for rank in range(1, len(pipes)) if os.fork() == 0), 0)
+    for other, pipe in enumerate(pipes):
+        if other != rank:
+            pipe.close()
+    _serve(pipes[rank], rank, *common)
+
+
+def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: str, env: dict):
+    # What has been imported stays, so no collection needs to look at it.
+    gc.freeze()
     os.environ.clear()
     os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
@@ -114,6 +131,23 @@ def _serve(pipe, rank: int, ranks: int, port: int, timeout_s: float, backend: st
         except BaseException:
             pipe.send((False, traceback.format_exc()))
     os._exit(0)
+
+
+def forking(logs: Path):
+    """The configuration of torch's launcher, whose ranks are then forked, and print to files in `logs`."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    def configured(**given):
+        specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+        return LaunchConfig(**{**given, "start_method": "forkserver", "logs_specs": specs})
+
+    return configured
+
+
+def forget(name: str):
+    """Take a variable out of the environment of a forked process, before it imports what looks at it."""
+    os.environ.pop(name, None)
 
 
 def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:

@@ -6,6 +6,7 @@ from it, so a circle could hide there.
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -96,3 +97,14 @@ def test_classes_of_the_core_fit_on_a_few_screens():
         if isinstance(node, ast.ClassDef)
     }
     assert {name: lines for name, lines in lengths.items() if lines >= 200} == {}
+
+
+# Of Python in a string too.
+SLEEP = re.compile(r"\btime\.sleep\b|from time import .*\bsleep\b")
+
+
+def test_tests_wait_for_events():
+    """A sleep is too short on a busy machine and too long on any other: `events` has what waits instead."""
+    tests = Path(__file__).parent
+    sleepers = {path.relative_to(tests).as_posix() for path in tests.rglob("*.py") if SLEEP.search(path.read_text())}
+    assert sleepers - {"test_architecture.py"} == {"events.py"}

@@ -5,13 +5,16 @@ import importlib
 import importlib.util
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher.api import elastic_launch
 
 import flashcomm
+import ranks
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"numba", "triton", "transformers", "vllm", "matplotlib", "rich", "typer"}
@@ -82,17 +85,35 @@ def test_examples_in_documents_run_and_links_lead_somewhere(path):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+def run_file(path: str):
+    """As the interpreter would."""
+    sys.argv = [path]
+    runpy.run_path(path, run_name="__main__")
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
-def test_examples_run(path):
+def test_examples_run(path, tmp_path):
     assert len(path.read_text().splitlines()) < 60
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, str(path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
+    config = ranks.forking(tmp_path)(
+        min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
+    elastic_launch(config, run_file)(str(path))
+    printed, errors = ("".join(p.read_text() for p in tmp_path.rglob(name)) for name in ("stdout.log", "stderr.log"))
+    assert printed.strip()
     # A codec's own error, and not that of values which travel uncompressed between ranks of one host.
     if path.name == "custom_codec.py":
-        assert "1.01 bits per value, relative error 0.60" in done.stdout
-        assert "was asked for, but auto sends values uncompressed" not in done.stderr
+        assert "1.01 bits per value, relative error 0.60" in printed
+        assert "was asked for, but auto sends values uncompressed" not in errors
+
+
+def test_an_example_runs_as_it_says():
+    path = ROOT / "examples" / "all_reduce.py"
+    command = re.search(r"^torchrun (.*)", path.read_text(), re.MULTILINE)
+    assert command
+    launcher = [sys.executable, "-m", "torch.distributed.run", *command[1].split()]
+    done = subprocess.run(launcher, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
 
 
 def test_result_tables_are_those_of_their_rows():

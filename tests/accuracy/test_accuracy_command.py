@@ -1,8 +1,6 @@
 """The two commands, from their options to the files that they write."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,9 +25,8 @@ def test_accuracy(tmp_path):
     Policy(codec="int4g32").save(policy)
     options = ("--text", text, "--text", text, "--tokens", 384, "--window", 128, "--tp", 4, "--out", tmp_path / "out")
     options = ("--codecs", "int8g128,int2g32", "--policy", policy, *options, "--json", tmp_path / "a.json")
-    line = [sys.executable, "-m", "flashcomm.cli", "accuracy", *map(str, options)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
+    done = invoke("accuracy", *options)
+    assert done.exit_code == 0, done.output
     assert "Warning" not in done.stderr
     document = json.loads((tmp_path / "a.json").read_text())
     assert document == json.loads((tmp_path / "out" / "report.json").read_text())

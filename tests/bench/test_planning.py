@@ -2,32 +2,31 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
 
 import ranks
+from flashcomm.cli import app
 from flashcomm.cli.plan import draw
 from flashcomm.planner import Facts, LinkCosts, advice
 from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import cluster
 from flashcomm.policy import Policy
 
-COMMAND = [sys.executable, "-m", "flashcomm.cli", "plan"]
 SLOW = ("llama-3-70b", "l40")
 OPTIONS = dict(ranks=4, tokens=1024, rows=8, link="pcie4-sys")
 
 
 def run(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=100)
+    return CliRunner().invoke(app, ["plan", *map(str, arguments)])
 
 
 def test_the_command_prints_advises_and_writes(tmp_path):
     policy, document = tmp_path / "policy.toml", tmp_path / "plan.json"
     done = run("llama-3-70b", "--machine", "l40", "--link", "pcie4-sys", "--prompt", 1024, "--batch", 8,
                "--policy", policy, "--json", document)  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.exit_code == 0, done.output
     assert "int8g128 makes the first token" in done.stdout
     written = json.loads(document.read_text())
     assert [row["codec"] for row in written["rows"]][:2] == ["none", "int8g128"]
@@ -40,7 +39,7 @@ def test_the_command_prints_advises_and_writes(tmp_path):
 
 def test_the_command_says_what_is_wrong():
     done = run("llama-3-70b", "--machine", "l400")
-    assert done.returncode == 2
+    assert done.exit_code == 2
     assert "unknown machine 'l400'" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -114,7 +113,6 @@ def test_what_ranks_compute_is_measured_alike_on_all_of_them():
 
 
 def test_a_measured_machine_is_a_json_file():
-    command = [*COMMAND[:-1], "tune", "--save", "here.toml"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2
+    done = CliRunner().invoke(app, ["tune", "--save", "here.toml"])
+    assert done.exit_code == 2
     assert "--save 'here.toml': give a file that ends in .json" in done.stderr

@@ -48,11 +48,12 @@ def test_a_format_is_found_by_name(install, tmp_path):
     assert "Did you mean sign?" in done.stderr
 
 
-def test_every_rank_finds_it(install):
-    env = install("sign = custom_codec:Sign")
-    done = cli("generate", "demo", "--tp", 2, "--codec", "sign:int8", "--max-new-tokens", 2, env=env)
+def test_every_rank_finds_it(install, tmp_path):
+    env, file = install("sign = custom_codec:Sign"), tmp_path / "a.json"
+    options = ("--codecs", "sign:int8", "--algorithms", "two_step", "--sizes", "4k", "--repeats", 1, "--json", file)
+    done = cli("bench", "all_reduce", "--tp", 2, *options, env=env)
     assert done.returncode == 0, done.stderr
-    assert "sign:int8g128, 2 ranks" in done.stderr
+    assert [row["codec"] for row in json.loads(file.read_text())["rows"]] == ["none", "sign:int8g128"]
 
 
 def test_an_entry_point_of_another_name_is_refused(install):

@@ -16,6 +16,7 @@ import flashcomm
 import promises
 import ranks
 from calls import meeting
+from events import dawdle
 from flashcomm import kernels
 
 COUNT = int(os.environ.get("FLASHCOMM_SOAK", "1000"))
@@ -148,7 +149,7 @@ def soak(count: int, seed: int) -> tuple[float, list[tuple[int, int, int]]]:
         variant, group = calls.randrange(VARIANTS), groups[calls.random() < 0.05]
         async_op = calls.random() < 0.4
         if own.random() < 0.02:
-            time.sleep(own.choice([1e-5, 1e-4, 1e-3, 3e-3]))
+            dawdle(own.choice([10, 100, 1000, 3000]))
         start(case, variant, group, async_op)
         while len(pending) > own.randrange(8):
             finish(own.randrange(len(pending)))

@@ -7,11 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+from events import wait_for
 from flashcomm.demo import MODEL
 
 HERE = Path(__file__).parent
@@ -57,12 +57,12 @@ class Server:
 
     def __enter__(self) -> "Server":
         self.start()
-        end = time.monotonic() + START_S
-        while not self._answers():
-            if self.process.poll() is not None or time.monotonic() > end:
-                self.stop()
-                raise RuntimeError(f"the server did not start:\n{self.printed()[-4000:]}")
-            time.sleep(0.5)
+        try:
+            wait_for(lambda: self._answers() or self.process.poll() is not None, START_S)
+            assert self.process.poll() is None
+        except AssertionError:
+            self.stop()
+            raise RuntimeError(f"the server did not start:\n{self.printed()[-4000:]}") from None
         return self
 
     def __exit__(self, *exc_info: object):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional_collectives
 
 import flashcomm
 import promises
@@ -242,6 +243,29 @@ def compiled(folder):
     assert handle.calls == calls
 
 
+def others_compile(folder):
+    """Sums of the rest of the program are traced into one graph while a model is compressed, and keep their bits."""
+
+    def in_place(x):
+        y = x * 2
+        dist.all_reduce(y)
+        return y + 1
+
+    def functional(x):
+        return functional_collectives.all_reduce(x * 2, "sum", dist.group.WORLD) + 1
+
+    model, _ = loaded(tiny("biased", folder))
+    x = torch.arange(4.0) + dist.get_rank()
+    want = in_place(x)
+    with compressed(model, "int8g128", algorithm="two_step"):
+        for function in (in_place, functional):
+            torch._dynamo.reset()
+            assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), want)
+        logits(model)
+    for function in (in_place, functional):
+        assert torch.equal(torch.compile(function, fullgraph=True, backend="aot_eager")(x), want)
+
+
 def survives_an_exception():
     """A forward pass that raises in the middle leaves hooks, stack and patches in order."""
     model, _ = loaded(MODEL)
@@ -261,6 +285,36 @@ def survives_an_exception():
     total = torch.ones(3)
     dist.all_reduce(total)
     assert total.tolist() == [2, 2, 2]
+
+
+class Adapted(torch.nn.Module):
+    """A low-rank adapter around a row-parallel linear, as PEFT puts it there: its own small sum is not the model's."""
+
+    def __init__(self, base_layer: torch.nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.down, self.up = torch.nn.Linear(64 // dist.get_world_size(), 4), torch.nn.Linear(4, 64)
+
+    def forward(self, x):
+        low = self.down(x)
+        dist.all_reduce(low)
+        return self.base_layer(x) + self.up(low)
+
+
+def adapters(folder):
+    """Layers inside of adapters are found and compressed, the sums of the adapters are plain."""
+    model, _ = loaded(tiny("biased", folder))
+    torch.manual_seed(dist.get_rank())
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Adapted(layer.self_attn.o_proj)
+    plain = logits(model)
+    with compressed(torch.nn.ModuleDict({"base_model": model}), "fp32", algorithm="two_step") as handle:
+        flashcomm.reset_stats()
+        assert promises.same(logits(model), plain)
+        inside = [name for name in handle.modules if name.endswith("o_proj.base_layer")]
+        assert len(inside) == len(model.model.layers), handle.modules
+        assert set(handle.calls.values()) == {1}
+        assert flashcomm.stats()["calls"] == {"all_reduce/two_step/fp32": len(handle.modules)}
 
 
 def not_tensor_parallel():
@@ -304,6 +358,15 @@ def test_biases_are_added_once(release, tmp_path):
 def test_a_compiled_model(tmp_path):
     # On the newest alone: inductor takes most of a minute.
     newest().run(compiled, str(tmp_path))
+
+
+def test_other_functions_compile_in_one_graph(tmp_path):
+    newest().run(others_compile, str(tmp_path))
+
+
+@both
+def test_adapters_may_be_inside(release, tmp_path):
+    release().run(adapters, str(tmp_path))
 
 
 def test_experts_are_covered(tmp_path):

@@ -1,3 +1,8 @@
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -167,10 +172,6 @@ def test_tensors_without_memory_are_refused():
 
 def test_scratch_memory_lives_as_long_as_the_kernel():
     """With this setting a freed array is unmapped, so a kernel that works in freed memory crashes."""
-    import os
-    import subprocess
-    import sys
-
     code = """
 import torch
 from flashcomm import codecs, kernels
@@ -199,3 +200,41 @@ def test_specification_gives_the_same_bytes_on_cuda():
             for out in values.DTYPES:
                 decoded = kernels.decode(payload, codec, cols=256, dtype=out)
                 assert same_bytes(decoded.cpu(), codec.decode(payload.cpu(), 256, out)), f"{codec} {dtype}: decode"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64")
+def test_a_cpu_without_conversions_of_fp16_gives_the_same_bytes():
+    """As many virtual machines have: LLVM then calls functions that nobody links. A process, as it may crash."""
+    code = """
+import torch, values
+from flashcomm import codecs, kernels
+exact = codecs.parse("fp32")
+for dtype in (torch.float16, torch.float32):
+    x = values.every_pattern(dtype)
+    assert torch.equal(kernels.encode(x, exact), exact.encode(x)), dtype
+# Between two neighbours of fp16 each: the values in the middle, and those beside them.
+bits = torch.arange(0x33000000, 0x48000000, 0x0800, dtype=torch.int32)
+bits = torch.cat([bits - 1, bits, bits + 1, torch.arange(0x7F800000 - 3, 0x7FFFFFFF, 0x1FFF, dtype=torch.int32)])
+x = torch.cat([bits, bits + -(2**31)]).view(torch.float32)[None]
+got = kernels.decode(exact.encode(x), exact, cols=x.shape[1], dtype=torch.float16)
+want = exact.decode(exact.encode(x), x.shape[1], torch.float16)
+wrong = got.view(torch.int16) != want.view(torch.int16)
+assert not wrong.any(), (x[wrong][:9], got[wrong][:9].view(torch.int16), want[wrong][:9].view(torch.int16))
+for spec in ("int8g128", "mxfp8_e4m3"):
+    codec = codecs.parse(spec)
+    for dtype in values.DTYPES:
+        x = values.every_pattern(dtype)
+        payload = kernels.encode(x, codec)
+        assert torch.equal(payload, codec.encode(x)), (spec, dtype)
+        want = codec.decode(payload, x.shape[1], dtype)
+        got = kernels.decode(payload, codec, cols=x.shape[1], dtype=dtype)
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8)), (spec, dtype)
+assert kernels.route(codecs.parse("int8g128"), "cpu")[0] == "numba"
+"""
+    like = os.environ | {
+        "NUMBA_CPU_NAME": "x86-64-v2",
+        "NUMBA_CPU_FEATURES": "",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=like, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

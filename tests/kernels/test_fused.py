@@ -7,6 +7,7 @@ import torch.distributed as dist
 import flashcomm
 import promises
 import ranks
+from events import dawdle
 from flashcomm import codecs
 
 pytest.importorskip("triton")
@@ -71,7 +72,6 @@ def test_sums_are_those_of_the_simulation(world_size, tmp_path):
 def calls_without_end(folder, count):
     """Ranks that come late in turn, a memory that takes several launches, and inputs that change."""
     import random
-    import time
     import warnings
 
     from flashcomm.transports.symmetric import launch as fused
@@ -85,7 +85,7 @@ def calls_without_end(folder, count):
     x = torch.empty(7, 128)
     for call in range(count):
         x.copy_(promises.tensor(rank, x.shape, torch.float32, seed=call))
-        time.sleep(delays.choice((0, 0, 0.02)))
+        dawdle(delays.choice((0, 0, 20_000)))
         algorithm = ("two_step", "one_step")[call % 2]
         fused.all_reduce(x, codec, peers, x, algorithm)
         xs = [promises.tensor(r, x.shape, torch.float32, seed=call) for r in range(size)]

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 import flashcomm
 import flashcomm.bench.lab
+from events import wait_for
 from flashcomm.lab import Lab, launch
 from flashcomm.lab import hosts as module
 
@@ -52,13 +53,6 @@ def running(marker: str) -> list[str]:
             if marker.encode() in path.read_bytes():
                 found.append(path.parent.name)
     return found
-
-
-def wait_for(condition, seconds=10):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)
@@ -135,30 +129,33 @@ def test_ranks_get_torchruns_environment(tmp_path, monkeypatch):
 
 TRANSFER = """
 import os, socket, sys, time
-receiver, size, rank = int(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"])
+receiver, size, rank, listens = int(sys.argv[1]), int(sys.argv[2]), int(os.environ["RANK"]), sys.argv[4]
 if rank == receiver:
-    with socket.create_server(("", 5000)) as server, server.accept()[0] as peer:
+    with socket.create_server(("", 5000)) as server:
+        open(listens, "w").close()
+        peer = server.accept()[0]
+    with peer:
         start = time.perf_counter()
         while size:
             size -= len(peer.recv(min(size, 1 << 16)))
         print(time.perf_counter() - start, file=open(sys.argv[3], "w"))
 elif rank == 0:
     address = f"10.77.0.{1 + receiver // int(os.environ['LOCAL_WORLD_SIZE'])}"
-    while True:
-        try:
-            with socket.create_connection((address, 5000)) as peer:
-                sys.exit(peer.sendall(bytes(size)))
-        except ConnectionRefusedError:
-            time.sleep(0.01)
+    # A pipe, which opens when both ends do.
+    open(listens).close()
+    with socket.create_connection((address, 5000)) as peer:
+        peer.sendall(bytes(size))
 """
 
 
 @real
 def test_the_rate_limits_what_leaves_a_host_and_its_interface_counts_it(tmp_path):
     seconds = []
+    os.mkfifo(tmp_path / "listens")
     with Lab(ranks=4, rate="20mbit", ranks_per_host=2) as lab:
         for receiver in (1, 2):
-            command = [sys.executable, "-c", TRANSFER, str(receiver), str(2 * MIB), str(tmp_path / "seconds")]
+            files = [str(tmp_path / name) for name in ("seconds", "listens")]
+            command = [sys.executable, "-c", TRANSFER, str(receiver), str(2 * MIB), *files]
             assert lab.run(command, timeout_s=20) == [0] * 4
             seconds.append(float((tmp_path / "seconds").read_text()))
         sent, received = lab.bytes_sent(0), lab.counters()[1].received_bytes
@@ -259,12 +256,13 @@ def test_a_failing_rank_ends_the_others_and_their_children():
 
 
 @real
-def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
+def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_GRACE_S", 0.3)
+    os.mkfifo(tmp_path / "ready")
+    # Rank 0 fails when rank 1 ignores the signal; what a shell ignores, so does the program in its place.
+    script = f"[ $RANK = 0 ] && read line < {tmp_path}/ready && exit 1; trap '' TERM; echo > {tmp_path}/ready; exec "
     with Lab(ranks=2, rate=None) as lab:
-        codes = lab.run(
-            ["sh", "-c", "trap '' TERM; [ $RANK = 0 ] && sleep 0.2 && exit 1; while true; do sleep 0.1; done"]
-        )
+        codes = lab.run(["sh", "-c", f"{script} sleep {seconds(656)}"])
     assert codes == [1, -9]
 
 

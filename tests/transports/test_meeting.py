@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from numba.core import caching, config
 
 import flashcomm
 import ranks
@@ -56,11 +57,12 @@ def _cannot_tell():
     raise RuntimeError("Could not determine home directory.")
 
 
-def no_home():
+def no_home(without):
     """Nothing was measured where there is no folder for it."""
-    group, kept = new_group(), {name: os.environ.pop(name, None) for name in ("HOME", "FLASHCOMM_TUNING")}
-    real = measured.Path.home
-    measured.Path.home = staticmethod(_cannot_tell)
+    group, real, kept = new_group(), measured.Path.home, {}
+    if dist.get_rank() in without:
+        kept = {name: os.environ.pop(name, None) for name in ("HOME", "FLASHCOMM_TUNING")}
+        measured.Path.home = staticmethod(_cannot_tell)
     try:
         check(all_reduce_of_ones(group))
     finally:
@@ -95,8 +97,27 @@ def test_no_step_is_told_but_through_the_guard():
     assert named == set(Step)
 
 
-def test_ranks_meet_without_a_home_folder():
-    ranks.shared(2).run(no_home)
+@pytest.mark.parametrize("without", [(0, 1), (0,), (1,)], ids=["all", "rank 0", "rank 1"])
+def test_ranks_meet_without_a_home_folder(without):
+    ranks.shared(2).run(no_home, without)
+
+
+def a_full_disk(folder):
+    """Rank 1 compiles for itself in its first call, and the other waits for it that long."""
+    if dist.get_rank() == 1:
+        caching.IndexDataCacheFile._save_data = _no_room
+        config.CACHE_DIR = folder
+    for _ in range(2):
+        check(all_reduce_of_ones(None))
+    return len(os.listdir(folder))
+
+
+def _no_room(*args):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_rank_whose_disk_is_full_joins(tmp_path, fresh_ranks):
+    assert fresh_ranks(2).run(a_full_disk, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ RanksPerHost = Annotated[int, typer.Option(help="Ranks that share a host, with -
 Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
 
 
-_LAST_WORDS_S = 3.0
+_LAST_WORDS_S = 10.0
 
 
 def fail(message: str) -> NoReturn:

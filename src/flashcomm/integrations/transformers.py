@@ -348,7 +348,8 @@ def _reducing_modules(model: Any):
     for name, module in model.named_modules():
         style = getattr(module, "_hf_tp_plan", None)
         if style is None and "forward" in vars(module):
-            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+            # The layer inside of an adapter is in the plan under the name that it had before.
+            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")))
         if style is not None and not _NOT_REDUCING.match(style):
             yield name, module, style
 
@@ -387,8 +388,13 @@ def _patch():
         plain: Any = dist.all_reduce
         plain_functional: Any = functional.all_reduce
 
+        # A module that is compressed runs between graphs, so what the compiler traces belongs to others, in one graph.
+        compiling = torch.compiler.is_dynamo_compiling
+
         @functools.wraps(plain)
         def all_reduce(tensor, *args, **kwargs):
+            if compiling():
+                return plain(tensor, *args, **kwargs)
             marked = _marked(tensor, *_sum_and_group(*args, **kwargs))
             if marked is None:
                 return plain(tensor, *args, **kwargs)
@@ -397,6 +403,8 @@ def _patch():
 
         @functools.wraps(plain_functional)
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
+            if compiling():
+                return plain_functional(self, reduceOp, group, tag)
             marked = _marked(self, reduceOp.lower() == "sum", group)
             if marked is None:
                 return plain_functional(self, reduceOp, group, tag)

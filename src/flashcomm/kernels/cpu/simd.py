@@ -10,15 +10,17 @@ scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist t
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
 Source: our own. bf16 rounds half to even with integer arithmetic (exact, the same on every CPU); fp16 uses LLVM's
-`fpext`/`fptrunc`, which IEEE 754 fixes.
+`fpext`/`fptrunc`, which IEEE 754 fixes, or the same in integers on an x86 without F16C, where LLVM would call functions
+that no process has.
 """
 
 import operator
 import platform
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
@@ -106,14 +108,69 @@ def _const(count, value):
     return _constant(ir.VectorType(_I32, count), value) if count > 1 else ir.Constant(_I32, value)
 
 
+def _converts_fp16() -> bool:
+    """Whether the CPU for which numba compiles has instructions between fp16 and fp32."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    if config.CPU_FEATURES is not None:
+        return "+f16c" in config.CPU_FEATURES.split(",")
+    return bool(get_host_cpu_features().get("f16c"))
+
+
+_CONVERTS_FP16 = _converts_fp16()
+
+
+def _widen_fp16(builder, half, count):
+    """fp32 from the bits of fp16; a NaN becomes a quiet one, as by F16C."""
+    constant, element = lambda value: _const(count, value), _wide(_F32, count)
+    half = builder.zext(half, _wide(_I32, count))
+    size = builder.and_(half, constant(0x7FFF))
+    # The exponent's bias is 127 instead of 15, and all ones stay all ones.
+    bits = builder.add(builder.shl(size, constant(13)), constant(112 << 23))
+    special = builder.icmp_unsigned(">=", size, constant(0x7C00))
+    bits = builder.select(special, builder.add(bits, constant(112 << 23)), bits)
+    bits = builder.select(
+        builder.icmp_unsigned(">", size, constant(0x7C00)), builder.or_(bits, constant(0x400000)), bits
+    )
+    # Subnormal numbers are multiples of 2^-24.
+    step = builder.bitcast(constant(103 << 23), element)
+    small = builder.bitcast(builder.fmul(builder.uitofp(size, element), step), _wide(_I32, count))
+    bits = builder.select(builder.icmp_unsigned("<", size, constant(0x400)), small, bits)
+    sign = builder.shl(builder.and_(half, constant(0x8000)), constant(16))
+    return builder.bitcast(builder.or_(bits, sign), element)
+
+
+def _narrow_to_fp16(builder, value, count):
+    """The bits of fp16 nearest to fp32, half to even; a NaN keeps the top of its payload, as by F16C."""
+    constant, integer = lambda value: _const(count, value), _wide(_I32, count)
+    bits = builder.bitcast(value, integer)
+    size = builder.and_(bits, constant(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(size, constant(13)), constant(1))
+    rounded = builder.add(builder.add(builder.sub(size, constant(112 << 23)), constant(0xFFF)), odd)
+    half = builder.lshr(rounded, constant(13))
+    # The last bit of a sum with 1/2 is worth 2^-24, the step of subnormal numbers.
+    add = builder.bitcast(constant(126 << 23), value.type)
+    sum_ = builder.bitcast(builder.fadd(builder.bitcast(size, value.type), add), integer)
+    small = builder.sub(sum_, constant(126 << 23))
+    half = builder.select(builder.icmp_unsigned("<", size, constant(113 << 23)), small, half)
+    half = builder.select(builder.icmp_unsigned(">=", size, constant(143 << 23)), constant(0x7C00), half)
+    payload = builder.and_(builder.lshr(size, constant(13)), constant(0x3FF))
+    half = builder.select(
+        builder.icmp_unsigned(">", size, constant(255 << 23)), builder.or_(payload, constant(0x7E00)), half
+    )
+    sign = builder.and_(builder.lshr(bits, constant(16)), constant(0x8000))
+    return builder.trunc(builder.or_(half, sign), _wide(_I16, count))
+
+
 def _load(builder, address, kind, count):
     """fp32 from `count` values of `kind` at `address`; widening is exact."""
-    element = {"fp32": _F32, "fp16": ir.HalfType(), "bf16": _I16, "u8": _I8}[kind]
+    half = ir.HalfType() if _CONVERTS_FP16 else _I16
+    element = {"fp32": _F32, "fp16": half, "bf16": _I16, "u8": _I8}[kind]
     loaded = _load_raw(builder, address, element, count)
     if kind == "fp32":
         return loaded
     if kind == "fp16":
-        return builder.fpext(loaded, _wide(_F32, count))
+        return builder.fpext(loaded, _wide(_F32, count)) if _CONVERTS_FP16 else _widen_fp16(builder, loaded, count)
     loaded = builder.zext(loaded, _wide(_I32, count))
     if kind == "u8":
         return builder.uitofp(loaded, _wide(_F32, count))
@@ -121,8 +178,10 @@ def _load(builder, address, kind, count):
 
 
 def _store(builder, address, value, kind, count):
-    element = {"fp32": _F32, "fp16": ir.HalfType(), "bf16": _I16}[kind]
-    if kind == "fp16":
+    element = {"fp32": _F32, "fp16": ir.HalfType() if _CONVERTS_FP16 else _I16, "bf16": _I16}[kind]
+    if kind == "fp16" and not _CONVERTS_FP16:
+        value = _narrow_to_fp16(builder, value, count)
+    elif kind == "fp16":
         value = builder.fptrunc(value, _wide(element, count))
     elif kind == "bf16":
         # Add 0x7fff plus the bit that becomes the last one, then drop 16 bits.
