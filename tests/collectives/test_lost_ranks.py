@@ -1,4 +1,4 @@
-"""A rank is killed, or stopped, at a step of a call: the others raise, within the group's timeout, and go on to raise."""
+"""A rank is killed, or stopped, at a step of a call: the others raise within the timeout, and so do their next calls."""
 
 import os
 import random
