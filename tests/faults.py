@@ -81,19 +81,19 @@ def value(rank: int) -> torch.Tensor:
     return torch.arange(8 * 128, dtype=torch.float32).view(8, 128).remainder(7) + rank
 
 
-def call(algorithm: str, group: dist.ProcessGroup) -> torch.Tensor:
+def call(algorithm: str, group: dist.ProcessGroup, async_op: bool = False):
     """Run one collective of all ranks of `group`."""
     x, world_size = value(dist.get_rank()), dist.get_world_size()
     if algorithm == "plain":
-        return flashcomm.all_reduce(x, "none", group)
+        return flashcomm.all_reduce(x, "none", group, async_op=async_op)
     if algorithm == "hierarchical":
-        return flashcomm.all_reduce(x, "bf16", _mesh(world_size), algorithm=algorithm)
+        return flashcomm.all_reduce(x, "bf16", _mesh(world_size), algorithm=algorithm, async_op=async_op)
     if algorithm in ("one_step", "two_step"):
-        return flashcomm.all_reduce(x, "bf16", group, algorithm=algorithm)
+        return flashcomm.all_reduce(x, "bf16", group, algorithm=algorithm, async_op=async_op)
     verb = getattr(flashcomm, algorithm)
     if algorithm == "all_to_all":
-        return verb(x, codec="bf16", group=group)
-    return verb(x[: 8 // world_size * world_size], "bf16", group, algorithm="one_step")
+        return verb(x[: 8 // world_size * world_size], "bf16", group, async_op=async_op)
+    return verb(x[: 8 // world_size * world_size], "bf16", group, algorithm="one_step", async_op=async_op)
 
 
 def expected(algorithm: str, rank: int, world_size: int) -> torch.Tensor:

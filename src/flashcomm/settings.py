@@ -47,6 +47,8 @@ SETTINGS = {
         Setting("FLASHCOMM_STATS", "", "folder for the counts of a server's workers; set by the server"),
         Setting("FLASHCOMM_LAB_RATE", "", "rate of this host's link; set by 'flashcomm lab'"),
         Setting("FLASHCOMM_SOAK", "", "number of collectives of the soak test; read by the tests alone"),
+        Setting("FLASHCOMM_FAULTS", "", "number of calls of the test with faults; read by the tests alone"),
+        Setting("FLASHCOMM_FAULTS_LOG", "", "file for the log of the faults; read by the tests alone"),
         Setting("FLASHCOMM_FUZZ_GROUPS", "", "number of groups of the codec fuzz test; read by the tests alone"),
     )
 }
