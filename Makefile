@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo setup setup-engines check test test-engines bench docs clean
+.PHONY: demo real setup setup-engines check test test-engines bench docs clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
