@@ -130,6 +130,20 @@ def test_copied_heads_compute_what_one_process_computes(tmp_path):
     assert not torch.allclose(model(ids(), use_cache=False).logits, whole, rtol=1e-4, atol=1e-4)
 
 
+def test_a_shape_of_three_ranks_has_the_bits_of_real_ranks(tmp_path):
+    """SmolLM2's heads and features, which no power of two divides."""
+    import transformers as hf
+
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=256)).save_pretrained(tmp_path)
+    codecs = ("int8g128+hadamard", "int4g128", "fp32")
+    some = [Policy(codec=codec, algorithm=a, min_bytes=0) for codec in codecs for a in ALGORITHMS]
+    ours = simulate(tmp_path, torch.bfloat16, some, 3)
+    assert ranks.shared(3).run(real, tmp_path, torch.bfloat16, some) == [ours] * 3
+    assert len(set(ours)) >= 5
+
+
 def reach(path: Path, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model, _ = load(path, torch.float32)
     return {n: f.reach for n, f in integration.calibrate(model, windows).features.items()}
