@@ -208,8 +208,8 @@ def real_table() -> str:
 
     lines = [
         f"{document['ranks']} ranks, {document['dtype']}, `{document['algorithm']}`, {document['tokens']:,} tokens; "
-        f"plain has a perplexity of {plain['perplexity']:.1f}. `make real`, {machine['cpu']}, {machine['cores']} cores, "
-        f"{machine['date']}, commit {machine['commit']} ([rows](../results/{REAL}.md)).",
+        f"plain has a perplexity of {plain['perplexity']:.1f}. `make real`, {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['date']}, commit {machine['commit']} ([rows](../results/{REAL}.md)).",
         "",
         "| codec | bits | KL | x the floor | perplexity, % | top-1, % | delta log p, 95 % below |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
