@@ -1,0 +1,579 @@
+"""Entropy-coded rows: `codecs.entropy`.
+
+    plan_row    the step, the table and the codes of a row: rate control in passes of integers
+    write_row   header, planes and streams
+    read_row    the streams of a row, two codes to a look-up, two or four streams at a time
+    read_codes  codes times the step
+
+`shape` and `book` are addresses of int64: what `formats` knows of the row's length, and where the tables are. `state` is
+what an op tells the next one of the row.
+"""
+
+from flashcomm.codecs.entropy import BISECTIONS, FLOOR, GUESS, GUESSES, LADDER, LARGEST, OCTAVES, PEEK, RAW, TOP
+from flashcomm.codecs.entropy import NAN as NAN_STEP
+from flashcomm.codecs.entropy_tables import MANTISSAS
+from flashcomm.kernels.cpu import simd
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, Op, f32, inline, part
+from flashcomm.kernels.cpu.ops.planes import pack_any, unpack_any
+
+_ROUND_BITS = 0x4B400000
+_ONE = MANTISSAS[0]
+_LAST_EDGE = 4 * RAW + TOP
+_WINDOW = (1 << PEEK) - 1
+
+# Fields of `shape`, in int64.
+COLS, SIZE, HEADER, RUN, STREAMS, BUDGET, CAP, ROOM, PLANES = range(9)
+SHAPE_FIELDS = PLANES + RAW + 1
+
+# Fields of `book`: addresses of tables.
+STEPS, INVERSES, MANTISSA, EDGE, FACTS, RISES, LOW_FIRST, HIGH_FIRST, READ_FORWARD, READ_BACK = range(10)
+BOOK_FIELDS = 10
+
+# Facts of a table, in int64: codes without an escape, bits of an escape, bits of the code 0 and of the last code, number
+# of places where the bits rise by one.
+LIMIT, ESCAPE, FIRST, LAST, NUM_RISES = range(5)
+FACT_FIELDS = 8
+RISE_FIELDS = 16
+WORD_FIELDS = 65
+
+# Fields of `state`.
+STEP, TABLE, WIDTH, ESCAPES, BEHIND, ALONE = range(6)
+"""The step's number; the row's table; bits of a record; number of escapes; the first record's bit; whether the row has
+no codes, as its values are zeros or NaN."""
+
+
+@inline
+def _field(at, i):
+    return simd.load_long(at + 8 * i)
+
+
+@inline
+def _raw_of(table):
+    return max(0, (table - TOP + 3) >> 2)
+
+
+@inline
+def _quantise(row, n, inverse, cap, codes):
+    """Codes of all values; returns the sum of their magnitudes, each at most `cap`."""
+    total = 0
+    for start in range(0, n, 65536):
+        sums, caps, zeros = simd.splat_words(0), simd.splat_words(cap), simd.splat_words(0)
+        for i in range(start, min(n, start + 65536), 16):
+            q = simd.as_words(simd.load_fp32(row + i * 4) * inverse + ROUND) - _ROUND_BITS
+            simd.store_words(codes + i * 4, q)
+            sums = sums + simd.word_min(simd.word_max(q, zeros - q), caps)
+        total += simd.words_sum(sums)
+    return total
+
+
+@inline
+def _number(codes, n, raw, numbers):
+    """The upper parts of all codes as 0, -1, 1, ... counted from 0, at most 127, a byte each."""
+    top = simd.splat_words(127)
+    half = 1 << raw >> 1
+    for i in range(0, n, 16):
+        z = simd.load_words(codes + i * 4)
+        if raw:
+            z = simd.words_signed_shift(z + half, raw)
+        simd.store_words_u8(numbers + i, simd.word_min((z << 1) ^ simd.words_signed_shift(z, 31), top))
+    for i in range((n + 15) & ~15, (n + 63) & ~63, 16):
+        simd.store_words_u8(numbers + i, simd.splat_words(0))
+
+
+@part
+def _bits(shape, book, codes, numbers, total, largest, state):
+    """Choose the table for codes whose magnitudes have this sum, and count the bits of the row."""
+    n = _field(shape, COLS)
+    mean = 256 * total // n
+    table, edges = 0, _field(book, EDGE)
+    while table < _LAST_EDGE and mean >= _field(edges, table):
+        table += 1
+    raw = _raw_of(table)
+    base = table - 4 * raw
+    facts, rises = _field(book, FACTS) + base * 8 * FACT_FIELDS, _field(book, RISES) + base * RISE_FIELDS
+    limit = _field(facts, LIMIT)
+    _number(codes, n, raw, numbers)
+    bits = n * _field(facts, FIRST) + _field(shape, PLANES + raw)
+    for j in range(_field(facts, NUM_RISES)):
+        rise, found = simd.load_byte(rises + j), 0
+        for i in range(0, n, 64):
+            found += simd.count_at_least(numbers + i, rise)
+        bits += found
+    excess = 2 * (largest + (1 << raw >> 1) >> raw) - limit
+    width, escapes = 0, 0
+    if excess >= 0:
+        width = 1
+        while excess >> width:
+            width += 1
+        for i in range(0, n, 64):
+            escapes += simd.count_at_least(numbers + i, limit)
+        bits += escapes * (_field(facts, ESCAPE) - _field(facts, LAST) + width)
+    simd.store_long(state + 8 * TABLE, table)
+    simd.store_long(state + 8 * WIDTH, width)
+    simd.store_long(state + 8 * ESCAPES, escapes)
+    return bits
+
+
+@inline
+def _code(value, inverse):
+    """One fp32 times `inverse`, rounded half to even."""
+    return (simd.bits_of(value * inverse + ROUND) & 0xFFFFFFFF) - _ROUND_BITS
+
+
+@inline
+def _inverse(book, k):
+    return simd.load1_fp32(_field(book, INVERSES) + 4 * k)
+
+
+@inline
+def _step(book, k):
+    return simd.load1_fp32(_field(book, STEPS) + 4 * k)
+
+
+@inline
+def _shared_octaves(codes, n):
+    """How often 2 divides all codes; 0 if all are 0."""
+    some = simd.splat_words(0)
+    for i in range(0, n, 16):
+        some = some | simd.load_words(codes + i * 4)
+    bits = simd.words_or(some)
+    return simd.lowest_bit(bits) if bits else 0
+
+
+@inline
+def _on_grid(row, n, inverse, step):
+    """-1 if some value is not a multiple of the step, otherwise how often 2 divides all multiples."""
+    some = simd.splat_words(0)
+    for start in range(0, n, 256):
+        other = simd.splat_words(0)
+        for i in range(start, min(n, start + 256), 16):
+            x = simd.load_fp32(row + i * 4)
+            q = simd.as_words(x * inverse + ROUND) - _ROUND_BITS
+            other = other | ((simd.as_words(simd.to_lanes(q) * step) ^ simd.as_words(x)) & MAGNITUDE)
+            some = some | q
+        if simd.words_or(other):
+            return -1
+    bits = simd.words_or(some)
+    return simd.lowest_bit(bits) if bits else 0
+
+
+@part
+def _probe(row, shape, book, k, largest, codes, numbers, state):
+    """Quantise a row with step k; returns its bits."""
+    inverse = _inverse(book, k)
+    total = _quantise(row, _field(shape, COLS), inverse, _field(shape, CAP), codes)
+    return _bits(shape, book, codes, numbers, total, _code(largest, inverse), state)
+
+
+@part
+def _halved(shape, book, octaves, largest, codes, numbers, state):
+    """Divide all codes by two `octaves` times; returns the row's bits."""
+    n, total = _field(shape, COLS), 0
+    for i in range(0, n, 16):
+        simd.store_words(codes + i * 4, simd.words_signed_shift(simd.load_words(codes + i * 4), octaves))
+    for i in range(n):
+        total += min(abs(simd.load_word(codes + i * 4)), _field(shape, CAP))
+    return _bits(shape, book, codes, numbers, total, largest >> octaves, state)
+
+
+@Op
+def plan_row(row, shape, book, codes, numbers, state):
+    """Choose the step and the table of a row of fp32, followed by zeros, and its codes, int32."""
+    n = _field(shape, COLS)
+    zeros, lots = simd.splat_words(0), simd.splat_words(MAGNITUDE)
+    most, least = zeros, lots
+    for i in range(0, n, 16):
+        pattern = simd.load_words(row + i * 4) & MAGNITUDE
+        most = simd.word_max(most, pattern)
+        least = simd.word_min(least, simd.words_where_equal(pattern, zeros, lots, pattern))
+    amax, amin = simd.words_max(most), MAGNITUDE - simd.words_max(lots - least)
+    simd.store_long(state + 8 * ALONE, 1)
+    if amax == 0 or amax > LARGEST:
+        simd.store_long(state + 8 * STEP, NAN_STEP if amax else 0)
+        return
+    largest = simd.from_bits(amax)
+    twice = simd.bits_of(largest + largest) & MAGNITUDE
+    last = 16 * ((twice >> 23) - 1) + 1
+    for j in range(16):
+        last += (twice & 0x7FFFFF) > simd.load_word(_field(book, MANTISSA) + 4 * j) - _ONE
+    last = max(last, 1)
+    first = max(last - 16 * OCTAVES, 1)
+    floor = max((amax >> 23) - 24, 0)
+    total, floors = 0, simd.splat_words(floor)
+    for start in range(0, n, 65536):
+        sums = zeros
+        for i in range(start, min(n, start + 65536), 16):
+            sums = sums + simd.word_max((simd.load_words(row + i * 4) & MAGNITUDE) >> 23, floors)
+        total += simd.words_sum(sums)
+    total -= floor * (((n + 15) & ~15) - n)
+    budget = _field(shape, BUDGET)
+    k = min(max(16 * total // n - _field(shape, ROOM) + GUESS, first), last)
+    below, fits, probe = first - 1, last, 0
+    chosen = -1
+    while probe < GUESSES + BISECTIONS and fits - below > 1:
+        k = min(max(k, below + 1), max(fits - 1, below + 1))
+        over = _probe(row, shape, book, k, largest, codes, numbers, state) - budget
+        secant = k + 16 * over // n
+        if over <= 0:
+            fits = k
+        else:
+            below = k
+            secant = max(secant, k + 1)
+        chosen = k
+        k = secant if probe < GUESSES - 1 else (below + fits) >> 1
+        probe += 1
+    k, start, tries, octaves, own = fits, max(max(first - 16, fits - FLOOR), 1), 0, -1, 0
+    smallest = simd.from_bits(amin)
+    for family in range(16):
+        finest = min(start + family, LADDER)
+        inverse, step = _inverse(book, finest), _step(book, finest)
+        code = _code(smallest, inverse)
+        if octaves < 0 and tries < 2 and code >= 1 and simd.bits_of(f32(code) * step) == simd.bits_of(smallest):
+            tries += 1
+            octaves = _on_grid(row, n, inverse, step)
+            own = finest + 16 * octaves
+    if octaves >= 0 and _probe(row, shape, book, own, largest, codes, numbers, state) <= budget:
+        k = own
+    else:
+        if chosen != k or octaves >= 0:
+            _probe(row, shape, book, k, largest, codes, numbers, state)
+        octaves = _shared_octaves(codes, n)
+        if octaves:
+            if _halved(shape, book, octaves, _code(largest, _inverse(book, k)), codes, numbers, state) <= budget:
+                k += 16 * octaves
+            else:
+                _probe(row, shape, book, k, largest, codes, numbers, state)
+    alone = _code(largest, _inverse(book, k)) == 0
+    simd.store_long(state + 8 * STEP, 0 if alone else k)
+    simd.store_long(state + 8 * ALONE, 1 if alone else 0)
+
+
+@inline
+def _entries(codes, i, raw, table):
+    """Sixteen entries of a table of words: words, and their lengths from bit 16 on."""
+    z = simd.load_words(codes + i * 4)
+    if raw:
+        z = simd.words_signed_shift(z + (1 << raw >> 1), raw)
+    number = simd.word_min((z << 1) ^ simd.words_signed_shift(z, 31), simd.splat_words(64))
+    return simd.gather(table, number)
+
+
+@inline
+def _write_forward(codes, first, last, raw, table, work, at):
+    """Write the words of codes `first` to `last`, lowest bits first, from `at` on; returns the number of bits."""
+    start, held, bits = at, 0, 0
+    for i in range(first, last, 16):
+        simd.join_low_first(_entries(codes, i, raw, table), work, work + 32)
+        count = 4
+        if last - i < 16:
+            # Zeros follow the row, so their words must not.
+            count = _rest(codes, i, last, raw, table, work, True)
+        for j in range(count):
+            held |= simd.load_long(work + 8 * j) << bits
+            bits += simd.load_long(work + 32 + 8 * j)
+            simd.store_long(at, held)
+            at += bits >> 3
+            held >>= bits & 56
+            bits &= 7
+    simd.store_long(at, held)
+    return 8 * (at - start) + bits
+
+
+@inline
+def _write_back(codes, first, last, raw, table, work, at):
+    """Write the words of codes `first` to `last`, highest bits first, before `at`; returns the number of bits."""
+    start, held, bits = at, 0, 0
+    for i in range(first, last, 16):
+        simd.join_high_first(_entries(codes, i, raw, table), work, work + 32)
+        count = 4
+        if last - i < 16:
+            count = _rest(codes, i, last, raw, table, work, False)
+        for j in range(count):
+            length = simd.load_long(work + 32 + 8 * j)
+            held |= simd.load_long(work + 8 * j) << 64 - bits - length
+            bits += length
+            simd.store_long(at - 8, held)
+            at -= bits >> 3
+            held <<= bits & 56
+            bits &= 7
+    simd.store_long(at - 8, held)
+    return 8 * (start - at) + bits
+
+
+@inline
+def _rest(codes, first, last, raw, table, work, low_first):
+    """Join the words of fewer than sixteen codes, four at a time; returns the number of joints."""
+    simd.store_words(work + 64, _entries(codes, first, raw, table))
+    count = (last - first + 3) >> 2
+    for j in range(count):
+        code, bits = 0, 0
+        for i in range(4 * j, min(4 * j + 4, last - first)):
+            entry = simd.load_word(work + 64 + 4 * i)
+            length = entry >> 16
+            code = code | (entry & 0xFFFF) << bits if low_first else code << length | entry & 0xFFFF
+            bits += length
+        simd.store_long(work + 8 * j, code)
+        simd.store_long(work + 32 + 8 * j, bits)
+    return count
+
+
+@inline
+def _copy(src, n, dst):
+    full = n & ~63
+    for i in range(0, full, 64):
+        simd.store_words(dst + i, simd.load_words(src + i))
+    for i in range(full, n):
+        simd.store_byte(dst + i, simd.load_byte(src + i))
+
+
+@inline
+def _merge(one, forward, two, back, dst, size):
+    """Put `forward` bits from `one` on and `back` bits before `two` into `size` bytes, zeros between them."""
+    ahead, behind = (forward + 7) >> 3, (back + 7) >> 3
+    shared = max(0, ahead + behind - size)
+    _copy(one, ahead, dst)
+    for i in range(ahead, size - behind):
+        simd.store_byte(dst + i, 0)
+    if shared:
+        simd.store_byte(dst + ahead - 1, simd.load_byte(one + ahead - 1) | simd.load_byte(two - behind))
+    _copy(two - behind + shared, behind - shared, dst + size - behind + shared)
+
+
+@Op
+def write_row(shape, book, codes, state, numbers, work, one, two, dst):
+    """Write the payload of a row that `plan_row` has chosen; `two` is the end of its array."""
+    n, size, header, run = _field(shape, COLS), _field(shape, SIZE), _field(shape, HEADER), _field(shape, RUN)
+    k, table, width = _field(state, STEP), _field(state, TABLE), _field(state, WIDTH)
+    if _field(state, ALONE):
+        for i in range(size):
+            simd.store_byte(dst + i, 0)
+        simd.store_half(dst, k)
+        return
+    raw = _raw_of(table)
+    base = table - 4 * raw
+    head = k | table << 12 | width << 18
+    for i in range(3):
+        simd.store_byte(dst + i, head >> 8 * i)
+    front = header + (_field(shape, PLANES + raw) >> 3)
+    if raw:
+        half, mask = 1 << raw >> 1, (1 << raw) - 1
+        for i in range(0, n, 16):
+            simd.store_words_u8(numbers + i, (simd.load_words(codes + i * 4) + half) & mask)
+        pack_any(numbers, n, raw, dst + header)
+    low_first = _field(book, LOW_FIRST) + 4 * WORD_FIELDS * base
+    high_first = _field(book, HIGH_FIRST) + 4 * WORD_FIELDS * base
+    streams = _field(shape, STREAMS)
+    for stream in range(0, streams, 2):
+        a, b, c = min(n, stream * run), min(n, stream * run + run), min(n, stream * run + 2 * run)
+        forward = _write_forward(codes, a, b, raw, low_first, work, one)
+        if stream == 0 and _field(state, ESCAPES):
+            forward = _write_records(book, codes, n, raw, base, width, one, forward)
+        back = _write_back(codes, b, c, raw, high_first, work, two)
+        if stream + 2 < streams:
+            pair = (forward + back + 7) >> 3
+            for i in range(3, header):
+                simd.store_byte(dst + i, pair >> 8 * (i - 3))
+        else:
+            pair = size - front
+        _merge(one, forward, two, back, dst + front, pair)
+        front += pair
+
+
+@inline
+def _write_records(book, codes, n, raw, base, width, at, bits):
+    """Write the excess of each code that escapes behind `bits` bits; returns the number of bits."""
+    limit = _field(_field(book, FACTS) + base * 8 * FACT_FIELDS, LIMIT)
+    half = 1 << raw >> 1
+    for i in range(n):
+        z = (simd.load_word(codes + i * 4) + half) >> raw
+        number = z << 1 ^ z >> 63
+        if number >= limit:
+            place = at + (bits >> 3)
+            held = simd.load_byte(place) & (1 << (bits & 7)) - 1
+            simd.store_long(place, held | number - limit << (bits & 7))
+            bits += width
+    return bits
+
+
+@inline
+def _two(window, table, out):
+    """Decode the one or two codes at the lowest bits of a window; returns the entry."""
+    entry = simd.load_word(table + 4 * (window & _WINDOW))
+    simd.store_half(out, entry)
+    return entry
+
+
+@inline
+def _four_forward(at, bit, table, out):
+    """Decode four entries of a stream that runs forward; returns the next bit and the next place for codes."""
+    window = simd.load_long(at + (bit >> 3)) >> (bit & 7)
+    for _ in range(4):
+        entry = _two(window, table, out)
+        length = entry >> 16 & 63
+        window >>= length
+        bit += length
+        out += entry >> 24 & 3
+    return bit, out
+
+
+@inline
+def _four_back(at, bit, table, out):
+    """Decode four entries of a stream that runs back from before `bit`."""
+    window = simd.load_long(at + ((bit + 7) >> 3) - 8) << (-bit & 7)
+    for _ in range(4):
+        entry = _two(window >> 64 - PEEK, table, out)
+        length = entry >> 16 & 63
+        window <<= length
+        bit -= length
+        out += entry >> 24 & 3
+    return bit, out
+
+
+@inline
+def _one(window, table, out):
+    """Decode the code at the lowest bits of a window; returns its length."""
+    entry = simd.load_word(table + 4 * (window & _WINDOW))
+    simd.store_byte(out, entry)
+    return entry >> 28 & 15
+
+
+@inline
+def _finish_forward(at, bit, table, out, end):
+    """Decode what is left of a stream, and nothing beyond it; returns the bit behind it."""
+    while out < end:
+        bit += _one(simd.load_long(at + (bit >> 3)) >> (bit & 7), table, out)
+        out += 1
+    return bit
+
+
+@inline
+def _finish_back(at, bit, table, out, end):
+    """Decode what is left of a stream that runs back."""
+    while out < end:
+        bit -= _one(simd.load_long(at + ((bit + 7) >> 3) - 8) << (-bit & 7) >> 64 - PEEK, table, out)
+        out += 1
+
+
+@Op
+def read_row(src, shape, book, copy, numbers, lowest, state):
+    """Read the streams of a payload: upper parts of codes, int8, -128 for an escape; `lowest` bits, a byte each."""
+    n, size, header, run = _field(shape, COLS), _field(shape, SIZE), _field(shape, HEADER), _field(shape, RUN)
+    head = (simd.load_byte(src) & 255) | (simd.load_byte(src + 1) & 255) << 8 | (simd.load_byte(src + 2) & 255) << 16
+    k, table, width = head & 0xFFF, min(head >> 12 & 0x3F, _LAST_EDGE), head >> 18 & 0x1F
+    raw = _raw_of(table)
+    base = table - 4 * raw
+    alone = k == 0 or k > LADDER
+    simd.store_long(state + 8 * STEP, k)
+    simd.store_long(state + 8 * TABLE, table)
+    simd.store_long(state + 8 * WIDTH, width)
+    simd.store_long(state + 8 * ALONE, 1 if alone else 0)
+    if alone:
+        return
+    # Broken payloads may lead a stream up to 11 bits per code out of the row: the copy has room on both sides.
+    payload = copy + n + 64
+    _copy(src, size, payload)
+    front = min(header + (_field(shape, PLANES + raw) >> 3), size)
+    if raw:
+        unpack_any(payload + header, n, raw, lowest)
+    forward = _field(book, READ_FORWARD) + base * 4 * (_WINDOW + 1)
+    back = _field(book, READ_BACK) + base * 4 * (_WINDOW + 1)
+    a = numbers
+    b = numbers + min(n, run)
+    c = numbers + min(n, 2 * run)
+    if _field(shape, STREAMS) == 2:
+        first, second, p = 8 * front, 8 * size, b
+        while a < b - 7 and p < c - 7:
+            first, a = _four_forward(payload, first, forward, a)
+            second, p = _four_back(payload, second, back, p)
+        behind = _finish_forward(payload, first, forward, a, b)
+        _finish_back(payload, second, back, p, c)
+    else:
+        pair = 0
+        for i in range(3, header):
+            pair |= (simd.load_byte(src + i) & 255) << 8 * (i - 3)
+        middle = min(front + pair, size)
+        d, e = numbers + min(n, 3 * run), numbers + n
+        first, second, third, fourth = 8 * front, 8 * middle, 8 * middle, 8 * size
+        p, q, r = b, c, d
+        while a < b - 7 and p < c - 7 and q < d - 7 and r < e - 7:
+            first, a = _four_forward(payload, first, forward, a)
+            second, p = _four_back(payload, second, back, p)
+            third, q = _four_forward(payload, third, forward, q)
+            fourth, r = _four_back(payload, fourth, back, r)
+        behind = _finish_forward(payload, first, forward, a, b)
+        _finish_back(payload, second, back, p, c)
+        _finish_forward(payload, third, forward, q, d)
+        _finish_back(payload, fourth, back, r, e)
+    simd.store_long(state + 8 * BEHIND, behind)
+
+
+@Op
+def read_codes(shape, book, copy, numbers, lowest, state, escapes, add, dst, kind):
+    """Write codes times the row's step, plus the fp32 at `add` unless it is 0, as fp32 or as bf16."""
+    n, k, table = _field(shape, COLS), _field(state, STEP), _field(state, TABLE)
+    raw = _raw_of(table)
+    half = 1 << raw >> 1
+    step = simd.from_bits(NAN) if k > LADDER else _step(book, k)
+    found = 0
+    if _field(state, ALONE):
+        raw = 0
+        for i in range(0, n, 64):
+            simd.store_words(numbers + i, simd.splat_words(0))
+    else:
+        found = _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step)
+    for i in range(0, n, 32 if kind == BF16 else 16):
+        v = _values(numbers, lowest, i, raw, half, step)
+        if add:
+            v = simd.load_fp32(add + i * 4) + v
+        if kind == BF16:
+            w = _values(numbers, lowest, i + 16, raw, half, step)
+            if add:
+                w = simd.load_fp32(add + i * 4 + 64) + w
+            simd.store_bf16_twice(dst + i * 2, v, w)
+        else:
+            simd.store_fp32(dst + i * 4, v)
+    for j in range(found):
+        place = simd.load_word(escapes + 8 * j)
+        value = simd.load1_fp32(escapes + 8 * j + 4)
+        if kind == BF16:
+            simd.store1_bf16(dst + place * 2, value)
+        else:
+            simd.store1_fp32(dst + place * 4, value)
+
+
+@inline
+def _values(numbers, lowest, i, raw, half, step):
+    """Sixteen codes times the step."""
+    q = (simd.load_words_u8(numbers + i) ^ 128) - 128
+    if raw:
+        q = (q << raw) + simd.load_words_u8(lowest + i) - half
+    return simd.to_lanes(q) * step
+
+
+@inline
+def _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step):
+    """Place and value, plus what `add` has there, of each code that escapes; returns how many there are."""
+    n, table, width, bit = _field(shape, COLS), _field(state, TABLE), _field(state, WIDTH), _field(state, BEHIND)
+    raw = _raw_of(table)
+    limit = _field(_field(book, FACTS) + (table - 4 * raw) * 8 * FACT_FIELDS, LIMIT)
+    payload, found = copy + n + 64, 0
+    for start in range(0, n, 64):
+        mask = simd.bytes_equal(numbers + start, 128)
+        while mask:
+            place = start + simd.lowest_bit(mask)
+            mask &= mask - 1
+            if place < n:
+                # Bits beyond the payload can only be meant by a broken one.
+                at = min(bit >> 3, _field(shape, SIZE))
+                number = (simd.load_long(payload + at) >> (bit & 7) & (1 << width) - 1) + limit
+                bit += width
+                q = number >> 1 ^ -(number & 1)
+                if raw:
+                    q = (q << raw) + (simd.load_byte(lowest + place) & 255) - (1 << raw >> 1)
+                value = f32(q) * step
+                if add:
+                    value = simd.load1_fp32(add + place * 4) + value
+                simd.store_word(escapes + 8 * found, place)
+                simd.store1_fp32(escapes + 8 * found + 4, value)
+                found += 1
+    return found
