@@ -14,7 +14,7 @@ to which one rank alone contributes rounds once, not twice.
     row      header, planes, first pair, second pair (rows of at least 1,024 values only)
     header   3 bytes: step 12 bits (0: zeros, 4095: NaN), table 6 bits, width of a record 5 bits; then the size of the
              first pair in bytes, if there are two
-    planes   the lowest bits of q, as `bits` packs them, where the mean code is above 6
+    planes   the lowest bits of q, one to seven planes as `bits` packs single bits, where the mean code is above 6
     pair     one stream from the front, the records of the row behind it (first pair), one stream from the back
 
 A stream has the codes of a quarter or a half of the row. Streams from both ends need no offsets, and several are
@@ -285,7 +285,7 @@ def _measure(q: torch.Tensor, size: int) -> _Coded:
 
 @lru_cache(maxsize=256)
 def _plane_bits(cols: int, device: torch.device) -> torch.Tensor:
-    sizes = [8 * planes.code_bytes(cols, raw) if raw else 0 for raw in range(RAW + 1)]
+    sizes = [8 * raw * planes.code_bytes(cols, 1) for raw in range(RAW + 1)]
     return torch.tensor(sizes, dtype=torch.int64, device=device)
 
 
@@ -451,11 +451,11 @@ def _encode(x: torch.Tensor, size: int) -> torch.Tensor:
     payload[:, :3] = groups.to_bytes(head[:, None], 3)
     if len(runs) > 2:
         payload[:, 3 : shape.header] = groups.to_bytes(middle - front >> 3, shape.header - 3)
-    for n in range(1, RAW + 1):
-        packed = planes.pack(lowest, n)
-        where = (raw == n)[:, None]
-        part = payload[:, shape.header : shape.header + packed.shape[1]]
-        part.copy_(torch.where(where, packed[:, : part.shape[1]].to(part.dtype), part))
+    length = planes.code_bytes(cols, 1)
+    for n in range(RAW):
+        packed = planes.pack(lowest >> n & 1, 1)
+        part = payload[:, shape.header + n * length :][:, :length]
+        part.copy_(torch.where((raw > n)[:, None], packed[:, : part.shape[1]].to(part.dtype), part))
     payload = payload.masked_fill(zero[:, None] | reach.bad[:, None], 0)
     payload[:, :2] = torch.where(
         reach.bad[:, None], groups.to_bytes(torch.full_like(k, NAN)[:, None], 2), payload[:, :2]
@@ -495,10 +495,10 @@ def _decode(payload: torch.Tensor, cols: int) -> torch.Tensor:
     number = torch.where(escapes, excess + c.limits[base][:, None], number)
     z = number >> 1 ^ -(number & 1)
     lowest = torch.zeros_like(z)
-    for n in range(1, RAW + 1):
-        length = planes.code_bytes(cols, n)
-        packed = torch.nn.functional.pad(payload[:, shape.header : shape.header + length], (0, length))[:, :length]
-        lowest = torch.where((raw == n)[:, None], planes.unpack(packed, cols, n).long(), lowest)
+    length = planes.code_bytes(cols, 1)
+    for n in range(RAW):
+        packed = torch.nn.functional.pad(payload[:, shape.header + n * length :][:, :length], (0, length))[:, :length]
+        lowest |= torch.where((raw > n)[:, None], planes.unpack(packed, cols, 1).long() << n, 0)
     q = (z << raw[:, None]) + lowest - ((1 << raw[:, None]) >> 1)
     value = q.float() * c.steps[k.clamp_max(LADDER)][:, None]
     value = value.masked_fill((k == 0)[:, None], 0.0)

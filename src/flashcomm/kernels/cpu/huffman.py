@@ -24,7 +24,7 @@ def shape(cols: int, payload_bytes: int) -> np.ndarray:
     fields[ops.BUDGET], fields[ops.CAP] = form.budget, form.cap
     fields[ops.ROOM] = min(128 * payload_bytes // cols, 384)
     for raw in range(1, RAW + 1):
-        fields[ops.PLANES + raw] = 8 * planes.code_bytes(cols, raw)
+        fields[ops.PLANES + raw] = 8 * raw * planes.code_bytes(cols, 1)
     return fields
 
 
@@ -79,7 +79,7 @@ def _tables() -> dict[int, np.ndarray]:
 
 
 def _pairs(code) -> np.ndarray:
-    """Entries of all windows, first bit highest: one or two codes as int8, bits of both, their number, bits of the first."""
+    """Entries of all windows, first bit highest: one or two codes as int8, their bits, their number, the first's bits."""
     number = np.array(code.place)
     length = np.array(code.lengths)[number]
     value = np.where(number == 64, _ESCAPE, (number >> 1 ^ -(number & 1)) & 0xFF)

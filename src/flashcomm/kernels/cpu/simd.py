@@ -796,6 +796,16 @@ def restore_control(typingctx, before):
 
 
 @intrinsic
+def field(typingctx, at, i):
+    """The i-th int64 at an address."""
+
+    def codegen(context, builder, sig, args):
+        return _load_raw(builder, builder.add(args[0], builder.shl(args[1], ir.Constant(_I64, 3))), _I64, 1)
+
+    return signature(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def words_signed_shift(typingctx, v, by):
     """Shift sixteen words to the right, filled with their signs."""
 

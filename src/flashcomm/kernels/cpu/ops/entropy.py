@@ -5,8 +5,8 @@
     read_row    the streams of a row, two codes to a look-up, two or four streams at a time
     read_codes  codes times the step
 
-`shape` and `book` are addresses of int64: what `formats` knows of the row's length, and where the tables are. `state` is
-what an op tells the next one of the row.
+`shape` and `book` are addresses of int64 that `huffman` makes: what is known of the row's length, and where the tables
+are. `state` is what an op tells the next one of the row.
 """
 
 from flashcomm.codecs.entropy import BISECTIONS, FLOOR, GUESS, GUESSES, LADDER, LARGEST, OCTAVES, PEEK, RAW, TOP
@@ -14,7 +14,7 @@ from flashcomm.codecs.entropy import NAN as NAN_STEP
 from flashcomm.codecs.entropy_tables import MANTISSAS
 from flashcomm.kernels.cpu import simd
 from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, Op, f32, inline, part
-from flashcomm.kernels.cpu.ops.planes import pack_any, unpack_any
+from flashcomm.kernels.cpu.simd import field
 
 _ROUND_BITS = 0x4B400000
 _ONE = MANTISSAS[0]
@@ -29,8 +29,8 @@ SHAPE_FIELDS = PLANES + RAW + 1
 STEPS, INVERSES, MANTISSA, EDGE, FACTS, RISES, LOW_FIRST, HIGH_FIRST, READ_FORWARD, READ_BACK = range(10)
 BOOK_FIELDS = 10
 
-# Facts of a table, in int64: codes without an escape, bits of an escape, bits of the code 0 and of the last code, number
-# of places where the bits rise by one.
+# Facts of a table, in int64: codes without an escape, bits of an escape, bits of the code 0 and of the last code,
+# number of places where the bits rise by one.
 LIMIT, ESCAPE, FIRST, LAST, NUM_RISES = range(5)
 FACT_FIELDS = 8
 RISE_FIELDS = 16
@@ -43,11 +43,6 @@ no codes, as its values are zeros or NaN."""
 
 
 @inline
-def _field(at, i):
-    return simd.load_long(at + 8 * i)
-
-
-@inline
 def _raw_of(table):
     return max(0, (table - TOP + 3) >> 2)
 
@@ -55,7 +50,8 @@ def _raw_of(table):
 @inline
 def _quantise(row, n, inverse, cap, codes):
     """Codes of all values; returns the sum of their magnitudes, each at most `cap`."""
-    total = 0
+    # Not a literal 0, for which numba would compile those that get it once more.
+    total = n & 0
     for start in range(0, n, 65536):
         sums, caps, zeros = simd.splat_words(0), simd.splat_words(cap), simd.splat_words(0)
         for i in range(start, min(n, start + 65536), 16):
@@ -83,18 +79,18 @@ def _number(codes, n, raw, numbers):
 @part
 def _bits(shape, book, codes, numbers, total, largest, state):
     """Choose the table for codes whose magnitudes have this sum, and count the bits of the row."""
-    n = _field(shape, COLS)
+    n = field(shape, COLS)
     mean = 256 * total // n
-    table, edges = 0, _field(book, EDGE)
-    while table < _LAST_EDGE and mean >= _field(edges, table):
+    table, edges = 0, field(book, EDGE)
+    while table < _LAST_EDGE and mean >= field(edges, table):
         table += 1
     raw = _raw_of(table)
     base = table - 4 * raw
-    facts, rises = _field(book, FACTS) + base * 8 * FACT_FIELDS, _field(book, RISES) + base * RISE_FIELDS
-    limit = _field(facts, LIMIT)
+    facts, rises = field(book, FACTS) + base * 8 * FACT_FIELDS, field(book, RISES) + base * RISE_FIELDS
+    limit = field(facts, LIMIT)
     _number(codes, n, raw, numbers)
-    bits = n * _field(facts, FIRST) + _field(shape, PLANES + raw)
-    for j in range(_field(facts, NUM_RISES)):
+    bits = n * field(facts, FIRST) + field(shape, PLANES + raw)
+    for j in range(field(facts, NUM_RISES)):
         rise, found = simd.load_byte(rises + j), 0
         for i in range(0, n, 64):
             found += simd.count_at_least(numbers + i, rise)
@@ -107,7 +103,7 @@ def _bits(shape, book, codes, numbers, total, largest, state):
             width += 1
         for i in range(0, n, 64):
             escapes += simd.count_at_least(numbers + i, limit)
-        bits += escapes * (_field(facts, ESCAPE) - _field(facts, LAST) + width)
+        bits += escapes * (field(facts, ESCAPE) - field(facts, LAST) + width)
     simd.store_long(state + 8 * TABLE, table)
     simd.store_long(state + 8 * WIDTH, width)
     simd.store_long(state + 8 * ESCAPES, escapes)
@@ -122,12 +118,12 @@ def _code(value, inverse):
 
 @inline
 def _inverse(book, k):
-    return simd.load1_fp32(_field(book, INVERSES) + 4 * k)
+    return simd.load1_fp32(field(book, INVERSES) + 4 * k)
 
 
 @inline
 def _step(book, k):
-    return simd.load1_fp32(_field(book, STEPS) + 4 * k)
+    return simd.load1_fp32(field(book, STEPS) + 4 * k)
 
 
 @inline
@@ -161,25 +157,26 @@ def _on_grid(row, n, inverse, step):
 def _probe(row, shape, book, k, largest, codes, numbers, state):
     """Quantise a row with step k; returns its bits."""
     inverse = _inverse(book, k)
-    total = _quantise(row, _field(shape, COLS), inverse, _field(shape, CAP), codes)
+    total = _quantise(row, field(shape, COLS), inverse, field(shape, CAP), codes)
     return _bits(shape, book, codes, numbers, total, _code(largest, inverse), state)
 
 
 @part
 def _halved(shape, book, octaves, largest, codes, numbers, state):
     """Divide all codes by two `octaves` times; returns the row's bits."""
-    n, total = _field(shape, COLS), 0
+    n = field(shape, COLS)
+    total = n & 0
     for i in range(0, n, 16):
         simd.store_words(codes + i * 4, simd.words_signed_shift(simd.load_words(codes + i * 4), octaves))
     for i in range(n):
-        total += min(abs(simd.load_word(codes + i * 4)), _field(shape, CAP))
+        total += min(abs(simd.load_word(codes + i * 4)), field(shape, CAP))
     return _bits(shape, book, codes, numbers, total, largest >> octaves, state)
 
 
 @Op
 def plan_row(row, shape, book, codes, numbers, state):
     """Choose the step and the table of a row of fp32, followed by zeros, and its codes, int32."""
-    n = _field(shape, COLS)
+    n = field(shape, COLS)
     zeros, lots = simd.splat_words(0), simd.splat_words(MAGNITUDE)
     most, least = zeros, lots
     for i in range(0, n, 16):
@@ -195,7 +192,7 @@ def plan_row(row, shape, book, codes, numbers, state):
     twice = simd.bits_of(largest + largest) & MAGNITUDE
     last = 16 * ((twice >> 23) - 1) + 1
     for j in range(16):
-        last += (twice & 0x7FFFFF) > simd.load_word(_field(book, MANTISSA) + 4 * j) - _ONE
+        last += (twice & 0x7FFFFF) > simd.load_word(field(book, MANTISSA) + 4 * j) - _ONE
     last = max(last, 1)
     first = max(last - 16 * OCTAVES, 1)
     floor = max((amax >> 23) - 24, 0)
@@ -206,8 +203,8 @@ def plan_row(row, shape, book, codes, numbers, state):
             sums = sums + simd.word_max((simd.load_words(row + i * 4) & MAGNITUDE) >> 23, floors)
         total += simd.words_sum(sums)
     total -= floor * (((n + 15) & ~15) - n)
-    budget = _field(shape, BUDGET)
-    k = min(max(16 * total // n - _field(shape, ROOM) + GUESS, first), last)
+    budget = field(shape, BUDGET)
+    k = min(max(16 * total // n - field(shape, ROOM) + GUESS, first), last)
     below, fits, probe = first - 1, last, 0
     chosen = -1
     while probe < GUESSES + BISECTIONS and fits - below > 1:
@@ -222,7 +219,7 @@ def plan_row(row, shape, book, codes, numbers, state):
         chosen = k
         k = secant if probe < GUESSES - 1 else (below + fits) >> 1
         probe += 1
-    k, start, tries, octaves, own = fits, max(max(first - 16, fits - FLOOR), 1), 0, -1, 0
+    k, start, tries, octaves, own = fits, max(max(first - 16, fits - FLOOR), 1), 0, -1, fits
     smallest = simd.from_bits(amin)
     for family in range(16):
         finest = min(start + family, LADDER)
@@ -249,13 +246,16 @@ def plan_row(row, shape, book, codes, numbers, state):
 
 
 @inline
-def _entries(codes, i, raw, table):
-    """Sixteen entries of a table of words: words, and their lengths from bit 16 on."""
+def _entries(codes, i, last, raw, table):
+    """Sixteen entries of a table of words: words, and their lengths from bit 16 on; 0 from code `last` on."""
     z = simd.load_words(codes + i * 4)
     if raw:
         z = simd.words_signed_shift(z + (1 << raw >> 1), raw)
     number = simd.word_min((z << 1) ^ simd.words_signed_shift(z, 31), simd.splat_words(64))
-    return simd.gather(table, number)
+    entries = simd.gather(table, number)
+    if last - i < 16:
+        entries = simd.words_where_less(simd.places(), simd.splat_words(last - i), entries, simd.splat_words(0))
+    return entries
 
 
 @inline
@@ -263,14 +263,10 @@ def _write_forward(codes, first, last, raw, table, work, at):
     """Write the words of codes `first` to `last`, lowest bits first, from `at` on; returns the number of bits."""
     start, held, bits = at, 0, 0
     for i in range(first, last, 16):
-        simd.join_low_first(_entries(codes, i, raw, table), work, work + 32)
-        count = 4
-        if last - i < 16:
-            # Zeros follow the row, so their words must not.
-            count = _rest(codes, i, last, raw, table, work, True)
-        for j in range(count):
-            held |= simd.load_long(work + 8 * j) << bits
-            bits += simd.load_long(work + 32 + 8 * j)
+        simd.join_low_first(_entries(codes, i, last, raw, table), work, work + 32)
+        for j in range(4):
+            held |= field(work, j) << bits
+            bits += field(work, 4 + j)
             simd.store_long(at, held)
             at += bits >> 3
             held >>= bits & 56
@@ -284,13 +280,11 @@ def _write_back(codes, first, last, raw, table, work, at):
     """Write the words of codes `first` to `last`, highest bits first, before `at`; returns the number of bits."""
     start, held, bits = at, 0, 0
     for i in range(first, last, 16):
-        simd.join_high_first(_entries(codes, i, raw, table), work, work + 32)
-        count = 4
-        if last - i < 16:
-            count = _rest(codes, i, last, raw, table, work, False)
-        for j in range(count):
-            length = simd.load_long(work + 32 + 8 * j)
-            held |= simd.load_long(work + 8 * j) << 64 - bits - length
+        simd.join_high_first(_entries(codes, i, last, raw, table), work, work + 32)
+        for j in range(4):
+            length = field(work, 4 + j)
+            # Nothing may be shifted by 64, which no bits at all would be.
+            held |= field(work, j) << (64 - bits - length & 63)
             bits += length
             simd.store_long(at - 8, held)
             at -= bits >> 3
@@ -298,23 +292,6 @@ def _write_back(codes, first, last, raw, table, work, at):
             bits &= 7
     simd.store_long(at - 8, held)
     return 8 * (start - at) + bits
-
-
-@inline
-def _rest(codes, first, last, raw, table, work, low_first):
-    """Join the words of fewer than sixteen codes, four at a time; returns the number of joints."""
-    simd.store_words(work + 64, _entries(codes, first, raw, table))
-    count = (last - first + 3) >> 2
-    for j in range(count):
-        code, bits = 0, 0
-        for i in range(4 * j, min(4 * j + 4, last - first)):
-            entry = simd.load_word(work + 64 + 4 * i)
-            length = entry >> 16
-            code = code | (entry & 0xFFFF) << bits if low_first else code << length | entry & 0xFFFF
-            bits += length
-        simd.store_long(work + 8 * j, code)
-        simd.store_long(work + 32 + 8 * j, bits)
-    return count
 
 
 @inline
@@ -339,12 +316,47 @@ def _merge(one, forward, two, back, dst, size):
     _copy(two - behind + shared, behind - shared, dst + size - behind + shared)
 
 
+@inline
+def _pack(lowest, n, raw, dst):
+    """Pack one bit of each code after the other as planes of one bit."""
+    full, rest = n & ~127, n & 127
+    m = (rest + 7) >> 3
+    for bit in range(raw):
+        for i in range(0, full, 128):
+            simd.pack1(lowest + i, bit, dst)
+            dst += 16
+        for i in range(m):
+            byte = 0
+            for j in range(full + i, n, m):
+                byte |= (simd.load_byte(lowest + j) >> bit & 1) << (j - full) // m
+            simd.store_byte(dst + i, byte)
+        dst += m
+
+
+@inline
+def _unpack(src, n, raw, lowest):
+    """Inverse of `_pack`."""
+    full, rest = n & ~127, n & 127
+    m = (rest + 7) >> 3
+    for i in range(0, n, 16):
+        simd.store_words_u8(lowest + i, simd.splat_words(0))
+    for bit in range(raw):
+        for i in range(0, full, 128):
+            simd.unpack1_more(src, bit, lowest + i)
+            src += 16
+        for i in range(m):
+            byte = simd.load_byte(src + i)
+            for j in range(full + i, n, m):
+                simd.store_byte(lowest + j, simd.load_byte(lowest + j) | (byte >> (j - full) // m & 1) << bit)
+        src += m
+
+
 @Op
 def write_row(shape, book, codes, state, numbers, work, one, two, dst):
     """Write the payload of a row that `plan_row` has chosen; `two` is the end of its array."""
-    n, size, header, run = _field(shape, COLS), _field(shape, SIZE), _field(shape, HEADER), _field(shape, RUN)
-    k, table, width = _field(state, STEP), _field(state, TABLE), _field(state, WIDTH)
-    if _field(state, ALONE):
+    n, size, header, run = field(shape, COLS), field(shape, SIZE), field(shape, HEADER), field(shape, RUN)
+    k, table, width = field(state, STEP), field(state, TABLE), field(state, WIDTH)
+    if field(state, ALONE):
         for i in range(size):
             simd.store_byte(dst + i, 0)
         simd.store_half(dst, k)
@@ -354,19 +366,19 @@ def write_row(shape, book, codes, state, numbers, work, one, two, dst):
     head = k | table << 12 | width << 18
     for i in range(3):
         simd.store_byte(dst + i, head >> 8 * i)
-    front = header + (_field(shape, PLANES + raw) >> 3)
+    front = header + (field(shape, PLANES + raw) >> 3)
     if raw:
         half, mask = 1 << raw >> 1, (1 << raw) - 1
         for i in range(0, n, 16):
             simd.store_words_u8(numbers + i, (simd.load_words(codes + i * 4) + half) & mask)
-        pack_any(numbers, n, raw, dst + header)
-    low_first = _field(book, LOW_FIRST) + 4 * WORD_FIELDS * base
-    high_first = _field(book, HIGH_FIRST) + 4 * WORD_FIELDS * base
-    streams = _field(shape, STREAMS)
+        _pack(numbers, n, raw, dst + header)
+    low_first = field(book, LOW_FIRST) + 4 * WORD_FIELDS * base
+    high_first = field(book, HIGH_FIRST) + 4 * WORD_FIELDS * base
+    streams = field(shape, STREAMS)
     for stream in range(0, streams, 2):
         a, b, c = min(n, stream * run), min(n, stream * run + run), min(n, stream * run + 2 * run)
         forward = _write_forward(codes, a, b, raw, low_first, work, one)
-        if stream == 0 and _field(state, ESCAPES):
+        if stream == 0 and field(state, ESCAPES):
             forward = _write_records(book, codes, n, raw, base, width, one, forward)
         back = _write_back(codes, b, c, raw, high_first, work, two)
         if stream + 2 < streams:
@@ -382,7 +394,7 @@ def write_row(shape, book, codes, state, numbers, work, one, two, dst):
 @inline
 def _write_records(book, codes, n, raw, base, width, at, bits):
     """Write the excess of each code that escapes behind `bits` bits; returns the number of bits."""
-    limit = _field(_field(book, FACTS) + base * 8 * FACT_FIELDS, LIMIT)
+    limit = field(field(book, FACTS) + base * 8 * FACT_FIELDS, LIMIT)
     half = 1 << raw >> 1
     for i in range(n):
         z = (simd.load_word(codes + i * 4) + half) >> raw
@@ -457,7 +469,7 @@ def _finish_back(at, bit, table, out, end):
 @Op
 def read_row(src, shape, book, copy, numbers, lowest, state):
     """Read the streams of a payload: upper parts of codes, int8, -128 for an escape; `lowest` bits, a byte each."""
-    n, size, header, run = _field(shape, COLS), _field(shape, SIZE), _field(shape, HEADER), _field(shape, RUN)
+    n, size, header, run = field(shape, COLS), field(shape, SIZE), field(shape, HEADER), field(shape, RUN)
     head = (simd.load_byte(src) & 255) | (simd.load_byte(src + 1) & 255) << 8 | (simd.load_byte(src + 2) & 255) << 16
     k, table, width = head & 0xFFF, min(head >> 12 & 0x3F, _LAST_EDGE), head >> 18 & 0x1F
     raw = _raw_of(table)
@@ -472,15 +484,15 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
     # Broken payloads may lead a stream up to 11 bits per code out of the row: the copy has room on both sides.
     payload = copy + n + 64
     _copy(src, size, payload)
-    front = min(header + (_field(shape, PLANES + raw) >> 3), size)
+    front = min(header + (field(shape, PLANES + raw) >> 3), size)
     if raw:
-        unpack_any(payload + header, n, raw, lowest)
-    forward = _field(book, READ_FORWARD) + base * 4 * (_WINDOW + 1)
-    back = _field(book, READ_BACK) + base * 4 * (_WINDOW + 1)
+        _unpack(payload + header, n, raw, lowest)
+    forward = field(book, READ_FORWARD) + base * 4 * (_WINDOW + 1)
+    back = field(book, READ_BACK) + base * 4 * (_WINDOW + 1)
     a = numbers
     b = numbers + min(n, run)
     c = numbers + min(n, 2 * run)
-    if _field(shape, STREAMS) == 2:
+    if field(shape, STREAMS) == 2:
         first, second, p = 8 * front, 8 * size, b
         while a < b - 7 and p < c - 7:
             first, a = _four_forward(payload, first, forward, a)
@@ -510,12 +522,12 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
 @Op
 def read_codes(shape, book, copy, numbers, lowest, state, escapes, add, dst, kind):
     """Write codes times the row's step, plus the fp32 at `add` unless it is 0, as fp32 or as bf16."""
-    n, k, table = _field(shape, COLS), _field(state, STEP), _field(state, TABLE)
+    n, k, table = field(shape, COLS), field(state, STEP), field(state, TABLE)
     raw = _raw_of(table)
     half = 1 << raw >> 1
     step = simd.from_bits(NAN) if k > LADDER else _step(book, k)
     found = 0
-    if _field(state, ALONE):
+    if field(state, ALONE):
         raw = 0
         for i in range(0, n, 64):
             simd.store_words(numbers + i, simd.splat_words(0))
@@ -553,9 +565,9 @@ def _values(numbers, lowest, i, raw, half, step):
 @inline
 def _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step):
     """Place and value, plus what `add` has there, of each code that escapes; returns how many there are."""
-    n, table, width, bit = _field(shape, COLS), _field(state, TABLE), _field(state, WIDTH), _field(state, BEHIND)
+    n, table, width, bit = field(shape, COLS), field(state, TABLE), field(state, WIDTH), field(state, BEHIND)
     raw = _raw_of(table)
-    limit = _field(_field(book, FACTS) + (table - 4 * raw) * 8 * FACT_FIELDS, LIMIT)
+    limit = field(field(book, FACTS) + (table - 4 * raw) * 8 * FACT_FIELDS, LIMIT)
     payload, found = copy + n + 64, 0
     for start in range(0, n, 64):
         mask = simd.bytes_equal(numbers + start, 128)
@@ -564,7 +576,7 @@ def _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step)
             mask &= mask - 1
             if place < n:
                 # Bits beyond the payload can only be meant by a broken one.
-                at = min(bit >> 3, _field(shape, SIZE))
+                at = min(bit >> 3, field(shape, SIZE))
                 number = (simd.load_long(payload + at) >> (bit & 7) & (1 << width) - 1) + limit
                 bit += width
                 q = number >> 1 ^ -(number & 1)

@@ -1,11 +1,11 @@
 """Codes of one byte each as bit planes, and back: `codecs.bits`."""
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import AHEAD, Op, inline
+from flashcomm.kernels.cpu.ops.base import AHEAD, Op
 
 
-@inline
-def pack_part(codes, n, bits, dst):
+@Op
+def pack(codes, n, bits, dst):
     """Pack n codes of one byte each, n a multiple of 128, into bit planes."""
     for i in range(0, n, 128):
         shift = 0
@@ -22,8 +22,8 @@ def pack_part(codes, n, bits, dst):
             dst += 16
 
 
-@inline
-def pack_rest_part(codes, n, width, shift, dst):
+@Op
+def pack_rest(codes, n, width, shift, dst):
     """Pack one plane of n < 128 codes."""
     m = (n * width + 7) >> 3
     for i in range(m):
@@ -35,8 +35,8 @@ def pack_rest_part(codes, n, width, shift, dst):
         simd.store_byte(dst + i, byte)
 
 
-@inline
-def unpack_part(src, n, bits, codes):
+@Op
+def unpack(src, n, bits, codes):
     """Inverse of `pack`."""
     for i in range(0, n, 128):
         simd.prefetch(src + AHEAD)
@@ -60,8 +60,8 @@ def unpack_part(src, n, bits, codes):
             src += 16
 
 
-@inline
-def unpack_rest_part(src, n, width, shift, codes):
+@Op
+def unpack_rest(src, n, width, shift, codes):
     """Inverse of `pack_rest`; must be called for the plane of the lowest bits first."""
     m = (n * width + 7) >> 3
     for i in range(m):
@@ -71,55 +71,3 @@ def unpack_rest_part(src, n, width, shift, codes):
             if j < n:
                 old = simd.load_byte(codes + j) if shift else 0
                 simd.store_byte(codes + j, old | (byte >> t * width & (1 << width) - 1) << shift)
-
-
-@inline
-def pack_any(codes, n, bits, dst):
-    """Pack n codes of one byte each, of at most 7 bits, into bit planes."""
-    full = n & ~127
-    pack_part(codes, full, bits, dst)
-    dst += full * bits >> 3
-    shift = 0
-    for width in (4, 2, 1):
-        if bits & width and full < n:
-            pack_rest_part(codes + full, n - full, width, shift, dst)
-            dst += ((n - full) * width + 7) >> 3
-            shift += width
-
-
-@inline
-def unpack_any(src, n, bits, codes):
-    """Inverse of `pack_any`."""
-    full = n & ~127
-    unpack_part(src, full, bits, codes)
-    src += full * bits >> 3
-    shift = 0
-    for width in (4, 2, 1):
-        if bits & width and full < n:
-            unpack_rest_part(src, n - full, width, shift, codes + full)
-            src += ((n - full) * width + 7) >> 3
-            shift += width
-
-
-@Op
-def pack(codes, n, bits, dst):
-    """Pack n codes of one byte each, n a multiple of 128, into bit planes."""
-    pack_part(codes, n, bits, dst)
-
-
-@Op
-def pack_rest(codes, n, width, shift, dst):
-    """Pack one plane of n < 128 codes."""
-    pack_rest_part(codes, n, width, shift, dst)
-
-
-@Op
-def unpack(src, n, bits, codes):
-    """Inverse of `pack`."""
-    unpack_part(src, n, bits, codes)
-
-
-@Op
-def unpack_rest(src, n, width, shift, codes):
-    """Inverse of `pack_rest`; must be called for the plane of the lowest bits first."""
-    unpack_rest_part(src, n, width, shift, codes)
