@@ -333,7 +333,8 @@ def _rate(x: torch.Tensor, reach: _Reach, size: int) -> torch.Tensor:
         if x.device.type == "cpu" and not (fits - below > 1).any():
             break
         k = torch.minimum(torch.maximum(k, below + 1), torch.maximum(fits - 1, below + 1))
-        over = _measure(_quantise(x, k), size).bits - budget
+        # Beyond the ladder only the last step serves, which makes everything 0.
+        over = (_measure(_quantise(x, k), size).bits - budget).masked_fill(k > LADDER, 1)
         fits = torch.where((over <= 0) & (k < fits), k, fits)
         below = torch.where((over > 0) & (k > below) & (k < fits), k, below)
         secant = k + torch.div(16 * over, cols, rounding_mode="floor")
@@ -363,20 +364,21 @@ def _own_grid(x: torch.Tensor, reach: _Reach, k: torch.Tensor, size: int) -> tup
         finest = (start + place).clamp_max(LADDER)
         q = _quantise(x, finest)
         on_grid = may.any(1) & ~found & (q.float() * c.steps[finest][:, None] == x).all(1)
-        best = torch.where(on_grid, finest + 16 * _common_octaves(q), best)
+        best = torch.where(on_grid, finest + 16 * _common_octaves(q, finest), best)
         found = found | on_grid
         may.scatter_(1, place[:, None], False)
     fits = _measure(_quantise(x, best), size).bits <= layout(x.shape[1], size).budget
     return best, found & fits
 
 
-def _common_octaves(q: torch.Tensor) -> torch.Tensor:
-    """[T, H] codes -> [T]: how often 2 divides all of a row's codes; 0 if all are 0."""
+def _common_octaves(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[T, H] codes of step k -> [T]: how often 2 divides all of a row's codes, as far as the ladder goes; 0 for zeros."""
     odd = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     shared = torch.ones_like(odd, dtype=torch.bool)
     for octave in range(OCTAVES + 3):
         shared = shared & (q & (2 << octave) - 1 == 0).all(1)
         odd = odd + shared
+    odd = torch.minimum(odd, torch.div((LADDER - k).clamp_min(0), 16, rounding_mode="floor"))
     return odd.masked_fill((q == 0).all(1), 0)
 
 
@@ -389,7 +391,7 @@ def _choose(x: torch.Tensor, size: int) -> tuple[torch.Tensor, _Coded, _Reach]:
     k = torch.where(found, own, k)
     # The same row on its coarsest grid, so that encoding what was decoded finds it.
     q = _quantise(x, k)
-    octaves = _common_octaves(q).masked_fill(found, 0)
+    octaves = _common_octaves(q, k).masked_fill(found, 0)
     fewer = _measure(q >> octaves[:, None], size)
     octaves = octaves.masked_fill(fewer.bits > layout(x.shape[1], size).budget, 0)
     coded = _measure(q >> octaves[:, None], size)

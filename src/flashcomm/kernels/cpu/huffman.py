@@ -79,7 +79,7 @@ def _tables() -> dict[int, np.ndarray]:
 
 
 def _pairs(code) -> np.ndarray:
-    """Entries of all windows, first bit highest: one or two codes as int8, their bits, their number, the first's bits."""
+    """Entries of all windows, first bit highest: one or two codes as int8, their bits, number, the first's bits."""
     number = np.array(code.place)
     length = np.array(code.lengths)[number]
     value = np.where(number == 64, _ESCAPE, (number >> 1 ^ -(number & 1)) & 0xFF)

@@ -210,6 +210,9 @@ def plan_row(row, shape, book, codes, numbers, state):
     while probe < GUESSES + BISECTIONS and fits - below > 1:
         k = min(max(k, below + 1), max(fits - 1, below + 1))
         over = _probe(row, shape, book, k, largest, codes, numbers, state) - budget
+        if k > LADDER:
+            # Only the last step serves there, which makes everything 0.
+            over = 1
         secant = k + 16 * over // n
         if over <= 0:
             fits = k
@@ -227,14 +230,14 @@ def plan_row(row, shape, book, codes, numbers, state):
         code = _code(smallest, inverse)
         if octaves < 0 and tries < 2 and code >= 1 and simd.bits_of(f32(code) * step) == simd.bits_of(smallest):
             tries += 1
-            octaves = _on_grid(row, n, inverse, step)
+            octaves = min(_on_grid(row, n, inverse, step), (LADDER - finest) >> 4)
             own = finest + 16 * octaves
     if octaves >= 0 and _probe(row, shape, book, own, largest, codes, numbers, state) <= budget:
         k = own
     else:
         if chosen != k or octaves >= 0:
             _probe(row, shape, book, k, largest, codes, numbers, state)
-        octaves = _shared_octaves(codes, n)
+        octaves = min(_shared_octaves(codes, n), max(LADDER - k, 0) >> 4)
         if octaves:
             if _halved(shape, book, octaves, _code(largest, _inverse(book, k)), codes, numbers, state) <= budget:
                 k += 16 * octaves
