@@ -20,7 +20,7 @@ to which one rank alone contributes rounds once, not twice.
 A stream has the codes of a quarter or a half of the row. Streams from both ends need no offsets, and several are
 decoded at a time. A record is the excess of a code that is beyond its table, which holds an escape for it.
 
-Hazard: a NaN or Inf, or a value beyond 1.25 * 2**126, makes its row NaN, as there are no groups.
+Hazard: a NaN or Inf, or a value beyond 1.875 * 2**126, makes its row NaN, as there are no groups.
 
 Source: entropy-coded scalar quantisation (Gish and Pierce, 1968); rate control by bisection, streams from both ends and
 grids that survive are our own.
@@ -47,10 +47,10 @@ LEAST_BYTES = 16
 SECOND_PAIR = 1024
 """Values of a row from which on it has four streams."""
 
-LARGEST = 0x7EA00000
-"""Pattern of the largest magnitude, 1.25 * 2**126."""
+LARGEST = 0x7EF00000
+"""Pattern of the largest magnitude, 1.875 * 2**126: twice that is still below a step that fp32 holds."""
 
-LADDER = 4032
+LADDER, BEYOND = 4032, 4064
 """Number of steps, of which the smallest is 2**-126. Larger ones only bound what became zero."""
 
 NAN = 4095
@@ -115,7 +115,7 @@ def canonical(table: int) -> Canonical:
 
 
 def step_pattern(k: int) -> int:
-    """The pattern of step k, 1 to 4,080, a finite fp32."""
+    """The pattern of step k, 1 to 4,064, a finite fp32."""
     return MANTISSAS[(k - 1) % 16] + ((k - 1) // 16 - 126 << 23)
 
 
@@ -165,7 +165,7 @@ def _constants(device: torch.device) -> _Constants:
     """The tables on a device: copied once, since a copy from the host cannot be part of a CUDA graph."""
     whole = lambda numbers, dtype=torch.int64: torch.tensor(numbers, dtype=dtype, device=device)  # noqa: E731
     tables = [canonical(table) for table in range(TOP + 1)]
-    steps = whole([0, *(step_pattern(k) for k in range(1, 4081))], torch.int32).view(torch.float32)
+    steps = whole([0, *(step_pattern(k) for k in range(1, BEYOND + 1))], torch.int32).view(torch.float32)
     inverses = torch.zeros_like(steps)
     inverses[1 : LADDER + 1] = groups.like(steps[1 : LADDER + 1], 1.0) / steps[1 : LADDER + 1]
     return _Constants(
@@ -327,20 +327,20 @@ def _reach(x: torch.Tensor, size: int) -> _Reach:
 def _rate(x: torch.Tensor, reach: _Reach, size: int) -> torch.Tensor:
     """The rate control: a step with which each row fits its slot, while it does not with the next smaller one."""
     cols, budget = x.shape[1], layout(x.shape[1], size).budget
-    below, fits, k = reach.first - 1, reach.last.clone(), reach.guess
+    # Beyond the ladder only the last step serves, which makes everything 0.
+    below, fits, k = reach.first - 1, reach.last.clamp_max(LADDER + 1), reach.guess
     for probe in range(GUESSES + BISECTIONS):
         # The number of probes is fixed where asking for their outcome would wait for a device.
         if x.device.type == "cpu" and not (fits - below > 1).any():
             break
         k = torch.minimum(torch.maximum(k, below + 1), torch.maximum(fits - 1, below + 1))
-        # Beyond the ladder only the last step serves, which makes everything 0.
-        over = (_measure(_quantise(x, k), size).bits - budget).masked_fill(k > LADDER, 1)
+        over = _measure(_quantise(x, k), size).bits - budget
         fits = torch.where((over <= 0) & (k < fits), k, fits)
         below = torch.where((over > 0) & (k > below) & (k < fits), k, below)
         secant = k + torch.div(16 * over, cols, rounding_mode="floor")
         secant = torch.where(over > 0, torch.maximum(secant, k + 1), secant)
         k = secant if probe < GUESSES - 1 else torch.div(below + fits, 2, rounding_mode="floor")
-    return fits
+    return torch.where(fits > LADDER, reach.last, fits)
 
 
 def _own_grid(x: torch.Tensor, reach: _Reach, k: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

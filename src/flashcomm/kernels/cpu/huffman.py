@@ -8,7 +8,18 @@ from functools import cache
 import numpy as np
 
 from flashcomm.codecs import bits as planes
-from flashcomm.codecs.entropy import EDGES_ALL, LADDER, PEEK, RAW, SECOND_PAIR, TOP, canonical, layout, step_pattern
+from flashcomm.codecs.entropy import (
+    BEYOND,
+    EDGES_ALL,
+    LADDER,
+    PEEK,
+    RAW,
+    SECOND_PAIR,
+    TOP,
+    canonical,
+    layout,
+    step_pattern,
+)
 from flashcomm.codecs.entropy_tables import ESCAPES, LENGTHS, MANTISSAS
 from flashcomm.kernels.cpu.ops import entropy as ops
 
@@ -45,7 +56,7 @@ _kept: list[np.ndarray] = []
 def _tables() -> dict[int, np.ndarray]:
     count = TOP + 1
     steps = np.zeros(4096, np.float32)
-    steps[1:4081] = np.array([step_pattern(k) for k in range(1, 4081)], np.int32).view(np.float32)
+    steps[1 : BEYOND + 1] = np.array([step_pattern(k) for k in range(1, BEYOND + 1)], np.int32).view(np.float32)
     inverses = np.zeros(4096, np.float32)
     inverses[1 : LADDER + 1] = np.float32(1) / steps[1 : LADDER + 1]
     facts = np.zeros((count, ops.FACT_FIELDS), np.int64)

@@ -205,14 +205,12 @@ def plan_row(row, shape, book, codes, numbers, state):
     total -= floor * (((n + 15) & ~15) - n)
     budget = field(shape, BUDGET)
     k = min(max(16 * total // n - field(shape, ROOM) + GUESS, first), last)
-    below, fits, probe = first - 1, last, 0
+    # Beyond the ladder only the last step serves, which makes everything 0.
+    below, fits, probe = first - 1, min(last, LADDER + 1), 0
     chosen = -1
     while probe < GUESSES + BISECTIONS and fits - below > 1:
         k = min(max(k, below + 1), max(fits - 1, below + 1))
         over = _probe(row, shape, book, k, largest, codes, numbers, state) - budget
-        if k > LADDER:
-            # Only the last step serves there, which makes everything 0.
-            over = 1
         secant = k + 16 * over // n
         if over <= 0:
             fits = k
@@ -222,7 +220,8 @@ def plan_row(row, shape, book, codes, numbers, state):
         chosen = k
         k = secant if probe < GUESSES - 1 else (below + fits) >> 1
         probe += 1
-    k, start, tries, octaves, own = fits, max(max(first - 16, fits - FLOOR), 1), 0, -1, fits
+    k = last if fits > LADDER else fits
+    start, tries, octaves, own = max(max(first - 16, k - FLOOR), 1), 0, -1, k
     smallest = simd.from_bits(amin)
     for family in range(16):
         finest = min(start + family, LADDER)
