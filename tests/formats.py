@@ -5,7 +5,7 @@ import torch
 from flashcomm.codecs import Codec, Features, parse
 from flashcomm.codecs.registry import ALL
 
-# Those of the registry but for entropy-coded rows of sizes between, and sizes and combinations that are not worth using.
+# Those of the registry, without some sizes of entropy-coded rows, and combinations that are not worth using.
 SPECS = (
     *(spec for spec in ALL if spec not in ("ec6", "ec5", "ec4", "ec3.5")),
     *("ec2.625", "ec4+keep16"),

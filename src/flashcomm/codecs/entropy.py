@@ -372,7 +372,7 @@ def _own_grid(x: torch.Tensor, reach: _Reach, k: torch.Tensor, size: int) -> tup
 
 
 def _common_octaves(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[T, H] codes of step k -> [T]: how often 2 divides all of a row's codes, as far as the ladder goes; 0 for zeros."""
+    """[T, H] codes of step k -> [T]: how often 2 divides all codes of a row, as far as the ladder goes; 0 for zeros."""
     odd = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
     shared = torch.ones_like(odd, dtype=torch.bool)
     for octave in range(OCTAVES + 3):

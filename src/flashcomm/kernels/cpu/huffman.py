@@ -18,6 +18,7 @@ from flashcomm.codecs.entropy import (
     TOP,
     canonical,
     layout,
+    raw_bits,
     step_pattern,
 )
 from flashcomm.codecs.entropy_tables import ESCAPES, LENGTHS, MANTISSAS
@@ -86,6 +87,7 @@ def _tables() -> dict[int, np.ndarray]:
         ops.HIGH_FIRST: high_first,
         ops.READ_FORWARD: forward,
         ops.READ_BACK: back,
+        ops.RAW_BITS: np.array([raw_bits(table) for table in range(len(EDGES_ALL) + 1)], np.int64),
     }
 
 

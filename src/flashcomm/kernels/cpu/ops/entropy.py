@@ -26,8 +26,8 @@ COLS, SIZE, HEADER, RUN, STREAMS, BUDGET, CAP, ROOM, PLANES = range(9)
 SHAPE_FIELDS = PLANES + RAW + 1
 
 # Fields of `book`: addresses of tables.
-STEPS, INVERSES, MANTISSA, EDGE, FACTS, RISES, LOW_FIRST, HIGH_FIRST, READ_FORWARD, READ_BACK = range(10)
-BOOK_FIELDS = 10
+STEPS, INVERSES, MANTISSA, EDGE, FACTS, RISES, LOW_FIRST, HIGH_FIRST, READ_FORWARD, READ_BACK, RAW_BITS = range(11)
+BOOK_FIELDS = 11
 
 # Facts of a table, in int64: codes without an escape, bits of an escape, bits of the code 0 and of the last code,
 # number of places where the bits rise by one.
@@ -37,103 +37,15 @@ RISE_FIELDS = 16
 WORD_FIELDS = 65
 
 # Fields of `state`.
-STEP, TABLE, WIDTH, ESCAPES, BEHIND, ALONE = range(6)
-"""The step's number; the row's table; bits of a record; number of escapes; the first record's bit; whether the row has
-no codes, as its values are zeros or NaN."""
-
-
-@inline
-def _raw_of(table):
-    return max(0, (table - TOP + 3) >> 2)
-
-
-@inline
-def _quantise(row, n, inverse, cap, codes):
-    """Codes of all values; returns the sum of their magnitudes, each at most `cap`."""
-    # Not a literal 0, for which numba would compile those that get it once more.
-    total = n & 0
-    for start in range(0, n, 65536):
-        sums, caps, zeros = simd.splat_words(0), simd.splat_words(cap), simd.splat_words(0)
-        for i in range(start, min(n, start + 65536), 16):
-            q = simd.as_words(simd.load_fp32(row + i * 4) * inverse + ROUND) - _ROUND_BITS
-            simd.store_words(codes + i * 4, q)
-            sums = sums + simd.word_min(simd.word_max(q, zeros - q), caps)
-        total += simd.words_sum(sums)
-    return total
-
-
-@inline
-def _number(codes, n, raw, numbers):
-    """The upper parts of all codes as 0, -1, 1, ... counted from 0, at most 127, a byte each."""
-    top = simd.splat_words(127)
-    half = 1 << raw >> 1
-    for i in range(0, n, 16):
-        z = simd.load_words(codes + i * 4)
-        if raw:
-            z = simd.words_signed_shift(z + half, raw)
-        simd.store_words_u8(numbers + i, simd.word_min((z << 1) ^ simd.words_signed_shift(z, 31), top))
-    for i in range((n + 15) & ~15, (n + 63) & ~63, 16):
-        simd.store_words_u8(numbers + i, simd.splat_words(0))
-
-
-@part
-def _bits(shape, book, codes, numbers, total, largest, state):
-    """Choose the table for codes whose magnitudes have this sum, and count the bits of the row."""
-    n = field(shape, COLS)
-    mean = 256 * total // n
-    table, edges = 0, field(book, EDGE)
-    while table < _LAST_EDGE and mean >= field(edges, table):
-        table += 1
-    raw = _raw_of(table)
-    base = table - 4 * raw
-    facts, rises = field(book, FACTS) + base * 8 * FACT_FIELDS, field(book, RISES) + base * RISE_FIELDS
-    limit = field(facts, LIMIT)
-    _number(codes, n, raw, numbers)
-    bits = n * field(facts, FIRST) + field(shape, PLANES + raw)
-    for j in range(field(facts, NUM_RISES)):
-        rise, found = simd.load_byte(rises + j), 0
-        for i in range(0, n, 64):
-            found += simd.count_at_least(numbers + i, rise)
-        bits += found
-    excess = 2 * (largest + (1 << raw >> 1) >> raw) - limit
-    width, escapes = 0, 0
-    if excess >= 0:
-        width = 1
-        while excess >> width:
-            width += 1
-        for i in range(0, n, 64):
-            escapes += simd.count_at_least(numbers + i, limit)
-        bits += escapes * (field(facts, ESCAPE) - field(facts, LAST) + width)
-    simd.store_long(state + 8 * TABLE, table)
-    simd.store_long(state + 8 * WIDTH, width)
-    simd.store_long(state + 8 * ESCAPES, escapes)
-    return bits
+STEP, TABLE, WIDTH, ESCAPES, SHARED, BEHIND, ALONE = range(7)
+"""The step's number; the row's table; bits of a record; number of escapes; all codes, joined by or; the first record's
+bit; whether the row has no codes, as its values are zeros or NaN."""
 
 
 @inline
 def _code(value, inverse):
     """One fp32 times `inverse`, rounded half to even."""
     return (simd.bits_of(value * inverse + ROUND) & 0xFFFFFFFF) - _ROUND_BITS
-
-
-@inline
-def _inverse(book, k):
-    return simd.load1_fp32(field(book, INVERSES) + 4 * k)
-
-
-@inline
-def _step(book, k):
-    return simd.load1_fp32(field(book, STEPS) + 4 * k)
-
-
-@inline
-def _shared_octaves(codes, n):
-    """How often 2 divides all codes; 0 if all are 0."""
-    some = simd.splat_words(0)
-    for i in range(0, n, 16):
-        some = some | simd.load_words(codes + i * 4)
-    bits = simd.words_or(some)
-    return simd.lowest_bit(bits) if bits else 0
 
 
 @inline
@@ -155,22 +67,54 @@ def _on_grid(row, n, inverse, step):
 
 @part
 def _probe(row, shape, book, k, largest, codes, numbers, state):
-    """Quantise a row with step k; returns its bits."""
-    inverse = _inverse(book, k)
-    total = _quantise(row, field(shape, COLS), inverse, field(shape, CAP), codes)
-    return _bits(shape, book, codes, numbers, total, _code(largest, inverse), state)
-
-
-@part
-def _halved(shape, book, octaves, largest, codes, numbers, state):
-    """Divide all codes by two `octaves` times; returns the row's bits."""
-    n = field(shape, COLS)
-    total = n & 0
+    """Quantise a row with step k, choose the table of its codes and count its bits."""
+    n, inverse = field(shape, COLS), simd.load1_fp32(field(book, INVERSES) + 4 * k)
+    total, some, zeros, caps = 0, simd.splat_words(0), simd.splat_words(0), simd.splat_words(field(shape, CAP))
+    for start in range(0, n, 65536):
+        sums = zeros
+        for i in range(start, min(n, start + 65536), 16):
+            q = simd.as_words(simd.load_fp32(row + i * 4) * inverse + ROUND) - _ROUND_BITS
+            simd.store_words(codes + i * 4, q)
+            some = some | q
+            sums = sums + simd.word_min(simd.word_max(q, zeros - q), caps)
+        total += simd.words_sum(sums)
+    mean = 256 * total // n
+    table, edges = 0, field(book, EDGE)
+    while table < _LAST_EDGE and mean >= field(edges, table):
+        table += 1
+    raw = field(field(book, RAW_BITS), table)
+    base, half = table - 4 * raw, 1 << raw >> 1
+    facts, rises = field(book, FACTS) + base * 8 * FACT_FIELDS, field(book, RISES) + base * RISE_FIELDS
+    limit = field(facts, LIMIT)
+    # The upper parts as 0, -1, 1, ... counted from 0, at most 127, a byte each.
+    top = simd.splat_words(127)
     for i in range(0, n, 16):
-        simd.store_words(codes + i * 4, simd.words_signed_shift(simd.load_words(codes + i * 4), octaves))
-    for i in range(n):
-        total += min(abs(simd.load_word(codes + i * 4)), field(shape, CAP))
-    return _bits(shape, book, codes, numbers, total, largest >> octaves, state)
+        z = simd.load_words(codes + i * 4)
+        if raw:
+            z = simd.words_signed_shift(z + half, raw)
+        simd.store_words_u8(numbers + i, simd.word_min((z << 1) ^ simd.words_signed_shift(z, 31), top))
+    for i in range((n + 15) & ~15, (n + 63) & ~63, 16):
+        simd.store_words_u8(numbers + i, zeros)
+    # Bits rise with the number, so they are counted by the numbers at which they rise.
+    bits = n * field(facts, FIRST) + field(shape, PLANES + raw)
+    excess, width, escapes = 2 * (_code(largest, inverse) + half >> raw) - limit, 0, 0
+    rising = field(facts, NUM_RISES)
+    for j in range(rising + 1 if excess >= 0 else rising):
+        edge, found = simd.load_byte(rises + j) if j < rising else limit, n & 0
+        for i in range(0, n, 64):
+            found += simd.count_at_least(numbers + i, edge)
+        if j < rising:
+            bits += found
+        else:
+            escapes, width = found, 1
+            while excess >> width:
+                width += 1
+            bits += escapes * (field(facts, ESCAPE) - field(facts, LAST) + width)
+    simd.store_long(state + 8 * TABLE, table)
+    simd.store_long(state + 8 * WIDTH, width)
+    simd.store_long(state + 8 * ESCAPES, escapes)
+    simd.store_long(state + 8 * SHARED, simd.words_or(some))
+    return bits
 
 
 @Op
@@ -225,7 +169,10 @@ def plan_row(row, shape, book, codes, numbers, state):
     smallest = simd.from_bits(amin)
     for family in range(16):
         finest = min(start + family, LADDER)
-        inverse, step = _inverse(book, finest), _step(book, finest)
+        inverse, step = (
+            simd.load1_fp32(field(book, INVERSES) + 4 * finest),
+            simd.load1_fp32(field(book, STEPS) + 4 * finest),
+        )
         code = _code(smallest, inverse)
         if octaves < 0 and tries < 2 and code >= 1 and simd.bits_of(f32(code) * step) == simd.bits_of(smallest):
             tries += 1
@@ -236,13 +183,15 @@ def plan_row(row, shape, book, codes, numbers, state):
     else:
         if chosen != k or octaves >= 0:
             _probe(row, shape, book, k, largest, codes, numbers, state)
-        octaves = min(_shared_octaves(codes, n), max(LADDER - k, 0) >> 4)
+        shared = field(state, SHARED)
+        octaves = min(simd.lowest_bit(shared), max(LADDER - k, 0) >> 4) if shared else 0
         if octaves:
-            if _halved(shape, book, octaves, _code(largest, _inverse(book, k)), codes, numbers, state) <= budget:
+            # Multiples of 2 stay what they are, with half the code.
+            if _probe(row, shape, book, k + 16 * octaves, largest, codes, numbers, state) <= budget:
                 k += 16 * octaves
             else:
                 _probe(row, shape, book, k, largest, codes, numbers, state)
-    alone = _code(largest, _inverse(book, k)) == 0
+    alone = _code(largest, simd.load1_fp32(field(book, INVERSES) + 4 * k)) == 0
     simd.store_long(state + 8 * STEP, 0 if alone else k)
     simd.store_long(state + 8 * ALONE, 1 if alone else 0)
 
@@ -305,7 +254,7 @@ def _copy(src, n, dst):
         simd.store_byte(dst + i, simd.load_byte(src + i))
 
 
-@inline
+@part
 def _merge(one, forward, two, back, dst, size):
     """Put `forward` bits from `one` on and `back` bits before `two` into `size` bytes, zeros between them."""
     ahead, behind = (forward + 7) >> 3, (back + 7) >> 3
@@ -359,11 +308,10 @@ def write_row(shape, book, codes, state, numbers, work, one, two, dst):
     n, size, header, run = field(shape, COLS), field(shape, SIZE), field(shape, HEADER), field(shape, RUN)
     k, table, width = field(state, STEP), field(state, TABLE), field(state, WIDTH)
     if field(state, ALONE):
-        for i in range(size):
-            simd.store_byte(dst + i, 0)
+        _merge(one, n & 0, two, n & 0, dst, size)
         simd.store_half(dst, k)
         return
-    raw = _raw_of(table)
+    raw = field(field(book, RAW_BITS), table)
     base = table - 4 * raw
     head = k | table << 12 | width << 18
     for i in range(3):
@@ -443,28 +391,25 @@ def _four_back(at, bit, table, out):
     return bit, out
 
 
-@inline
-def _one(window, table, out):
-    """Decode the code at the lowest bits of a window; returns its length."""
-    entry = simd.load_word(table + 4 * (window & _WINDOW))
-    simd.store_byte(out, entry)
-    return entry >> 28 & 15
-
-
-@inline
+@part
 def _finish_forward(at, bit, table, out, end):
     """Decode what is left of a stream, and nothing beyond it; returns the bit behind it."""
     while out < end:
-        bit += _one(simd.load_long(at + (bit >> 3)) >> (bit & 7), table, out)
+        entry = simd.load_word(table + 4 * (simd.load_long(at + (bit >> 3)) >> (bit & 7) & _WINDOW))
+        simd.store_byte(out, entry)
+        bit += entry >> 28 & 15
         out += 1
     return bit
 
 
-@inline
+@part
 def _finish_back(at, bit, table, out, end):
     """Decode what is left of a stream that runs back."""
     while out < end:
-        bit -= _one(simd.load_long(at + ((bit + 7) >> 3) - 8) << (-bit & 7) >> 64 - PEEK, table, out)
+        window = simd.load_long(at + ((bit + 7) >> 3) - 8) << (-bit & 7) >> 64 - PEEK
+        entry = simd.load_word(table + 4 * (window & _WINDOW))
+        simd.store_byte(out, entry)
+        bit -= entry >> 28 & 15
         out += 1
 
 
@@ -474,7 +419,7 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
     n, size, header, run = field(shape, COLS), field(shape, SIZE), field(shape, HEADER), field(shape, RUN)
     head = (simd.load_byte(src) & 255) | (simd.load_byte(src + 1) & 255) << 8 | (simd.load_byte(src + 2) & 255) << 16
     k, table, width = head & 0xFFF, min(head >> 12 & 0x3F, _LAST_EDGE), head >> 18 & 0x1F
-    raw = _raw_of(table)
+    raw = field(field(book, RAW_BITS), table)
     base = table - 4 * raw
     alone = k == 0 or k > LADDER
     simd.store_long(state + 8 * STEP, k)
@@ -525,9 +470,9 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
 def read_codes(shape, book, copy, numbers, lowest, state, escapes, add, dst, kind):
     """Write codes times the row's step, plus the fp32 at `add` unless it is 0, as fp32 or as bf16."""
     n, k, table = field(shape, COLS), field(state, STEP), field(state, TABLE)
-    raw = _raw_of(table)
+    raw = field(field(book, RAW_BITS), table)
     half = 1 << raw >> 1
-    step = simd.from_bits(NAN) if k > LADDER else _step(book, k)
+    step = simd.from_bits(NAN) if k > LADDER else simd.load1_fp32(field(book, STEPS) + 4 * k)
     found = 0
     if field(state, ALONE):
         raw = 0
@@ -568,7 +513,7 @@ def _values(numbers, lowest, i, raw, half, step):
 def _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step):
     """Place and value, plus what `add` has there, of each code that escapes; returns how many there are."""
     n, table, width, bit = field(shape, COLS), field(state, TABLE), field(state, WIDTH), field(state, BEHIND)
-    raw = _raw_of(table)
+    raw = field(field(book, RAW_BITS), table)
     limit = field(field(book, FACTS) + (table - 4 * raw) * 8 * FACT_FIELDS, LIMIT)
     payload, found = copy + n + 64, 0
     for start in range(0, n, 64):
