@@ -12,7 +12,7 @@ from pathlib import Path
 
 import published
 
-from flashcomm.codecs import Affine, Block, Codec, Hadamard, Keep, Spike, Static, parse
+from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Spike, Static, parse
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
@@ -83,11 +83,18 @@ def bound(codec: Codec) -> str:
         return "the sum of a group's bounds"
     if isinstance(codec, Static):
         return f"reach / {codec.last:.0f}; all that is beyond reach"
+    if isinstance(codec, Entropy):
+        return "half the row's step, the smallest that fits"
     assert isinstance(codec, Keep)
     return bound(codec.base)
 
 
 USE = {
+    "ec8": "real models with outliers, on links that are slow enough for its time",
+    "ec6": "the same, 2.7 times fewer bytes",
+    "ec5": "the same, after measuring your model",
+    "ec4.25": "the bits of int4g128, a third of its KL with +hadamard",
+    "ec3.5": "very slow links, after measuring",
     "int8g128": "the default",
     "int6g128": "8 bits are too many; costs the bundled model 0.2 %",
     "int5g128": "the link is the bottleneck; usually better than 4 bits in small groups",
