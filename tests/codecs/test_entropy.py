@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import values
+from flashcomm import kernels
 from flashcomm.codecs import Entropy, decode_sum_encode, entropy, parse
 from flashcomm.codecs.entropy_tables import EDGES, ESCAPES, LENGTHS, MANTISSAS
 
@@ -36,15 +37,15 @@ def kinds(cols, seed=0):
 
 
 def assert_bounded_and_stable(codec, x):
-    payload = codec.encode(x)
+    payload = kernels.encode(x, codec)
     assert payload.shape == (len(x), codec.payload_bytes(x.shape[1]))
-    decoded = codec.decode(payload, x.shape[1], torch.float32)
+    decoded = kernels.decode(payload, codec, cols=x.shape[1], dtype=torch.float32)
     step = codec.step(x)
     judged = ~step.isnan()
     error = (decoded - x.float()).abs()
     assert (error <= values.allowed_error(step, x, torch.float32))[judged].all(), f"{codec} {x.shape}"
     assert decoded[~judged].isnan().all()
-    again = codec.encode(decoded)
+    again = kernels.encode(decoded, codec)
     differing = (again != payload).any(1).nonzero().flatten().tolist()
     assert not differing, f"{codec} {list(x.shape)}: rows {differing} change when they are encoded again"
 
@@ -112,6 +113,31 @@ def test_a_bad_value_spoils_its_row_and_no_other(bad):
         assert codec.decode(payload, 576, dtype)[1].isnan().all()
         assert not codec.decode(payload, 576, dtype)[[0, 2]].isnan().any()
     assert codec.step(x)[1].isnan().all()
+
+
+def test_a_gpu_runs_the_specification_and_says_so():
+    assert kernels.route(parse("ec4.25"), "cpu") == ("numba", "compiled for this CPU")
+    assert kernels.route(parse("ec4.25"), "cuda") == ("torch", "no GPU kernel for ec4.25")
+
+
+def test_kernels_equal_specification_in_rows_of_every_kind():
+    for name in ("ec2.5", "ec4.25", "ec6", "ec10"):
+        codec = parse(name)
+        for cols in (1, 17, 300, 1023, 1025, 2048):
+            x = kinds(cols)
+            payload = codec.encode(x)
+            assert torch.equal(kernels.encode(x, codec), payload), f"{name} {cols}"
+            decoded = kernels.decode(payload, codec, cols=cols, dtype=torch.float32)
+            assert torch.equal(decoded, codec.decode(payload, cols, torch.float32)), f"{name} {cols}"
+
+
+def test_kernels_read_broken_payloads_within_their_memory():
+    generator = torch.Generator().manual_seed(0)
+    for name in NAMES:
+        for cols in (1, 40, 577, 1100):
+            size = parse(name).payload_bytes(cols)
+            payload = torch.randint(0, 256, (200, size), generator=generator).to(torch.uint8)
+            assert kernels.decode(payload, name, cols=cols, dtype=torch.bfloat16).shape == (200, cols)
 
 
 def test_rows_do_not_depend_on_their_neighbours():
