@@ -6,10 +6,25 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo setup setup-engines check test test-engines bench docs clean
+.PHONY: demo real setup setup-engines check test test-engines bench docs clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
+
+# The defaults of `flashcomm accuracy`, and formats for models with outliers.
+REAL_CODECS := int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike,$\
+int8g128+hadamard,int6g128+hadamard,int5g128+hadamard,int4g128+hadamard,int4g64+hadamard,int4g32+hadamard,$\
+mxfp8_e4m3,mxfp6_e2m3,fp5_e2m2g32,int4g32+spike,int4g128:int8g128
+REAL_TOKENS ?= 4096
+
+real: $(STAMP)  ## a real model: the cost of each codec on a book, and 3 real ranks against the simulation (20 minutes)
+	folder=$$($(BIN)/python tools/real_model.py) && \
+	$(BIN)/flashcomm accuracy $$folder/SmolLM2-135M-Instruct --text $$folder/botchan.txt --tokens $(REAL_TOKENS) \
+	  --tp 3 --algorithm two_step --codecs $(REAL_CODECS) --out $$folder/accuracy \
+	  --json results/accuracy_smollm2_tp3_cpu.json && \
+	rm -r $$folder/accuracy
+	$(BIN)/pytest -rs -m real tests/accuracy/test_real_model.py
+	$(BIN)/python tools/make_docs.py
 
 setup: $(STAMP)  ## a virtual environment with everything that development needs
 

@@ -19,7 +19,15 @@ from flashcomm.collectives.group import group_of
 
 CODECS = (
     *("int8g128", "int4g32", "int4g128:int8g128", "bf16:int5g100", "int3sg7", "fp32"),
-    *("mxfp4", "nvfp4:fp8g128", "fp4_e2m1g8_e5m0", "int2g32+spike", "int4g128+hadamard", "int3g32+spike+taco"),
+    *(
+        "mxfp4",
+        "nvfp4:fp8g128",
+        "fp4_e2m1g8_e5m0",
+        "int2g32+spike",
+        "int4g128+hadamard",
+        "int3g32+spike+taco",
+        "ec4.25",
+    ),
 )
 
 

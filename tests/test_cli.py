@@ -24,6 +24,7 @@ from flashcomm.cli import app, base
 from flashcomm.demo import MODEL
 from flashcomm.lab import hosts as lab
 from flashcomm.lab import launch
+from flashcomm.models.text import held_out_text
 
 pytestmark = pytest.mark.usefixtures("forked_launch")
 COMMAND = [sys.executable, "-m", "flashcomm.cli"]
@@ -249,8 +250,12 @@ def test_generate(tmp_path, forked_launch):
 
 
 def test_demo(tmp_path, forked_launch):
+    text = tmp_path / "text.txt"
+    text.write_text(held_out_text()[:20_000])
     done = run(
         "demo",
+        "--text",
+        text,
         "--tp",
         2,
         "--codecs",
@@ -270,6 +275,7 @@ def test_demo(tmp_path, forked_launch):
     assert "Warning" not in done.stderr + forked_launch()
     document = json.loads((tmp_path / "d.json").read_text())
     assert document == json.loads((tmp_path / "report.json").read_text())
+    assert (document["text"], document["eval_tokens"]) == ("text.txt", 2048)
     plain, int8, int2, static = document["rows"]
     assert [row["codec"] for row in document["rows"]] == ["none", "int8g128", "int2g32", "int4static+keep64"]
     assert int8["kl"] < static["kl"] < int2["kl"]
@@ -278,10 +284,19 @@ def test_demo(tmp_path, forked_launch):
     assert plain["perplexity_change"] == 0
     assert 0 < int8["kl"] < 0.01 < int2["kl"]
     assert abs(int8["perplexity_change"]) < 0.01
-    assert 8 < plain["perplexity"] < 14
+    assert 8 < plain["perplexity"] < 16
     # Sixteen row-parallel sums and the embedding, 256 values each; a rank sends 2 (R - 1) / R of them.
     assert plain["wire_bytes_per_token"] == 17 * 256 * 2
     assert int8["wire_bytes_per_token"] == 17 * 256 * 8.25 / 8
+    # 'flashcomm accuracy' simulates these ranks on these windows.
+    given = ("--text", text, "--tokens", 2048, "--out", tmp_path / "accuracy", "--json", tmp_path / "a.json")
+    line = ("accuracy", "--tp", 2, "--codecs", "int8g128,int2g32", *given)
+    found = CliRunner().invoke(app, [*map(str, line)])
+    assert found.exit_code == 0, found.output
+    simulated = {row["codec"]: row for row in json.loads((tmp_path / "a.json").read_text())["rows"]}
+    for row in (plain, int8, int2):
+        for figure in ("perplexity", "kl", "top1"):
+            assert row[figure] == pytest.approx(simulated[row["codec"]][figure], rel=1e-6), (row["codec"], figure)
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3
     assert "http" not in page.replace("http-equiv", "")
@@ -291,6 +306,7 @@ def test_demo_shows_how_prompts_overlap(tmp_path):
     options = ("--codecs", "int8g128", "--tokens", 1024, "--repeats", 1, "--new-tokens", 1, "--out", tmp_path)
     done = run("demo", "--overlap", *options)
     assert done.exit_code == 0, done.output
+    assert "the standard library's held-out modules" in json.loads((tmp_path / "report.json").read_text())["text"]
     assert "overlapped: the parts of the prompt take turns" in done.stdout
     for row in json.loads((tmp_path / "report.json").read_text())["rows"]:
         assert sum(map(int, row["parts"].split("+"))) == 1024

@@ -1,5 +1,5 @@
 """Write results/NAME.md from results/NAME.json, the table of docs/codecs.md from results/codec_cpu.json, and
-those of docs/plan.md and docs/choosing.md.
+those of docs/plan.md, docs/choosing.md, docs/accuracy.md and README.md.
 
 `--check` only says whether they agree, with exit status 1 if not.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import published
 
-from flashcomm.codecs import Affine, Block, Codec, Hadamard, Keep, Spike, Static, parse
+from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Spike, Static, parse
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
@@ -83,11 +83,18 @@ def bound(codec: Codec) -> str:
         return "the sum of a group's bounds"
     if isinstance(codec, Static):
         return f"reach / {codec.last:.0f}; all that is beyond reach"
+    if isinstance(codec, Entropy):
+        return "half the row's step, the smallest that fits"
     assert isinstance(codec, Keep)
     return bound(codec.base)
 
 
 USE = {
+    "ec8": "real models with outliers, on links that are slow enough for its time",
+    "ec6": "the same, 2.7 times fewer bytes",
+    "ec5": "the same, after measuring your model",
+    "ec4.25": "the bits of int4g128, a third of its KL with +hadamard",
+    "ec3.5": "very slow links, after measuring",
     "int8g128": "the default",
     "int6g128": "8 bits are too many; costs the bundled model 0.2 %",
     "int5g128": "the link is the bottleneck; usually better than 4 bits in small groups",
@@ -147,7 +154,8 @@ def codecs_page() -> str:
     return before + codec_table() + rest.split(END)[1]
 
 
-PLAN, CHOOSING = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md"))
+PLAN, CHOOSING, ACCURACY = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md", "accuracy.md"))
+README = RESULTS.parent / "README.md"
 
 
 def lab_table() -> str:
@@ -175,6 +183,80 @@ def lab_table() -> str:
     return "\n".join(lines)
 
 
+REAL = "accuracy_smollm2_tp3_cpu"
+CONTRAST = ("int8g128", "int6g128", "int4g128")
+"""Formats that README.md shows beside those on the front of bits and KL: the same without a transform."""
+
+
+WORTH = 0.5
+"""Nats of KL above which no format is recommended."""
+
+
+def better_than(row: dict) -> Callable[[dict], bool]:
+    """Whether another row has less KL and no more bits than this one; a twentieth of a bit does not count."""
+    return lambda other: other["kl"] < row["kl"] and other["bits_per_value"] < row["bits_per_value"] + 0.05
+
+
+def real_rows() -> tuple[dict, list[dict]]:
+    """The document of the real model, and its rows without plain, by bits."""
+    document = json.loads((RESULTS / f"{REAL}.json").read_text())
+    rows = [row for row in document["rows"] if row["codec"] != "none"]
+    return document, sorted(rows, key=lambda row: (-row["bits_per_value"], row["kl"]))
+
+
+def real_table() -> str:
+    """Every codec on the real model, with intervals."""
+    document, rows = real_rows()
+    machine, plain = document["machine"], next(row for row in document["rows"] if row["codec"] == "none")
+
+    def with_range(row: dict, name: str, form: str, scale: float = 1) -> str:
+        value, low, high = (format(scale * row[name + end], form) for end in ("", "_low", "_high"))
+        return f"{value} ({low} to {high})"
+
+    lines = [
+        f"{document['ranks']} ranks, {document['dtype']}, `{document['algorithm']}`, {document['tokens']:,} tokens; "
+        f"plain has a perplexity of {plain['perplexity']:.1f}. `make real`, {machine['cpu']}, "
+        f"{machine['cores']} cores, {machine['date']}, commit {machine['commit']} ([rows](../results/{REAL}.md)).",
+        "",
+        "| codec | bits | KL | x the floor | perplexity, % | top-1, % | delta log p, 95 % below |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    floor = next(row["kl"] for row in rows if row["codec"] == "fp32")
+    for row in rows:
+        lines.append(
+            f"| `{row['codec']}` | {row['bits_per_value']:.2f} | {with_range(row, 'kl', '.1e')} | "
+            f"{row['kl'] / floor:,.1f} | {with_range(row, 'perplexity_change', '+.1f', 100)} | "
+            f"{100 * row['top1']:.1f} | {row['delta_p95']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def real_short_table() -> str:
+    """The codecs that are worth a choice on the real model, and others for contrast."""
+    document, rows = real_rows()
+    machine = document["machine"]
+    best = {row["codec"] for row in rows if row["kl"] < WORTH and not any(map(better_than(row), rows))}
+    lines = [
+        "| codec | bits per value | KL | perplexity | same first token |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        if row["codec"] in (*best, *CONTRAST):
+            name = f"**`{row['codec']}`**" if row["codec"] in best and row["codec"] != "fp32" else f"`{row['codec']}`"
+            lines.append(
+                f"| {name} | {row['bits_per_value']:.2f} | {row['kl']:.1e} | {100 * row['perplexity_change']:+.1f} % | "
+                f"{100 * row['top1']:.1f} % |"
+            )
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"From [{REAL}](results/{REAL}.md): {document['tokens']:,} tokens, `{document['algorithm']}`, "
+            f"{document['dtype']}, {machine['cpu']}, {machine['date']}.",
+        ]
+    )
+
+
 def with_tables(page: Path, **tables: Callable[[], str]) -> str:
     """A page with today's tables, each between marks of its name."""
     text = page.read_text()
@@ -186,11 +268,13 @@ def with_tables(page: Path, **tables: Callable[[], str]) -> str:
 
 
 def pages() -> dict[Path, str]:
-    """All pages of docs/ of which parts are made here."""
+    """All pages of which parts are made here."""
     tables = {"lab": lab_table, "published": published.published_table, "machines": published.machines_table}
     return {
         CODECS: codecs_page(),
         PLAN: with_tables(PLAN, **tables),
+        ACCURACY: with_tables(ACCURACY, real=real_table),
+        README: with_tables(README, real=real_short_table),
         CHOOSING: with_tables(CHOOSING, choices=published.choices_table),
     }
 

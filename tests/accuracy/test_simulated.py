@@ -71,12 +71,12 @@ def test_the_bundled_model_has_the_bits_of_real_ranks(count, dtype):
     assert len(set(ours)) >= len(ours) - 2
 
 
-def tiny(name: str, path: Path) -> Path:
-    """A random model of two layers."""
+def tiny(name: str, path: Path, kv_heads: int = 4) -> Path:
+    """A random model of two layers with eight heads."""
     import transformers as hf
 
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=8, vocab_size=256, intermediate_size=128)
-    sizes |= dict(num_key_value_heads=4, head_dim=16, max_position_embeddings=128, pad_token_id=255)
+    sizes |= dict(num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=128, pad_token_id=255)
     few = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     config = {
         "llama, biased": lambda: hf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),
@@ -106,6 +106,42 @@ def test_every_kind_of_model_has_the_bits_of_real_ranks(name, tmp_path):
     some = [Policy(codec="int4g32", algorithm="two_step", min_bytes=0), MIXED]
     ours = simulate(path, torch.bfloat16, some, 2)
     assert ranks.shared(2).run(real, path, torch.bfloat16, some) == [ours] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "kv_heads"), [("llama, biased", 1), ("qwen3", 2), ("gemma3", 1), ("phi3", 1), ("mixtral", 2)]
+)
+def test_key_value_heads_are_copied_where_they_are_fewer_than_ranks(name, kv_heads, tmp_path):
+    path = tiny(name, tmp_path, kv_heads)
+    some = [Policy(codec="int4g32", algorithm="two_step", min_bytes=0), MIXED]
+    ours = simulate(path, torch.bfloat16, some, 4)
+    assert ranks.shared(4).run(real, path, torch.bfloat16, some) == [ours] * 4
+    assert len(set(ours)) == 2
+
+
+def test_copied_heads_compute_what_one_process_computes(tmp_path):
+    model = load_model(tiny("llama, biased", tmp_path, 2), torch.float32)
+    whole = model(ids(), use_cache=False).logits
+    with simulated(model, 8):
+        split = model(ids(), use_cache=False).logits
+    assert torch.allclose(split, whole, rtol=1e-4, atol=1e-4)
+    # The second head matters, so it was there.
+    model.model.layers[0].self_attn.v_proj.weight.data[16:].zero_()
+    assert not torch.allclose(model(ids(), use_cache=False).logits, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_a_shape_of_three_ranks_has_the_bits_of_real_ranks(tmp_path):
+    """SmolLM2's heads and features, which no power of two divides."""
+    import transformers as hf
+
+    sizes = dict(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**sizes, num_hidden_layers=2, vocab_size=256)).save_pretrained(tmp_path)
+    codecs = ("int8g128+hadamard", "int4g128", "fp32")
+    some = [Policy(codec=codec, algorithm=a, min_bytes=0) for codec in codecs for a in ALGORITHMS]
+    ours = simulate(tmp_path, torch.bfloat16, some, 3)
+    assert ranks.shared(3).run(real, tmp_path, torch.bfloat16, some) == [ours] * 3
+    assert len(set(ours)) >= 5
 
 
 def reach(path: Path, windows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -178,7 +214,10 @@ def test_bits_are_those_of_each_sum():
 
 def test_what_cannot_be_simulated_is_refused(tmp_path):
     model, _ = load(MODEL, torch.float32)
-    with pytest.raises(ValueError, match="3 ranks do not divide the 8 heads"), simulated(model, 3):
+    with (
+        pytest.raises(ValueError, match="ranks=3 does not divide the 8 attention heads and 8 key/value"),
+        simulated(model, 3),
+    ):
         pass
     with pytest.raises(ValueError, match="1 rank.* sum nothing"), simulated(model, 1):
         pass

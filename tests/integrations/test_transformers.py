@@ -49,7 +49,9 @@ def tiny(name: str, folder: str) -> Path:
         sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8, vocab_size=256)
         sizes |= dict(intermediate_size=128, max_position_embeddings=128)
         torch.manual_seed(0)
-        if name == "biased":
+        if name == "one key/value head":
+            model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**sizes, "num_key_value_heads": 1}, attention_bias=True))
+        elif name == "biased":
             config = hf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
             model = hf.LlamaForCausalLM(config)
         else:
@@ -124,6 +126,22 @@ def biases_once(folder):
     with compressed(model, "int8g32", algorithm="one_step"):
         close = logits(model)
     assert 0 < (close - plain).abs().max() < plain.abs().max() / 10
+
+
+def copies_heads(folder):
+    """Two ranks with a copy of one key/value head compute what one process computes, with a cache and without."""
+    import transformers as hf
+
+    path = tiny("one key/value head", folder)
+    model, _ = loaded(path)
+    whole = hf.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    assert model.model.layers[0].self_attn.k_proj.weight.shape == (8, 64)
+    assert torch.allclose(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
+    written = [m.generate(ids(), max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (model, whole)]
+    assert torch.equal(*written)
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        assert torch.allclose(logits(model), logits(whole), rtol=1e-4, atol=1e-4)
+        assert set(handle.calls.values()) == {1}
 
 
 def experts(folder):
@@ -367,6 +385,11 @@ def test_other_functions_compile_in_one_graph(tmp_path):
 @both
 def test_adapters_may_be_inside(release, tmp_path):
     release().run(adapters, str(tmp_path))
+
+
+@both
+def test_key_value_heads_are_copied(release, tmp_path):
+    release().run(copies_heads, str(tmp_path))
 
 
 def test_experts_are_covered(tmp_path):

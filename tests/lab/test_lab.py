@@ -281,8 +281,11 @@ def test_a_failed_construction_leaves_nothing(monkeypatch):
 
 
 @real
-def test_the_command_streams_output_and_ends_like_the_first_rank_that_failed():
-    arguments = ["--ranks", "2", "--rate", "none", "--", "sh", "-c", "echo out of $RANK; [ $RANK = 0 ] || exit 5"]
+def test_the_command_streams_output_and_ends_like_the_first_rank_that_failed(tmp_path):
+    os.mkfifo(tmp_path / "said")
+    # Rank 1 fails once rank 0 has spoken: who fails ends the others.
+    script = 'echo out of $RANK; if [ $RANK = 0 ]; then echo > "$0"; else read word < "$0"; exit 5; fi'
+    arguments = ["--ranks", "2", "--rate", "none", "--", "sh", "-c", script, tmp_path / "said"]
     done = subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=60)
     assert done.returncode == 5
     assert sorted(done.stdout.splitlines()) == ["out of 0", "out of 1"]

@@ -71,7 +71,7 @@ def measure(
         folder: keeps the figures of each window. An interrupted measurement of the same things is continued, another
             one is begun anew. None keeps nothing.
         origin: identity of the model, different for every other model.
-        progress: called after each window.
+        progress: called after each policy's pass over a window, plain's too.
 
     Raises:
         ValueError: windows that differ in length, or none, or what `simulated` raises.
@@ -92,11 +92,13 @@ def measure(
             path = folder and folder / f"{number:06}.pt"
             if path and path.is_file():
                 found.append(torch.load(path, weights_only=True))
+                for _ in policies:
+                    progress()
             else:
-                found.append(_window(model, simulation, list(policies.values()), window.to(model.device)))
+                found.append(_window(model, simulation, list(policies.values()), window.to(model.device), progress))
                 if path:
                     _save(found[-1], path)
-            progress()
+                progress()
         bits = tuple(simulation.bits_per_value(policy) for policy in policies.values())
     return Measurement(
         names=tuple(policies),
@@ -108,12 +110,18 @@ def measure(
 
 
 def _window(
-    model: Any, simulation: Simulation, policies: Sequence[Policy], ids: torch.Tensor
+    model: Any,
+    simulation: Simulation,
+    policies: Sequence[Policy],
+    ids: torch.Tensor,
+    progress: Callable[[], object],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Measure one window: [C, 4, T] figures and [C, M, 4] depth."""
+    """Measure one window: [C, 4, T] figures and [C, M, 4] depth. Calls `progress` after all passes but the last."""
     figures, depths = [], []
     plain, reference = torch.empty(0, dtype=torch.float32, device="cpu"), []
     for policy in policies:
+        if figures:
+            progress()
         simulation.policy = policy
         depth = _Depth(list(simulation.modules), reference)
         simulation.observe = depth

@@ -15,7 +15,7 @@ from flashcomm import machine
 from flashcomm.calibration import Calibration
 from flashcomm.lab.launch import Interrupted
 from flashcomm.models.load import load
-from flashcomm.models.text import held_out_text
+from flashcomm.models.text import HELD_OUT_NAME, held_out_text, token_ids
 from flashcomm.models.windows import windows
 from flashcomm.report.progress import Step, progress
 
@@ -31,7 +31,7 @@ class Setup:
     """The model's name in reports."""
     texts: Sequence[str] = ()
     """UTF-8 texts, one after another; the standard library's held-out modules if there is none."""
-    text: str = "the standard library's held-out modules"
+    text: str = HELD_OUT_NAME
     """The texts' name in reports."""
     ranks: int
     hosts: int
@@ -53,14 +53,7 @@ class Setup:
         model, tokenizer = load(self.directory, getattr(torch, self.dtype))
         if torch.cuda.is_available():
             model = model.to("cuda")
-        texts = self.texts or [held_out_text()]
-        # Special tokens are part of the text, and a long one is no mistake here.
-        ids = torch.cat(
-            [
-                torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
-                for text in texts
-            ]
-        )
+        ids = token_ids(tokenizer, self.texts or [held_out_text()])
         found = windows(ids, self.tokens, self.window)
         if len(found) < 2 or len(found[0]) < self.window:
             raise ValueError(

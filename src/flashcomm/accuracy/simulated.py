@@ -3,6 +3,7 @@
 Every module that the model's own plan splits runs once per rank, on the slice of parameters and input that this rank
 would hold. A matrix product of another shape may add in another order, so the slices of column-parallel modules are
 computed one by one too. Their outputs are joined; outputs of modules that reduce are summed by `flashcomm.simulate`.
+A model with fewer key/value heads than ranks runs as in engines, where ranks hold copies of them.
 The layers between them treat heads and features one by one, and run once for all ranks.
 
 The bits equal those of ranks that use as many threads for matrix products as this process does, without gradients.
@@ -24,6 +25,7 @@ from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Features
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply
+from flashcomm.models import heads
 from flashcomm.policy import Policy
 
 # Styles of transformers' plans, of modules.
@@ -59,6 +61,8 @@ class Simulation:
         self._patches = Patches("flashcomm.accuracy.simulated")
         planned = list(_planned(model))
         _check(model, ranks, [(name, style) for name, _, style, _ in planned])
+        self._kv_heads = heads.heads_of(model.config.get_text_config())[1]
+        self._copied = heads.replicated({name: style for name, _, style, _ in planned}, self._kv_heads, ranks)
         for name, module, style, parameters in planned:
             if style in (*_LINEAR, *_EMBEDDING, *_EXPERTS):
                 hidden = model.config.get_text_config().hidden_size
@@ -78,8 +82,11 @@ class Simulation:
     def _replace(self, name: str, module: nn.Module, style: str, parameters: Mapping[str, str]):
         forward = module.forward
 
+        # Ranks with a copy of the same key/value head compute the same, so once for each head is enough.
+        ranks = self._kv_heads if name in self._copied else self.ranks
+
         def joined(*args: Any, **kwargs: Any) -> torch.Tensor:
-            outputs = self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs))
+            outputs = self._each_rank(module, parameters, lambda rank: forward(*args, **kwargs), ranks)
             parts = [output.chunk(2 if style == "packed_colwise" else 1, -1) for output in outputs]
             return torch.cat([piece for same in zip(*parts, strict=True) for piece in same], -1)
 
@@ -101,14 +108,15 @@ class Simulation:
         self._patches.replace(module, "forward", kinds[style])
 
     def _each_rank(
-        self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor]
+        self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor], ranks: int = 0
     ) -> list[torch.Tensor]:
-        """Run ``call(rank)`` for every rank while the module holds that rank's parameters."""
+        """Run ``call(rank)`` for each of `ranks`, or of all, while the module holds that rank's parameters."""
+        ranks = ranks or self.ranks
         whole: dict[str, Any] = {name: module._parameters[name] for name in styles}
         try:
             outputs = []
-            for rank in range(self.ranks):
-                held: Any = {n: _parameter(n, p, styles[n], rank, self.ranks) for n, p in whole.items()}
+            for rank in range(ranks):
+                held: Any = {n: _parameter(n, p, styles[n], rank, ranks) for n, p in whole.items()}
                 module._parameters.update(held)
                 outputs.append(call(rank))
             return outputs
@@ -244,12 +252,9 @@ def _check(model: Any, ranks: int, styles: Sequence[tuple[str, str]]):
                 f"module {name!r} is split in the style {style!r}. Simulated: {', '.join(known)}. "
                 "'flashcomm demo --model' measures any model on real ranks"
             )
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    if any(count % ranks for count in heads):
-        raise ValueError(
-            f"{ranks} ranks do not divide the {heads[0]} heads and {heads[1]} key/value heads of this model"
-        )
+    found = heads.heads_of(model.config.get_text_config())
+    if not heads.divides(ranks, *found):
+        raise ValueError(f"ranks={ranks} {heads.refusal(*found, 'this model')}")
 
 
 def _parameter(name: str, whole: torch.Tensor, style: str, rank: int, ranks: int) -> torch.Tensor | None:

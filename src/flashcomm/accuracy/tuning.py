@@ -81,7 +81,8 @@ def tune(
 
     def run(windows: Sequence[torch.Tensor], variants: Mapping[str, Policy], name: str) -> Measurement:
         place = folder / name.replace(" ", "-") if folder else None
-        return measure(model, ranks, variants, windows, folder=place, progress=step(name, len(windows)), **options)
+        advance = step(name, len(windows) * (len(variants) + 1))
+        return measure(model, ranks, variants, windows, folder=place, progress=advance, **options)
 
     def rows(variants: Mapping[str, Policy], name: str) -> list[AccuracyRow]:
         found = run(verified, variants, name)

@@ -81,7 +81,7 @@ def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tu
         calibration=given.calibrated(),
         folder=given.out / "windows",
         origin=origin,
-        progress=step("accuracy", len(texts)),
+        progress=step("accuracy", len(texts) * (len(variants) + 1)),
     )
     rows = metrics.summarise(found.names, found.bits, found.figures, seed=given.seed)
     facts = given.facts(len(texts) * given.window, time.perf_counter() - start)

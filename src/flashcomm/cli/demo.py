@@ -23,10 +23,12 @@ from flashcomm.cli.base import (
     model_directory,
     need,
     new_table,
+    read_text,
     stderr,
     stdout,
     warm_up,
 )
+from flashcomm.cli.simulation import Texts
 from flashcomm.report.rows import figure, write_json
 
 DEMO_CODECS = (
@@ -43,6 +45,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="A Hugging Face model directory instead of the bundled model.")
     ] = None,
+    text: Texts = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens for perplexity, KL and top-1.", min=1024)] = 16384,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
     repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
@@ -67,8 +70,10 @@ def demo(
     need("matplotlib", "plot")
     warm_up(specs)
     check_algorithm(algorithm, specs, tp)
-    arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype, overlap)
+    sources = [*map(read_text, text or [])]
+    arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype, overlap, sources)
     from flashcomm.demo import measure, report
+    from flashcomm.models.text import HELD_OUT_NAME
 
     stderr.print(f"loading the model on {tp} ranks ...", style="dim")
     with in_lab(tp, rate, ranks_per_host) as lab:
@@ -77,6 +82,7 @@ def demo(
         "model": "the bundled model" if model is None else str(model),
         "ranks": tp,
         "dtype": dtype,
+        "text": ", ".join(path.name for path in text) if text else HELD_OUT_NAME,
         "eval_tokens": eval_tokens,
         "prompt_tokens": 1024,
         "prompt": prompt,
@@ -98,9 +104,9 @@ def demo(
     if overlap:
         _print_overlap(rows)
     stdout.print(report.link(facts), style="dim", highlight=False, soft_wrap=True)
-    for text, writers in report.by_text(rows).items():
+    for written, writers in report.by_text(rows).items():
         stdout.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
-        stdout.print(text, markup=False, highlight=False)
+        stdout.print(written, markup=False, highlight=False)
     document = {**facts, "rows": [asdict(row) for row in rows]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(report.render(rows, facts))

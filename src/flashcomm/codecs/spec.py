@@ -8,6 +8,7 @@ mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
 int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
+ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
 BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
@@ -19,6 +20,7 @@ and whatever installed packages add under the entry point ``flashcomm.codecs``.
 
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from functools import cache, lru_cache
 from importlib import metadata
 from typing import Any
@@ -31,6 +33,7 @@ from flashcomm.codecs.blocks import NAMES, Block
 from flashcomm.codecs.calibrated import Keep, Static
 from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
+from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
@@ -49,6 +52,7 @@ _INT_BLOCK = re.compile(f"({'|'.join(name for name in ELEMENTS if name.startswit
 _FP8 = re.compile(f"fp8{_GROUP}")
 _STATIC = re.compile("int([2-8])static")
 _KEEP = re.compile("keep([1-9][0-9]*)")
+_ENTROPY = re.compile(r"ec([0-9]+(?:\.[0-9]+)?)")
 
 _FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES}
 _COMMON = [
@@ -58,6 +62,7 @@ _COMMON = [
     *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
     "fp8g128",
     "int4static",
+    *(f"ec{eighths / 8:g}" for eighths in range(FEWEST, MOST + 1)),
 ]
 
 
@@ -145,6 +150,10 @@ def _base(spec: str) -> Codec | None:
         return Block("fp8_e4m3", int(match[1] or DEFAULT_GROUP), "fp32")
     if match := _STATIC.fullmatch(spec):
         return Static(int(match[1]))
+    if match := _ENTROPY.fullmatch(spec):
+        eighths = 8 * Fraction(match[1])
+        if eighths.denominator == 1 and FEWEST <= eighths <= MOST:
+            return Entropy(int(eighths))
     return _installed(spec) if spec in _entry_points() else None
 
 
@@ -176,6 +185,7 @@ def allowed() -> str:
     return (
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
-        f"and _{', _'.join(SCALES)} (scale), int2static to int8static{more}; on them +spike, +hadamard or +taco, "
+        f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
+        f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
         "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ from flashcomm.integrations.transformers import calibrate, compressed
 from flashcomm.models import text
 from flashcomm.models.generate import generate
 from flashcomm.models.load import load, switch
-from flashcomm.models.windows import windows
+from flashcomm.models.windows import WINDOW, rest, windows
 from flashcomm.overlap import prefill as overlapping
 from flashcomm.report.progress import progress
 
@@ -57,16 +58,25 @@ def rank_main(
     repeats: int,
     dtype: str,
     overlap: bool = False,
+    sources: Sequence[str] = (),
 ) -> tuple[list[DemoRow], int]:
-    """Run on every rank and return the rows and the number of held-out tokens. Times are the slowest rank's."""
+    """Run on every rank and return the rows and the number of held-out tokens. Times are the slowest rank's.
+
+    Raises:
+        ValueError: `sources`, texts one after another, that are too short to measure on, or to calibrate on what is
+            not measured.
+    """
     model, tokenizer = load(directory, getattr(torch, dtype))
     hidden = model.config.get_text_config().hidden_size
-    # Special tokens between files are part of the stream, and a long text is no mistake here.
-    ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"], dtype=torch.long, device="cpu")
+    ids = text.token_ids(tokenizer, sources or [text.held_out_text()])
+    if len(ids) < WINDOW:
+        raise ValueError(f"--text has {len(ids):,} tokens: give {WINDOW:,} or more")
     held_out = windows(ids, eval_tokens)
     calibration = None
     if any(parse(spec).unbound for spec in specs):
-        calibration = calibrate(model, text.calibration_windows(tokenizer), origin="the demo")
+        calibration = calibrate(
+            model, _calibration_windows(tokenizer, ids, eval_tokens, bool(sources)), origin="the demo"
+        )
     # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
     with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:
         total = len(held_out) * (len(specs) + 1)
@@ -105,6 +115,19 @@ def rank_main(
                 )
             )
     return rows, sum(len(window) for window in held_out)
+
+
+def _calibration_windows(tokenizer: Any, ids: torch.Tensor, eval_tokens: int, given: bool) -> list[torch.Tensor]:
+    """Windows to calibrate on: of what a given text has left; else of what the bundled model learned from."""
+    if not given:
+        return text.calibration_windows(tokenizer)
+    left = rest(ids, eval_tokens)
+    if len(left) < WINDOW:
+        raise ValueError(
+            f"--text has {len(left):,} tokens besides those to measure on: formats that need a calibration get it from "
+            "the others. Give a longer text, fewer --tokens, or --codecs without them"
+        )
+    return windows(left, text.CALIBRATION)
 
 
 def _progress():

@@ -15,7 +15,7 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
 
     Args:
         rows: plain first.
-        facts: the origin of the figures: ``model``, ``ranks``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``,
+        facts: the origin of the figures: ``model``, ``ranks``, ``text``, ``eval_tokens``, ``prompt_tokens``, ``prompt``, ``machine``,
             and in a lab ``rate`` and ``ranks_per_host``.
     """
     machine = facts["machine"]
@@ -32,7 +32,7 @@ def render(rows: Sequence[DemoRow], facts: dict) -> str:
 here, also the small ones that <code>auto</code> would leave plain. <b>Bits</b> count scales
 and zero points. <b>Wire</b> is what one rank sends per prompt token. <b>TTFT</b> is the median time from a prompt of
 {facts["prompt_tokens"]:,} tokens to its first new token, all codecs taking turns{", overlapped while parts of the prompt take turns" if rows[0].parts else ""}. {html.escape(link(facts))} <b>Perplexity</b>, <b>KL</b> (plain against codec, nats) and
-<b>top-1</b> are teacher-forced over {facts["eval_tokens"]:,} tokens of standard-library source that the model never saw.</p>
+<b>top-1</b> are teacher-forced over {facts["eval_tokens"]:,} tokens of {html.escape(facts["text"])}.</p>
 <div class="scroll">{_table(rows)}</div>
 <h2>At a glance</h2><div class="plots">{plots}</div>
 <h2>What it writes</h2><p class="note">Greedy continuation of <code>{html.escape(repr(facts["prompt"]))}</code></p>

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import flashcomm
 from flashcomm.integrations.transformers import Compression, tensor_parallel_argument
+from flashcomm.models import heads
 
 BUNDLED = Path(__file__).parent / "bundled"
 """Directory of the bundled model."""
@@ -25,15 +26,9 @@ def check_directory(directory: Path, ranks: int):
     if not path.is_file():
         raise ValueError(f"no model in {str(directory)!r}: a Hugging Face model directory has a config.json")
     config = json.loads(path.read_text())
-    config = config.get("text_config", config)
-    heads = config.get("num_attention_heads", 0)
-    kv_heads = config.get("num_key_value_heads", heads)
-    if heads % ranks or kv_heads % ranks:
-        fits = [n for n in range(1, heads + 1) if heads % n == 0 and kv_heads % n == 0]
-        raise ValueError(
-            f"--tp {ranks} does not divide the {heads} attention heads and {kv_heads} key/value heads of "
-            f"{str(directory)!r}. Allowed: {', '.join(map(str, fits))}"
-        )
+    found = heads.heads_of(config.get("text_config", config))
+    if not heads.divides(ranks, *found):
+        raise ValueError(f"--tp {ranks} {heads.refusal(*found, repr(str(directory)))}")
 
 
 def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -45,14 +40,30 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
 
 
 def load_model(directory: Path, dtype: torch.dtype) -> Any:
-    """Load the model of a directory that may have no tokenizer; else as `load`."""
+    """Load the model of a directory that may have no tokenizer; else as `load`.
+
+    Over more ranks than the model has key/value heads, several ranks hold a copy of the same one.
+    """
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    plan = tensor_parallel_argument() if dist.is_initialized() and dist.get_world_size() > 1 else {}
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **plan).eval()
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    if ranks < 2:
+        return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    config = transformers.AutoConfig.from_pretrained(directory)
+    text: Any = config.get_text_config()
+    kv_heads, plan = heads.heads_of(text)[1], text.base_model_tp_plan or {}
+    copied = heads.replicated(plan, kv_heads, ranks)
+    if copied:
+        text.base_model_tp_plan = {name: style for name, style in plan.items() if name not in copied}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, config=config, **tensor_parallel_argument()
+    )
+    if copied:
+        heads.keep_own(model, kv_heads, dist.get_rank(), ranks)
+    return model.eval()
 
 
 def switch(handle: Compression, spec: str, algorithm: str):

@@ -25,7 +25,7 @@ def partial_sums(directory: Path = BUNDLED, ranks: int = 4, tokens: int = 2048) 
         bf16 [R, T, H] by module name.
     """
     model, tokenizer = load(directory, torch.bfloat16)
-    ids = torch.tensor(tokenizer(text.held_out_text(), verbose=False)["input_ids"], dtype=torch.long, device="cpu")
+    ids = text.token_ids(tokenizer, [text.held_out_text()])
     found: dict[str, list[torch.Tensor]] = {}
 
     def record(name: str):

@@ -9,6 +9,7 @@ The text differs a little between Python versions; compare figures of one versio
 """
 
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ the training files that share lines of 40 or more characters with the held-out o
 
 NOT_LIBRARY = ("site-packages", "dist-packages", "__pycache__", "config-", "_sysconfigdata")
 """Folders, and beginnings of file names, that are not part of the library's own source."""
+
+CALIBRATION = 32 * 1024
+"""Tokens to calibrate on."""
+
+HELD_OUT_NAME = "the standard library's held-out modules"
+"""What reports call the text of `held_out_text`."""
 
 END_OF_TEXT = "<|endoftext|>"
 """Placed before every file in the token stream, and after the last one."""
@@ -145,11 +152,13 @@ def calibration_text(stdlib: Path | None = None, characters: int = 400_000) -> s
     return END_OF_TEXT + "".join(text + END_OF_TEXT for text in read(chosen))
 
 
-def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = 32 * 1024) -> list[torch.Tensor]:
+def calibration_windows(tokenizer: Any, text: str | None = None, tokens: int = CALIBRATION) -> list[torch.Tensor]:
     """Return windows of token ids to calibrate on, from ``text`` or else from the text that the model learned from."""
-    ids = torch.tensor(
-        tokenizer(calibration_text() if text is None else text, verbose=False)["input_ids"],
-        dtype=torch.long,
-        device="cpu",
-    )
-    return windows(ids, tokens)
+    return windows(token_ids(tokenizer, [calibration_text() if text is None else text]), tokens)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
+    """Token ids of texts, one after another: [tokens], with the special tokens of each."""
+    # A long text is no mistake here.
+    found = [tokenizer(text, verbose=False)["input_ids"] for text in texts]
+    return torch.tensor([i for ids in found for i in ids], dtype=torch.long, device="cpu")

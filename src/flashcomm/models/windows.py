@@ -17,6 +17,22 @@ def windows(ids: torch.Tensor, tokens: int, size: int = WINDOW) -> list[torch.Te
     >>> [len(window) for window in windows(torch.arange(5000), 2048)]
     [1024, 1024]
     """
-    count = max(1, min(tokens, len(ids)) // size)
-    starts = torch.linspace(0, max(0, len(ids) - size), count, dtype=torch.float32, device="cpu").long().tolist()
-    return [ids[start : start + size] for start in starts]
+    return [ids[start : start + size] for start in _starts(len(ids), tokens, size)]
+
+
+def rest(ids: torch.Tensor, tokens: int, size: int = WINDOW) -> torch.Tensor:
+    """Take the token ids between the windows that `windows` takes, to calibrate on text that is not measured.
+
+    >>> len(rest(torch.arange(5000), 2048))
+    2952
+    """
+    free = torch.ones(len(ids), dtype=torch.bool, device="cpu")
+    for start in _starts(len(ids), tokens, size):
+        free[start : start + size] = False
+    return ids[free]
+
+
+def _starts(length: int, tokens: int, size: int) -> list[int]:
+    """Places of the first tokens of all windows."""
+    count = max(1, min(tokens, length) // size)
+    return torch.linspace(0, max(0, length - size), count, dtype=torch.float32, device="cpu").long().tolist()

@@ -22,9 +22,10 @@ from flashcomm.codecs.base import Codec
 from flashcomm.codecs.blocks import Block
 from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
+from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard, blocks_of
 from flashcomm.codecs.spike import Spike
-from flashcomm.kernels.cpu import ops
+from flashcomm.kernels.cpu import huffman, ops
 from flashcomm.kernels.cpu.ops import BF16, FP32
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
 
@@ -408,6 +409,26 @@ def _decode_static(codec: Static, p: Program, source: Operand, y: Row):
     row = _workplace(p, y)
     p.add(ops.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
     p.add(ops.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
+    _deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_entropy(codec: Entropy, p: Program, x: Row, target: Operand):
+    row, shape, book = p.row(), p.constant(huffman.shape(p.cols, codec.payload_bytes(p.cols))), huffman.book()
+    codes, numbers, state, work, one, two = (p.array() for _ in range(6))
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    p.add(ops.plan_row, row.at, shape, book, codes, numbers, state)
+    p.add(ops.write_row, shape, book, codes, state, numbers, work, one, two + 4 * p.cols, target)
+
+
+@append_decode.register
+def _decode_entropy(codec: Entropy, p: Program, source: Operand, y: Row):
+    shape, book = p.constant(huffman.shape(p.cols, codec.payload_bytes(p.cols))), huffman.book()
+    copy, numbers, lowest, state, escapes, _ = (p.array() for _ in range(6))
+    p.add(ops.read_row, source, shape, book, copy, numbers, lowest, state)
+    row = _writable(p, y, 32)
+    adding = ADDING if row.at == SUMS else y.plus
+    p.add(ops.read_codes, shape, book, copy, numbers, lowest, state, escapes, adding, row.at, row.kind)
     _deliver(p, row, y)
 
 

@@ -38,6 +38,7 @@ class _Vector(types.Type):
 lanes = _Vector("fp32x16", _F32, LANES)
 words = _Vector("int32x16", _I32, LANES)
 halves = _Vector("int16x32", _I16, 32)
+octets = _Vector("int8x64", _I8, 64)
 
 
 @register_model(_Vector)
@@ -431,7 +432,7 @@ def _make_reduce(vector, name):
     return reduce
 
 
-words_max = _make_reduce(words, "smax")
+words_max, words_sum, words_or = (_make_reduce(words, name) for name in ("smax", "add", "or"))
 
 
 def _make_fold(vector, block, less):
@@ -651,7 +652,7 @@ def _make_word(bits):
 load_byte, store_byte = _make_word(8)
 load_half, store_half = _make_word(16)
 load_word, store_word = _make_word(32)
-load_long, _ = _make_word(64)
+load_long, store_long = _make_word(64)
 
 
 def _make_planes(width):
@@ -851,6 +852,103 @@ def restore_control(typingctx, before):
         return context.get_dummy_value()
 
     return signature(types.void, types.int64), codegen
+
+
+@intrinsic
+def field(typingctx, at, i):
+    """The i-th int64 at an address."""
+
+    def codegen(context, builder, sig, args):
+        return _load_raw(builder, builder.add(args[0], builder.shl(args[1], ir.Constant(_I64, 3))), _I64, 1)
+
+    return signature(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def words_signed_shift(typingctx, v, by):
+    """Shift sixteen words to the right, filled with their signs."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ashr(args[0], _splat(builder, builder.trunc(args[1], _I32), words.ir_type))
+
+    return signature(words, words, types.int64), codegen
+
+
+@intrinsic
+def gather(typingctx, table, index):
+    """Load sixteen int32 of a table at an address, by their numbers."""
+
+    def codegen(context, builder, sig, args):
+        wide = ir.VectorType(_I64, LANES)
+        at = builder.add(_splat(builder, args[0], wide), builder.shl(builder.zext(args[1], wide), _constant(wide, 2)))
+        pointers = builder.inttoptr(at, ir.VectorType(ir.PointerType(_I32), LANES))
+        mask = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [ir.Constant(ir.IntType(1), 1)] * LANES)
+        operands = [pointers, ir.Constant(_I32, 4), mask, ir.Constant(words.ir_type, ir.Undefined)]
+        name = f"llvm.masked.gather.v{LANES}i32.v{LANES}p0"
+        return _intrinsic_call(builder, name, words.ir_type, *operands)
+
+    return signature(words, types.int64, words), codegen
+
+
+@intrinsic
+def count_at_least(typingctx, address, least):
+    """Number of bytes, unsigned, of 64 at an address that are not below a byte."""
+
+    def codegen(context, builder, sig, args):
+        loaded = _load_raw(builder, args[0], _I8, 64)
+        found = builder.icmp_unsigned(">=", loaded, _splat(builder, builder.trunc(args[1], _I8), octets.ir_type))
+        return builder.ctpop(builder.bitcast(found, _I64))
+
+    return signature(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def bytes_equal(typingctx, address, byte):
+    """Compare 64 bytes at an address with one byte; one bit per byte."""
+
+    def codegen(context, builder, sig, args):
+        loaded = _load_raw(builder, args[0], _I8, 64)
+        found = builder.icmp_unsigned("==", loaded, _splat(builder, builder.trunc(args[1], _I8), octets.ir_type))
+        return builder.bitcast(found, _I64)
+
+    return signature(types.int64, types.int64, types.int64), codegen
+
+
+def _make_join(forward):
+    @intrinsic
+    def join(typingctx, entries, codes, lengths):
+        def codegen(context, builder, sig, args):
+            entries, codes, lengths = args
+            pairs = ir.VectorType(_I64, 8)
+            both = builder.bitcast(entries, pairs)
+            part = lambda by: builder.and_(builder.lshr(both, _constant(pairs, by)), _constant(pairs, 0xFFFF))  # noqa: E731
+            code, length = [part(0), part(32)], [part(16), part(48)]
+            while True:
+                (first, second), (before, behind) = code, length
+                if forward:
+                    joined = builder.or_(first, builder.shl(second, before))
+                else:
+                    joined = builder.or_(builder.shl(first, behind), second)
+                total = builder.add(before, behind)
+                count = joined.type.count // 2
+                if count < 4:
+                    break
+                undefined, index = ir.Constant(joined.type, ir.Undefined), ir.VectorType(_I32, count)
+                every = [ir.Constant(index, [ir.Constant(_I32, 2 * i + k) for i in range(count)]) for k in (0, 1)]
+                code = [builder.shuffle_vector(joined, undefined, places) for places in every]
+                length = [builder.shuffle_vector(total, undefined, places) for places in every]
+            _store_raw(builder, joined, codes, _I64, 4)
+            _store_raw(builder, total, lengths, _I64, 4)
+            return context.get_dummy_value()
+
+        return signature(types.void, words, types.int64, types.int64), codegen
+
+    return join
+
+
+# Join sixteen entries, a code of up to 11 bits and its length from bit 16 on, to four codes and lengths of int64 each:
+# the first code in the lowest bits, or in the highest.
+join_low_first, join_high_first = _make_join(True), _make_join(False)
 
 
 MAX_OPERANDS = 12

@@ -35,6 +35,7 @@ from flashcomm.kernels.cpu.ops.blocks import (
     scales_fp32,
 )
 from flashcomm.kernels.cpu.ops.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
+from flashcomm.kernels.cpu.ops.entropy import plan_row, read_codes, read_row, write_row
 from flashcomm.kernels.cpu.ops.planes import pack, pack_rest, unpack, unpack_rest
 from flashcomm.kernels.cpu.ops.ranges import (
     magnitudes_bf16,

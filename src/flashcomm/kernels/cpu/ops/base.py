@@ -25,7 +25,9 @@ AHEAD = 2048
 
 _compiling = threading.Lock()
 # A part of an op, compiled into it.
-inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True)
+inline = njit(forceinline=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+# A part that several places of an op call.
+part = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @inline
