@@ -29,13 +29,14 @@ class Steps:
         """The step before which `act` is called."""
         self.act: Callable[[], object] = lambda: None
         for owner, names in (
-            (base.Ranks, ["alone"]),
             (connections.Connections, ["send", "receive", "wait"]),
             (backend.BackendLink, ["send", "receive"]),
             (backend.Backend, ["all_gather", "all_reduce", "exchange"]),
         ):
             for name in names:
                 setattr(owner, name, self._before(getattr(owner, name)))
+        alone = base.Ranks.alone
+        base.Ranks.alone = lambda ranks, step, act: alone(ranks, step, self._before(act))
         for name, function in (("sum_stripes", loops._sum), ("two_step", loops._two_step), ("gather", loops._gather)):
             setattr(loops, name, self._interpreted(function))
 

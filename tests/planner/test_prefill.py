@@ -128,7 +128,7 @@ def test_short_prompts_take_what_reading_the_weights_takes():
     assert two < 1.01 * one
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     times=st.lists(st.floats(0, 1e-2), min_size=6, max_size=6),
     busy=st.floats(0, 1),

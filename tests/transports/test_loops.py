@@ -476,7 +476,7 @@ def check_spans(machine: Machine, rank: int, thread: int, operations: list):
                 assert machine.half_of(start, end)[1:] == (thread, (epoch - 1) % 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ranks=st.integers(2, 5),
     threads=st.integers(1, 3),
