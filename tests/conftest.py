@@ -21,11 +21,13 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["engines"]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
 
-# An example may be the one for which kernels are compiled.
-settings.register_profile("flashcomm", deadline=None)
-settings.load_profile("flashcomm")
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    # An example may be the one for which kernels are compiled.
+    settings.register_profile("flashcomm", deadline=None)
+    settings.load_profile("flashcomm")
 
 if not torch.cuda.is_available():
     # Triton looks at this when it sees a kernel's definition.
