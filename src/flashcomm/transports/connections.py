@@ -93,7 +93,8 @@ class Connections:
 
     def __init__(self, ranks: Ranks):
         self.rank, self.ranks, self.timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
-        self._patience_s = min(_CONNECT_S, ranks.timeout_s)
+        # Half of the timeout: a rank where this failed waits for the others, which are still trying.
+        self._patience_s = min(_CONNECT_S, ranks.timeout_s / 2)
         self._failure: type[CollectiveError] = CollectiveError
         self.broken: str | None = None
         self._sockets: dict[int, socket.socket] = {}
