@@ -17,7 +17,7 @@ int8g128+hadamard,int6g128+hadamard,int5g128+hadamard,int4g128+hadamard,int4g64+
 mxfp8_e4m3,mxfp6_e2m3,fp5_e2m2g32,int4g32+spike,int4g128:int8g128
 REAL_TOKENS ?= 4096
 
-real: $(STAMP)  ## a real model: the cost of each codec on a book, and 3 real ranks against the simulation (20 minutes)
+real: $(STAMP)  ## a real model: the cost of each codec on a book, and 3 real ranks against the simulation (7 to 12 minutes)
 	folder=$$($(BIN)/python tools/real_model.py) && \
 	$(BIN)/flashcomm accuracy $$folder/SmolLM2-135M-Instruct --text $$folder/botchan.txt --tokens $(REAL_TOKENS) \
 	  --tp 3 --algorithm two_step --codecs $(REAL_CODECS) --out $$folder/accuracy \
