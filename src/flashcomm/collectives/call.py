@@ -155,7 +155,7 @@ class Call:
             why = f"rank {self.ranks.rank} failed in the middle of an earlier call: {error!r}"
             self.prepared.abandon(why)
             if lane is not None and kind_of(error) is TimedOut:
-                lane.give_up(why)
+                lane.give_up(str(error), why)
             if not isinstance(error, RuntimeError):
                 raise
             raise self._failure(error) from error

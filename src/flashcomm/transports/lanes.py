@@ -67,7 +67,7 @@ class Lane:
         self.last: Future | None = None
         """The call that was submitted last, if it may still be under way."""
         self.late = ""
-        """The reason why no call runs any more, once a rank has not come in time; "" before."""
+        """The error that every call raises once a rank has not come in time; "" before."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def submit(
@@ -96,9 +96,9 @@ class Lane:
         for transport in (self.messages, *self.memories):
             transport.abandon(why)
 
-    def give_up(self, why: str):
+    def give_up(self, error: str, why: str):
         """End all transports after a timeout: calls behind, over others of them, would wait as long once more each."""
-        self.late = self.late or why
+        self.late = self.late or error
         self.abandon(why)
 
 
