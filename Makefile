@@ -12,7 +12,7 @@ demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every cod
 	$(BIN)/flashcomm demo
 
 # The defaults of `flashcomm accuracy`, and formats for models with outliers.
-REAL_CODECS := int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike,$\
+REAL_CODECS := ec8,ec6,ec5,ec4.25,ec4,ec3.5,ec3,int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike,$\
 int8g128+hadamard,int6g128+hadamard,int5g128+hadamard,int4g128+hadamard,int4g64+hadamard,int4g32+hadamard,$\
 mxfp8_e4m3,mxfp6_e2m3,fp5_e2m2g32,int4g32+spike,int4g128:int8g128
 REAL_TOKENS ?= 4096

@@ -39,7 +39,7 @@ def asleep(pid: int) -> bool:
 
 
 def times_asleep(pid: int) -> int:
-    """How often the main thread of a process has gone to sleep so far."""
+    """Times that the main thread of a process has gone to sleep so far."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("voluntary_ctxt_switches")))
 

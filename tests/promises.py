@@ -38,7 +38,7 @@ def tensor(rank: int, shape, dtype=torch.bfloat16, seed: int = 0) -> torch.Tenso
 
 @cache
 def simulated(world_size: int, spec: str, algorithm: str, shape, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
-    """What the simulation gives for `tensor` of each rank; the same for every kind of messages, so it is kept."""
+    """Result of the simulation for `tensor` of each rank; the same for every kind of messages, so it is kept."""
     xs = [tensor(rank, shape, dtype, seed) for rank in range(world_size)]
     return flashcomm.simulate.all_reduce(xs, spec, algorithm)
 

@@ -85,8 +85,14 @@ def test_examples_in_documents_run_and_links_lead_somewhere(path):
         assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+@pytest.mark.parametrize("folder", ["src", "tools", "examples"])
+def test_docstrings_name_the_thing(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        assert not re.findall(r'"""(?:What|Of|As|How|So many) .*', path.read_text()), path
+
+
 def run_file(path: str):
-    """As the interpreter would."""
+    """Run a script as its own command line would."""
     sys.argv = [path]
     runpy.run_path(path, run_name="__main__")
 

@@ -22,7 +22,7 @@ LONGEST = 11
 WIDEST = 63
 """Codes without the escape: |z| <= 31."""
 RECORD_BITS = 6
-"""What an escape costs beside its code, for the choice of its place; rows with larger values pay more."""
+"""Bits of an escape beside its code, for the choice of its place; rows with larger values pay more."""
 
 
 def masses(mean: float, count: int) -> np.ndarray:

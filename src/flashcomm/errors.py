@@ -41,7 +41,7 @@ class Unavailable(CollectiveError):
 
 
 # Words of gloo, NCCL and torch's stores, in lower case: torch raises RuntimeError for all of them.
-_TIMED_OUT = ("timed out", "did not join", "watchdog caught collective operation timeout")
+_TIMED_OUT = ("timed out", "application timeout", "did not join", "watchdog caught collective operation timeout")
 _LOST = (
     "closed by peer",
     "reset by peer",

@@ -24,7 +24,7 @@ def command(*arguments):
 
 
 def exit_status(*arguments) -> int:
-    """Of the command in this process."""
+    """Output of the command in this process."""
     return command(*arguments).exit_code
 
 

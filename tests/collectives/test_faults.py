@@ -36,7 +36,7 @@ MOST_STEPS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What happens to whom, and when."""
+    """An event on one rank at one step of a call."""
 
     call: int
     algorithm: str

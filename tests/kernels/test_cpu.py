@@ -204,7 +204,7 @@ def test_specification_gives_the_same_bytes_on_cuda():
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names of x86-64")
 def test_a_cpu_without_conversions_of_fp16_gives_the_same_bytes():
-    """As many virtual machines have: LLVM then calls functions that nobody links. A process, as it may crash."""
+    """Many virtual machines have none: LLVM then calls functions that nobody links. A process, as it may crash."""
     code = """
 import torch, values
 from flashcomm import codecs, kernels

@@ -74,7 +74,7 @@ GUESS = 43
 """Sixteenths of an octave from the mean exponent to the step, beside the bits: measured on Gaussian rows."""
 
 FLOOR = 32
-"""How many steps below the one that the rate control found a row's own grid is looked for."""
+"""Steps below the one that the rate control found from which on a row's own grid is looked for."""
 
 
 class Canonical(NamedTuple):
@@ -295,7 +295,7 @@ def _bit_length(n: torch.Tensor) -> torch.Tensor:
 
 
 class _Reach(NamedTuple):
-    """What a row's largest and smallest magnitude say, all [T]."""
+    """Limits of each row's step, from its largest magnitude and its mean exponent, all [T]."""
 
     bad: torch.Tensor
     zero: torch.Tensor

@@ -19,7 +19,7 @@ from flashcomm.collectives import arguments, routes
 from flashcomm.collectives.group import Group, group_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
-from flashcomm.errors import CollectiveError, Unavailable, kind_of
+from flashcomm.errors import CollectiveError, TimedOut, Unavailable, kind_of
 from flashcomm.transports import pages
 from flashcomm.transports.backend import Backend
 from flashcomm.transports.base import OnRows, Ranks, Run, Task, nothing_to_abandon
@@ -146,10 +146,16 @@ class Call:
 
     def _run(self, x: torch.Tensor, out: torch.Tensor):
         """Run on this thread; `x` and `out` may have any strides."""
+        lane = self.lane
         try:
+            if lane is not None and lane.late:
+                raise TimedOut(lane.late)
             sent = self.prepared(x, out)
         except BaseException as error:
-            self.prepared.abandon(f"rank {self.ranks.rank} failed in the middle of an earlier call: {error!r}")
+            why = f"rank {self.ranks.rank} failed in the middle of an earlier call: {error!r}"
+            self.prepared.abandon(why)
+            if lane is not None and kind_of(error) is TimedOut:
+                lane.give_up(str(error), why)
             if not isinstance(error, RuntimeError):
                 raise
             raise self._failure(error) from error
@@ -157,7 +163,7 @@ class Call:
 
     def _start_later(self, x: torch.Tensor, out: torch.Tensor) -> Work:
         lane, plain = self.lane, self.plan.algorithm == "plain"
-        if lane is not None and plain and self.verb is ALL_REDUCE and out.is_contiguous():
+        if lane is not None and plain and self.verb is ALL_REDUCE and out.is_contiguous() and not lane.late:
             # On the backend's own thread or stream, where it keeps its place among the caller's collectives.
             work = self.backend.all_reduce(x, out, async_op=True)
             self.tally.add(self.plain_bytes, self.plain_bytes)

@@ -62,7 +62,7 @@ CALIBRATION = 32 * 1024
 """Tokens to calibrate on."""
 
 HELD_OUT_NAME = "the standard library's held-out modules"
-"""What reports call the text of `held_out_text`."""
+"""Name of `held_out_text` in reports."""
 
 END_OF_TEXT = "<|endoftext|>"
 """Placed before every file in the token stream, and after the last one."""

@@ -48,7 +48,7 @@ _UNSENT_BYTES = 128 << 10
 
 
 class _Offer(NamedTuple):
-    """How a rank can be reached, or the reason why it cannot."""
+    """The addresses at which a rank can be reached, or the reason why there is none."""
 
     addresses: list[str] = []
     port: int = 0

@@ -66,6 +66,8 @@ class Lane:
         """Held by the thread whose call it is."""
         self.last: Future | None = None
         """The call that was submitted last, if it may still be under way."""
+        self.late = ""
+        """The error that every call raises once a rank has not come in time; "" before."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def submit(
@@ -93,6 +95,11 @@ class Lane:
         """Give up after an error in the middle of a call: what is under way would be taken for the next one's."""
         for transport in (self.messages, *self.memories):
             transport.abandon(why)
+
+    def give_up(self, error: str, why: str):
+        """End all transports after a timeout: calls behind, over others of them, would wait as long once more each."""
+        self.late = self.late or error
+        self.abandon(why)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

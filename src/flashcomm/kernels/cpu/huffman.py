@@ -28,7 +28,7 @@ _ESCAPE = 128
 
 
 def shape(cols: int, payload_bytes: int) -> np.ndarray:
-    """What the ops know of rows of `cols` values: int64 [SHAPE_FIELDS]."""
+    """The sizes in rows of `cols` values, for the ops: int64 [SHAPE_FIELDS]."""
     form = layout(cols, payload_bytes)
     fields = np.zeros(ops.SHAPE_FIELDS, np.int64)
     fields[ops.COLS], fields[ops.SIZE], fields[ops.HEADER], fields[ops.RUN] = cols, payload_bytes, form.header, form.run

@@ -6,8 +6,8 @@ The memory is an anonymous file (``memfd``) that the peers open through ``/proc`
 A message goes through it in pieces that stay in the cache, by the rule of `loops`. The bits do not depend on the
 pieces. Large messages are shared among the threads that torch may use, each with counters of its own.
 
-Hazard: a rank that failed in the middle leaves the epochs of the others behind; after an error the memory is not used
-again, and every later call raises.
+Hazard: a rank that failed in the middle leaves the epochs of the others behind; after an error it tells them so, the
+memory is not used again, and every later call raises.
 
 Source: our own.
 """
@@ -105,6 +105,8 @@ class SharedMemory:
         if region is None:
             raise Unavailable(f"a row of {half_bytes} bytes needs more shared memory: {why}")
         self._region = region
+        if self._failure:
+            region.give_up()
 
     def reserve(self, scratch_bytes: int):
         """Have scratch memory of at least that size for each thread; `run` does not look."""
@@ -143,6 +145,7 @@ class SharedMemory:
     def abandon(self, why: str):
         """See `base.Memory`. Of several reasons, later calls give the first."""
         self._failure = self._failure or (CollectiveError, why)
+        self._region.give_up()
 
 
 class InMemory:
@@ -258,10 +261,25 @@ class _Region:
 
     def failure(self, missing: int) -> tuple[type[CollectiveError], str]:
         """Kind and text of the error of a call for which rank `missing` did not come."""
-        ended = int(self._polls.view(np.int16)[missing * 4 + 3])
-        what = "has ended" if ended else "did not come within the group's timeout"
-        kind = PeerLost if ended else TimedOut
+        kind, what = PeerLost, "has ended"
+        if not self._polls.view(np.int16)[missing * 4 + 3]:
+            given_up = self._given_up(missing).any()
+            kind = PeerLost if given_up else TimedOut
+            what = "has given up after an error" if given_up else "did not come within the group's timeout"
         return kind, f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory"
+
+    def give_up(self):
+        """Let the others know that this rank does not go on."""
+        self._given_up(self._ranks.rank)[:] = 1
+
+    def _given_up(self, rank: int) -> np.ndarray:
+        """The words beside a rank's counters, one for each thread, that say whether it has given up."""
+        from flashcomm.transports.shared import loops
+
+        start, stop = (_NONCE_BYTES + r * self.threads * _COUNTER_BYTES for r in (rank, rank + 1))
+        return np.frombuffer(self._memory, np.int64)[
+            (start + loops.GIVEN_UP_BYTES) // 8 : stop // 8 : _COUNTER_BYTES // 8
+        ]
 
 
 def _close(descriptors: list[int]):

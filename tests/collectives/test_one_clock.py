@@ -1,0 +1,80 @@
+"""No wait outlasts the timeout of its group, behind other calls neither, whoever waits and in whatever order."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch.distributed as dist
+
+import faults
+import ranks
+from calls import all_reduce_of_ones, check, failure, new_group
+from flashcomm.errors import PeerLost, TimedOut
+from flashcomm.transports.shared.memory import InMemory
+
+TIMEOUT_S = 2.0
+SLACK_S = 1.5
+"""Two timeouts one after the other take longer, on a busy machine too."""
+NAMES = ("all_to_all", "two_step", "hierarchical", "plain", "all_gather", "all_to_all", "one_step")
+"""Calls over each transport of a group and over both levels, in an order that crosses them."""
+
+
+def start_all(async_op: bool = False) -> list:
+    return [faults.call(name, dist.group.WORLD, async_op) for name in NAMES]
+
+
+def wait_behind_a_rank_that_is_stopped(last: str, backwards: bool) -> float:
+    """Seconds until all calls have ended that were under way when a rank stopped."""
+    start_all()
+    for work in start_all(async_op=True):
+        work.wait()
+    dist.barrier()
+    faults.shorten(TIMEOUT_S)
+    if dist.get_rank() == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    start = time.monotonic()
+    works = start_all(async_op=True)
+    # A synchronous call waits in the lane for those before it.
+    calls = [lambda: faults.call(last, dist.group.WORLD), *(work.wait for work in works)]
+    for call in reversed(calls) if backwards else calls:
+        failure(call, (PeerLost, TimedOut))
+    return time.monotonic() - start
+
+
+@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize(("last", "backwards"), [("plain", False), ("hierarchical", True)])
+def test_calls_behind_one_that_times_out_end_with_it(last, backwards, by, fresh_ranks):
+    world = fresh_ranks(4, env=ranks.WAYS[by])
+    try:
+        world.start(wait_behind_a_rank_that_is_stopped, last, backwards)
+        outcomes = [world.outcome(rank) for rank in (1, 2, 3)]
+    finally:
+        world.processes[0].kill()
+    for good, seconds in outcomes:
+        assert good, seconds
+        assert seconds < TIMEOUT_S + SLACK_S, outcomes
+
+
+def one_rank_fails_in_the_middle():
+    """A call in shared memory that fails on one rank: the others must not wait for it until the timeout."""
+    group = new_group()
+    check(all_reduce_of_ones(group))
+    if dist.get_rank() == 0:
+        # A Run is of a class with slots: replace what it calls.
+        run, InMemory.__call__ = InMemory.__call__, None
+        try:
+            with pytest.raises(TypeError):
+                all_reduce_of_ones(group)
+        finally:
+            InMemory.__call__ = run
+    return failure(lambda: all_reduce_of_ones(group))
+
+
+def test_a_rank_that_fails_in_the_middle_of_shared_memory_lets_the_others_know():
+    (own, _), *others = ranks.shared(3).run(one_rank_fails_in_the_middle)
+    assert "rank 0 failed in the middle of an earlier call" in own
+    for message, seconds in others:
+        # Or what another of them, which heard it first, has passed on.
+        assert "has given up after an error while rank" in message
+        assert seconds < 10
