@@ -8,6 +8,7 @@ import random
 import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,30 @@ def test_the_pool_is_bounded(monkeypatch):
     # Larger than all that may wait.
     pages.empty(torch.Size([32 << 20]), torch.uint8)
     assert pages._idle == []
+
+
+def _lazily_free(address: int) -> int:
+    """KiB of the mapping at an address that the operating system may take back."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, stop = (int(edge, 16) for edge in first.split("-"))
+            inside = start <= address < stop
+        elif inside and first == "LazyFree:":
+            return int(rest[0])
+    raise AssertionError("no such mapping")
+
+
+@pytest.mark.skipif(not pages._huge(), reason="this operating system gives no huge pages")
+def test_only_what_waits_beyond_64_mib_may_be_taken_back(monkeypatch):
+    monkeypatch.setattr(pages, "KEPT_BYTES", 4 << 20)
+    held = [pages.empty(torch.Size([4 << 20]), torch.uint8).fill_(1) for _ in range(2)]
+    addresses = [x.data_ptr() for x in held]
+    held.pop(0)
+    assert _lazily_free(addresses[0]) == 0
+    held.pop(0)
+    assert _lazily_free(addresses[1]) > 0
 
 
 def test_where_memory_is_short_torch_says_so(monkeypatch):
