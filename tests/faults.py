@@ -3,6 +3,7 @@
 import gc
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import flashcomm
+from flashcomm import codecs, simulate
 from flashcomm.collectives.group import Group
 from flashcomm.transports import backend, base, connections
 from flashcomm.transports.shared import loops
@@ -21,9 +23,12 @@ class Steps:
 
     Of shared memory these are the encoding of a piece, the waiting for the others and the adding: the loops run as
     Python, what they call is compiled.
+
+    Args:
+        compiled: leave the loops compiled, so that a call in shared memory is one step.
     """
 
-    def __init__(self):
+    def __init__(self, compiled: bool = False):
         self.count = 0
         self.at: int | None = None
         """The step before which `act` is called."""
@@ -37,7 +42,8 @@ class Steps:
                 setattr(owner, name, self._before(getattr(owner, name)))
         alone = base.Ranks.alone
         base.Ranks.alone = lambda ranks, step, act: alone(ranks, step, self._before(act))
-        for name, function in (("sum_stripes", loops._sum), ("two_step", loops._two_step), ("gather", loops._gather)):
+        interpreted = ("sum_stripes", loops._sum), ("two_step", loops._two_step), ("gather", loops._gather)
+        for name, function in () if compiled else interpreted:
             setattr(loops, name, self._interpreted(function))
 
     def _before(self, function: Callable) -> Callable:
@@ -77,39 +83,48 @@ ALGORITHMS = ("one_step", "two_step", "hierarchical", "reduce_scatter", "all_gat
 """Everything that `call` runs."""
 
 
-def value(rank: int) -> torch.Tensor:
-    """A rank's values: whole numbers, so that a plain sum has the same bits in any order."""
-    return torch.arange(8 * 128, dtype=torch.float32).view(8, 128).remainder(7) + rank
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """Values of a call and how they travel."""
+
+    codec: str = "bf16"
+    dtype: torch.dtype = torch.float32
+    rows: int = 8
+    cols: int = 128
+
+    def of(self, rank: int, multiple_of: int = 1) -> torch.Tensor:
+        """A rank's values, in a number of rows that divides: small whole numbers, whose sum no order changes."""
+        rows = self.rows // multiple_of * multiple_of
+        values = torch.arange(rows * self.cols, dtype=torch.float32).remainder(7) + rank
+        return values.view(rows, self.cols).to(self.dtype)
 
 
-def call(algorithm: str, group: dist.ProcessGroup, async_op: bool = False):
+def call(algorithm: str, group: dist.ProcessGroup, async_op: bool = False, message: Message = Message()):
     """Run one collective of all ranks of `group`."""
-    x, world_size = value(dist.get_rank()), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     if algorithm == "plain":
-        return flashcomm.all_reduce(x, "none", group, async_op=async_op)
-    if algorithm == "hierarchical":
-        return flashcomm.all_reduce(x, "bf16", _mesh(world_size), algorithm=algorithm, async_op=async_op)
-    if algorithm in ("one_step", "two_step"):
-        return flashcomm.all_reduce(x, "bf16", group, algorithm=algorithm, async_op=async_op)
-    verb = getattr(flashcomm, algorithm)
-    if algorithm == "all_to_all":
-        return verb(x[: 8 // world_size * world_size], "bf16", group, async_op=async_op)
-    return verb(x[: 8 // world_size * world_size], "bf16", group, algorithm="one_step", async_op=async_op)
+        return flashcomm.all_reduce(message.of(rank), "none", group, async_op=async_op)
+    if algorithm in ("one_step", "two_step", "hierarchical"):
+        ranks = _mesh(world_size) if algorithm == "hierarchical" else group
+        return flashcomm.all_reduce(message.of(rank), message.codec, ranks, algorithm=algorithm, async_op=async_op)
+    verb, x = getattr(flashcomm, algorithm), message.of(rank, world_size)
+    return verb(x, message.codec, group, algorithm="one_step", async_op=async_op)
 
 
-def expected(algorithm: str, rank: int, world_size: int) -> torch.Tensor:
-    """The result of `call` on `rank`; these values are exact in bf16."""
-    xs = [value(rank)[: 8 // world_size * world_size] for rank in range(world_size)]
-    if algorithm == "all_gather":
-        return torch.cat(xs)
-    if algorithm == "all_to_all":
-        rows = 8 // world_size
-        return torch.cat([x[rank * rows : (rank + 1) * rows] for x in xs])
-    total = torch.stack([value(rank) for rank in range(world_size)]).sum(0)
+def expected(algorithm: str, rank: int, world_size: int, message: Message = Message()) -> torch.Tensor:
+    """The result of `call` on `rank`."""
+    xs = [message.of(peer) for peer in range(world_size)]
+    if algorithm == "plain":
+        return torch.stack(xs).sum(0)
+    if algorithm in ("one_step", "two_step", "hierarchical"):
+        return simulate.all_reduce(xs, message.codec, algorithm, hosts=2 if algorithm == "hierarchical" else 0)
+    xs = [message.of(peer, world_size) for peer in range(world_size)]
+    mine = lambda x: x.chunk(world_size)[rank]  # noqa: E731
     if algorithm == "reduce_scatter":
-        rows = 8 // world_size
-        return total[rank * rows : (rank + 1) * rows]
-    return total
+        return mine(simulate.all_reduce(xs, message.codec, "one_step"))
+    codec = codecs.parse(message.codec)
+    decoded = [codec.decode(codec.encode(x), message.cols, message.dtype) for x in xs]
+    return torch.cat(decoded if algorithm == "all_gather" else [mine(x) for x in decoded])
 
 
 @cache

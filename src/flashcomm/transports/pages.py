@@ -31,7 +31,7 @@ LEAST_BYTES = 4 << 20
 MOST_IDLE_BYTES = 256 << 20
 """Bytes that may wait in the pool."""
 KEPT_BYTES = 64 << 20
-"""Bytes of the pool that are not marked as free: marking takes 0.03 ms and slows the next use, 10 % of a sum of 4 MiB."""
+"""Bytes of the pool that are not marked as free: marking takes 0.03 ms, and the next use is slower."""
 # A page of 4 KiB that was marked as free costs another fault, so marking pays only where pages are huge.
 _MODES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
