@@ -1,15 +1,21 @@
 """No wait outlasts the timeout of its group, behind other calls neither, whoever waits and in whatever order."""
 
+import contextlib
+import gc
 import os
 import signal
 import time
+import weakref
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import faults
+import flashcomm
 import ranks
-from calls import all_reduce_of_ones, check, failure, new_group
+from calls import all_reduce_of_ones, check, failure, meeting, new_group
+from events import dawdle
 from flashcomm.errors import PeerLost, TimedOut
 from flashcomm.transports.shared.memory import InMemory
 
@@ -56,18 +62,23 @@ def test_calls_behind_one_that_times_out_end_with_it(last, backwards, by, fresh_
         assert seconds < TIMEOUT_S + SLACK_S, outcomes
 
 
+@contextlib.contextmanager
+def calls_in_shared_memory_fail():
+    # A Run is of a class with slots: replace what it calls.
+    run, InMemory.__call__ = InMemory.__call__, None
+    try:
+        yield
+    finally:
+        InMemory.__call__ = run
+
+
 def one_rank_fails_in_the_middle():
     """A call in shared memory that fails on one rank: the others must not wait for it until the timeout."""
     group = new_group()
     check(all_reduce_of_ones(group))
     if dist.get_rank() == 0:
-        # A Run is of a class with slots: replace what it calls.
-        run, InMemory.__call__ = InMemory.__call__, None
-        try:
-            with pytest.raises(TypeError):
-                all_reduce_of_ones(group)
-        finally:
-            InMemory.__call__ = run
+        with calls_in_shared_memory_fail(), pytest.raises(TypeError):
+            all_reduce_of_ones(group)
     return failure(lambda: all_reduce_of_ones(group))
 
 
@@ -78,3 +89,49 @@ def test_a_rank_that_fails_in_the_middle_of_shared_memory_lets_the_others_know()
         # Or what another of them, which heard it first, has passed on.
         assert "has given up after an error while rank" in message
         assert seconds < 10
+
+
+def an_asynchronous_call_fails() -> bool:
+    """Whether the group still holds the values of a call that failed."""
+    group = new_group()
+    check(all_reduce_of_ones(group))
+    x = torch.ones(64, 256)
+    values = weakref.ref(x)
+    with calls_in_shared_memory_fail():
+        work = flashcomm.all_reduce(x, "fp32", group, algorithm="two_step", async_op=True)
+        with contextlib.suppress(TypeError):
+            work.wait()
+            raise AssertionError("the call did not fail")
+    del x, work
+    gc.collect()
+    return values() is not None
+
+
+def test_a_group_does_not_hold_the_values_of_a_call_that_failed():
+    assert ranks.shared(2).run(an_asynchronous_call_fails) == [False, False]
+
+
+def one_rank_trickles():
+    """(Message, seconds) of a call whose peer sends its bytes one by one, without an end; None on that peer."""
+    group = new_group()
+    check(all_reduce_of_ones(group))
+    faults.shorten(TIMEOUT_S)
+    if dist.get_rank() == 0:
+        return failure(lambda: all_reduce_of_ones(group, (4096, 4096)), TimedOut)
+    connection = meeting(group).lane.messages.link._sockets[0]
+    # The message's length, half of 4096 x 4096 fp32, and its bytes until the other side gives up.
+    rest = iter((4096 * 4096 * 2).to_bytes(8, "big"))
+    with contextlib.suppress(ConnectionError):
+        while True:
+            with contextlib.suppress(BlockingIOError):
+                connection.send(bytes([next(rest, 0)]))
+            with contextlib.suppress(BlockingIOError):
+                if not connection.recv(1 << 20):
+                    return None
+            dawdle(1)
+
+
+def test_a_peer_that_trickles_does_not_stretch_a_call(fresh_ranks):
+    (message, seconds), _ = fresh_ranks(2, env=ranks.WAYS["connections"]).run(one_rank_trickles)
+    assert "rank 1 did not come within the group's timeout" in message
+    assert seconds < TIMEOUT_S + SLACK_S

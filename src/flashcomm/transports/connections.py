@@ -212,20 +212,19 @@ class Connections:
         self._check()
         while transfer.views:
             left_ms = 1000 * (transfer.end - time.monotonic())
-            if not self._move(max(0, min(_POLL_MS, math.ceil(left_ms)))) and left_ms <= 0:
+            self._move(max(0, min(_POLL_MS, math.ceil(left_ms))))
+            if left_ms <= 0 and transfer.views:
                 why = f"did not come within the group's timeout of {self.timeout_s:g} s"
                 self._fail(TimedOut, transfer.peer, why)
 
-    def _move(self, patience_ms: int) -> bool:
-        """Wait up to `patience_ms` until some connection is ready, then move its bytes; return whether one was."""
-        events = self._poll.poll(patience_ms)
-        for descriptor, event in events:
+    def _move(self, patience_ms: int):
+        """Wait up to `patience_ms` until some connection is ready, then move its bytes."""
+        for descriptor, event in self._poll.poll(patience_ms):
             peer = self._peers[descriptor]
             if event & ~select.POLLOUT and self._coming[peer]:
                 self._read(peer)
             if event & ~select.POLLIN and self._sends_to(peer):
                 self._write()
-        return bool(events)
 
     def _watch(self, peer: int):
         """Poll a connection only while bytes are expected or pending: a peer that is done may have ended."""

@@ -14,7 +14,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,8 +64,8 @@ class Lane:
         """The thread that runs asynchronous calls; None where they run on the caller's."""
         self.turn = threading.RLock()
         """Held by the thread whose call it is."""
-        self.last: Future | None = None
-        """The call that was submitted last, if it may still be under way."""
+        self.last: threading.Event | None = None
+        """The end of the call that was submitted last. Not its future, whose error would hold whoever waited for it."""
         self.late = ""
         """The error that every call raises once a rank has not come in time; "" before."""
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -76,13 +76,15 @@ class Lane:
         """Call ``function(x, out)`` on the lane's thread, after all calls that were submitted."""
         assert self.thread is not None
         with self.turn:
-            self.last = self.thread.submit(function, x, out)
-            return self.last
+            future, ended = self.thread.submit(function, x, out), threading.Event()
+            future.add_done_callback(lambda _: ended.set())
+            self.last = ended
+            return future
 
     def finish(self):
         """Block until all calls that were submitted have ended, well or not."""
         if self.last is not None:
-            wait((self.last,))
+            self.last.wait()
             self.last = None
 
     def stream(self, device: torch.device) -> torch.cuda.Stream:
