@@ -1,5 +1,7 @@
 """Rows that vary in length: the bits of codec ``bf16``, over every kind of messages, in the bytes that they use."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,8 +14,10 @@ from calls import failure, meeting, new_group
 from flashcomm.codecs import Levels, parse
 from flashcomm.codecs.base import canonical_nan
 from flashcomm.collectives import algorithms
+from flashcomm.collectives.group import group_of
 from flashcomm.collectives.hierarchical import hierarchical
 from flashcomm.errors import RanksDisagree
+from flashcomm.planner import Algorithm, Cost, LinkCosts
 from flashcomm.transports.base import OnRows
 from loopback import Link, Loopback
 
@@ -152,3 +156,22 @@ def test_a_message_that_is_no_rows_is_an_error_and_no_crash():
     _, (no_rows, too_long) = ranks.shared(2, by="connections").run(a_broken_peer)
     assert "rank 0 sends 50 bytes that are not 2 rows of at most 100 bytes" in no_rows
     assert "rank 0 sends 1000 bytes where 200 at most were expected" in too_long
+
+
+def test_auto_sends_bf16_without_loss_where_that_was_measured_to_win_and_says_so():
+    loop, xs = Loopback(3), inputs(3)
+    points = [(size, 16.0, size * 1e-6) for size in (1024, 1 << 20)]
+    slow, fast = Cost.measured(points), Cost.measured([(size, bits, s / 2) for size, bits, s in points])
+    two_step = Algorithm(name="two_step")
+    costs = LinkCosts(name="here", plain=slow, uncompressed={two_step: slow}, lossless={two_step: fast})
+    for process_group in loop.groups:
+        group = group_of(process_group)
+        group.facts = replace(group.facts, hosts=3, costs=costs)
+    flashcomm.reset_stats()
+    outs = loop.run(lambda rank, _: flashcomm.all_reduce(xs[rank], "bf16", loop.groups[rank]))
+    want = flashcomm.simulate.all_reduce(xs, "bf16", "two_step")
+    assert all(promises.same(out, want) for out in outs)
+    seen = flashcomm.stats()
+    reason = "measured to win from 1 KiB on; lossless for the bits of bf16"
+    assert seen["reasons"] == {"all_reduce/two_step/lossless": {reason: 3}}
+    assert seen["wire_bytes"] < seen["plain_bytes"]

@@ -109,6 +109,8 @@ class Codec(ABC):
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
         """Average bits on the wire per value of a row of `cols` values, scales and zero points included.
 
+        Where rows vary in length these are the bits to expect of a model's sums, for predictions.
+
         >>> from flashcomm.codecs import parse
         >>> parse("int4g128").bits_per_value(4096)
         4.25

@@ -28,6 +28,7 @@ CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
 # On GPUs, not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
 GPU_CODEC_S_PER_BYTE, GPU_PIECE_S = 2e-12, 60e-6
 MOST_PIECES = 12
+_SAME_BITS = "lossless for the bits of bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,18 +175,25 @@ def _by_rule(message_bytes: int, facts: Facts, codec: Codec, batch_invariant: bo
 
 
 def _by_cost(message_bytes: int, costs: LinkCosts, codec: Codec, exact: str) -> Plan:
+    # Asked for or not, values of bf16 arrive as they are.
+    same = bool(costs.lossless) and exact == "bf16" and codec == parse("bf16")
+    codec = parse("lossless") if same else codec
     start = costs.pays_from(codec)
     if start is not None and message_bytes >= start and (best := costs.cheapest(codec, message_bytes).algorithm):
         sent = _with_levels(codec, exact) if best.name == "hierarchical" else codec
-        return Plan(
-            algorithm=best.name, codec=sent, reason=f"measured to win from {bytes_text(start)} on", pieces=best.pieces
-        )
+        reason = f"measured to win from {bytes_text(start)} on" + (f"; {_SAME_BITS}" if same else "")
+        return Plan(algorithm=best.name, codec=sent, reason=reason, pieces=best.pieces)
     reason = "compression does not pay on this link" if start is None else f"message under {bytes_text(start)}"
-    best = costs.exact(message_bytes).algorithm
-    if best is None:
-        return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
-    sent = _with_levels(parse(exact), exact) if best.name == "hierarchical" else parse(exact)
-    return Plan(algorithm=best.name, codec=sent, reason=reason, pieces=best.pieces, declined=True)
+    best, sent = costs.exact(message_bytes), exact
+    if best.algorithm is None:
+        # The backend adds in an order of its own, so nothing of ours may replace it unasked.
+        return Plan(algorithm="plain", codec=parse("bf16") if same else codec, reason=reason, declined=True)
+    if exact == "bf16" and (faster := costs.without_loss(best, message_bytes)) and faster.algorithm:
+        best, sent, reason = faster, "lossless", f"{reason}; {_SAME_BITS}"
+    way = best.algorithm
+    assert way is not None
+    codec = _with_levels(parse(sent), exact) if way.name == "hierarchical" else parse(sent)
+    return Plan(algorithm=way.name, codec=codec, reason=reason, pieces=way.pieces, declined=True)
 
 
 def _compressed(algorithm: str, message_bytes: int, facts: Facts, codec: Codec, exact: str, reason: str) -> Plan:
