@@ -8,11 +8,11 @@ takes 11.3 bits.
     row       length, 4 bytes, low byte first: bytes of the row, these included; then one of
     zeros     nothing: all values are +0; length 4
     raw       the values themselves; length 4 + 2 * cols
-    packed    base 1 byte (the window's lowest exponent), tops, codes, rests, escapes; shorter than raw
-    tops      1 byte per value: its sign and its seven highest bits of mantissa
-    codes     exponent - base, or 7, packed by `bits`
-    rests     fp16 only: the three lowest bits of mantissa, packed by `bits`
-    escapes   1 byte per value with code 7: its exponent, in order of place
+    packed    base, 1 byte: the window's lowest exponent; then tops, planes, escapes; shorter than raw
+    tops      a byte per value: its sign and its seven highest bits of mantissa
+    planes    a bit per value each, the first value's lowest: three of the codes, exponent - base or 7, lowest bits
+              first; with fp16 three more of the lowest bits of mantissa
+    escapes   a byte per value with code 7: its exponent, in order of place
 
 The window is the one with most values of the seven that hold the row's median exponent, the lowest among equals. So
 outliers and zeros, up to half of the row, do not move it, and no other window could hold more than half of the row.
@@ -30,7 +30,6 @@ from typing import NamedTuple
 
 import torch
 
-from flashcomm.codecs import bits
 from flashcomm.codecs.base import Codec, canonical_nan
 from flashcomm.codecs.cast import spacing
 from flashcomm.codecs.groups import from_bytes, to_bytes
@@ -110,12 +109,10 @@ class Lossless(Codec):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         return spacing(x, self.wire).masked_fill(~x.isfinite(), float("nan"))
 
-    def parts(self, cols: int) -> tuple[int, int, int]:
-        """Where a packed row's codes, rests and escapes begin."""
-        codes = HEADER_BYTES + cols
-        rests = codes + bits.code_bytes(cols, CODE_BITS)
-        rest = LAYOUTS[self.wire].rest
-        return codes, rests, rests + (bits.code_bytes(cols, rest) if rest else 0)
+    def parts(self, cols: int) -> tuple[int, int]:
+        """Where a packed row's planes and escapes begin."""
+        planes = HEADER_BYTES + cols
+        return planes, planes + (CODE_BITS + LAYOUTS[self.wire].rest) * (-(-cols // 8))
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         (rows, cols), form = x.shape, LAYOUTS[self.wire]
@@ -127,16 +124,15 @@ class Lossless(Codec):
         base = _base(exponent)
         escaped = (exponent < base) | (exponent >= base + ESCAPE)
         code = torch.where(escaped, ESCAPE, exponent - base)
-        codes, rests, escapes = self.parts(cols)
+        planes, escapes = self.parts(cols)
         packed = torch.zeros(rows, escapes + cols + 1, dtype=torch.uint8, device=x.device)
         # An escape goes behind those before it. All other values go to one place behind the row, which is cut off.
         place = torch.where(escaped, escapes + escaped.cumsum(1) - 1, escapes + cols)
         packed.scatter_(1, place, exponent.to(torch.uint8))
         packed[:, LENGTH_BYTES] = base[:, 0]
-        packed[:, HEADER_BYTES:codes] = (pattern >> 8 & 0x80 | pattern >> form.rest & 0x7F).to(torch.uint8)
-        packed[:, codes:rests] = bits.pack(code, CODE_BITS)
-        if form.rest:
-            packed[:, rests:escapes] = bits.pack(pattern & (1 << form.rest) - 1, form.rest)
+        packed[:, HEADER_BYTES:planes] = (pattern >> 8 & 0x80 | pattern >> form.rest & 0x7F).to(torch.uint8)
+        low = pattern & (1 << form.rest) - 1
+        packed[:, planes:escapes] = _to_planes(code | low << CODE_BITS, CODE_BITS + form.rest)
         size = self.payload_bytes(cols)
         length = (escapes + escaped.sum(1, keepdim=True)).clamp_max(size)
         raw = torch.nn.functional.pad(values.view(torch.uint8), (LENGTH_BYTES, 0))
@@ -150,19 +146,18 @@ class Lossless(Codec):
         form = LAYOUTS[self.wire]
         if payload.numel() == 0:
             return torch.empty(payload.shape[0], cols, dtype=dtype, device=payload.device)
-        codes, rests, escapes = self.parts(cols)
+        planes, escapes = self.parts(cols)
         length = self.lengths(payload)
         # Room for the escapes of a broken payload.
         payload = torch.nn.functional.pad(payload, (0, escapes + cols - payload.shape[1]))
-        code = bits.unpack(payload[:, codes:rests], cols, CODE_BITS)
+        low = _from_planes(payload[:, planes:escapes], cols, CODE_BITS + form.rest)
+        code = low & ESCAPE
         escaped = code == ESCAPE
         place = escapes + (escaped.cumsum(1) - 1).clamp_min(0)
         exponent = torch.where(escaped, payload.gather(1, place).int(), payload[:, LENGTH_BYTES, None].int() + code)
         exponent &= (1 << form.exponent) - 1
-        top = payload[:, HEADER_BYTES:codes].int()
-        pattern = (top & 0x80) << 8 | exponent << form.mantissa | (top & 0x7F) << form.rest
-        if form.rest:
-            pattern |= bits.unpack(payload[:, rests:escapes], cols, form.rest)
+        top = payload[:, HEADER_BYTES:planes].int()
+        pattern = (top & 0x80) << 8 | exponent << form.mantissa | (top & 0x7F) << form.rest | low >> CODE_BITS
         raw = from_bytes(payload[:, LENGTH_BYTES : self.payload_bytes(cols)], 2)
         pattern = torch.where(length[:, None] >= self.payload_bytes(cols), raw, pattern)
         pattern = torch.where(length[:, None] <= LENGTH_BYTES, 0, pattern)
@@ -180,3 +175,19 @@ def _base(exponent: torch.Tensor) -> torch.Tensor:
         inside = ((exponent >= base) & (exponent < base + ESCAPE)).sum(1, keepdim=True)
         best, most = torch.where(inside > most, base, best), torch.maximum(inside, most)
     return best
+
+
+def _to_planes(numbers: torch.Tensor, count: int) -> torch.Tensor:
+    """int32 [T, H] below 2**count -> uint8 [T, count * ceil(H / 8)]: one plane of bits after the other."""
+    octets = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % 8)).unflatten(1, (-1, 8))
+    shifts = torch.arange(8, dtype=torch.int32, device=numbers.device)
+    return torch.cat([((octets >> i & 1) << shifts).sum(-1) for i in range(count)], 1).to(torch.uint8)
+
+
+def _from_planes(planes: torch.Tensor, cols: int, count: int) -> torch.Tensor:
+    """Inverse of `_to_planes`."""
+    shifts = torch.arange(8, dtype=torch.int32, device=planes.device)
+    numbers = torch.zeros(planes.shape[0], cols, dtype=torch.int32, device=planes.device)
+    for i, plane in enumerate(planes.int().chunk(count, 1)):
+        numbers |= (plane[..., None] >> shifts & 1).flatten(1)[:, :cols] << i
+    return numbers
