@@ -78,9 +78,16 @@ class Lossless(Codec):
 
     Args:
         wire: bf16 or fp16.
+
+    Raises:
+        ValueError: another type.
     """
 
     wire: torch.dtype
+
+    def __post_init__(self):
+        if self.wire not in LAYOUTS:
+            raise ValueError(f"rows without loss are of bf16 or fp16, not {self.wire}: fp32 travels as codec 'fp32'")
 
     def __str__(self) -> str:
         return {torch.bfloat16: "lossless", torch.float16: "lossless_fp16"}[self.wire]
