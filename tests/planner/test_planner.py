@@ -212,3 +212,12 @@ def test_clusters_of_slow_links_send_without_loss():
 
     assert sent("1gbit") == "lossless"
     assert sent("100gbit") != "lossless"
+
+
+def test_lossless_goes_as_bf16_where_rows_would_be_sent_whole():
+    for facts in (4, Facts(ranks=4, hosts=4, device="cuda")):
+        plan = choose(8 * MIB, facts, parse("lossless"))
+        assert (plan.algorithm, str(plan.codec), plan.declined) == ("two_step", "bf16", False)
+        assert plan.reason == "fewest bytes; bf16 for the bits of lossless, as rows would be sent whole"
+        assert str(choose(8 * MIB, facts, parse("lossless"), algorithm="two_step").codec) == "lossless"
+    assert str(choose(8 * MIB, Facts(ranks=4, hosts=4, connected=True), parse("lossless")).codec) == "lossless"
