@@ -50,6 +50,8 @@ def _wait_until(ready: Callable[[], bool]):
 class _Sent:
     """A message that has left: its bytes were copied."""
 
+    length = 0
+
     def wait(self):
         """See `base.Transfer`."""
 
@@ -57,8 +59,9 @@ class _Sent:
 class _Received:
     """A message that is copied into its place when it is waited for, after earlier ones from the same rank."""
 
-    def __init__(self, line: "deque[torch.Tensor]", part: torch.Tensor, earlier: "_Received | None"):
-        self._line, self._part, self._earlier, self._done = line, part, earlier, False
+    def __init__(self, line: "deque[torch.Tensor]", part: torch.Tensor, earlier: "_Received | None", up_to: bool):
+        self._line, self._part, self._earlier, self._up_to, self._done = line, part, earlier, up_to, False
+        self.length = part.numel()
 
     def wait(self):
         """See `base.Transfer`."""
@@ -68,14 +71,17 @@ class _Received:
         if not self._done:
             _wait_until(lambda: bool(self._line))
             message = self._line.popleft()
-            if len(message) != self._part.numel():
-                raise AssertionError(f"{len(message)} bytes where {self._part.numel()} were expected")
-            self._part.view(-1).copy_(message)
+            if len(message) != self.length and not (self._up_to and len(message) < self.length):
+                raise AssertionError(f"{len(message)} bytes where {self.length} were expected")
+            self.length = len(message)
+            self._part.view(-1)[: self.length].copy_(message)
             self._done = True
 
 
 class Link:
     """See `base.Link`."""
+
+    tells_lengths = True
 
     def __init__(self, lines: "dict[tuple[int, int], deque[torch.Tensor]]", rank: int):
         self._lines, self._rank = lines, rank
@@ -89,10 +95,10 @@ class Link:
         _step()
         return _Sent()
 
-    def receive(self, part: torch.Tensor, peer: int) -> _Received:
+    def receive(self, part: torch.Tensor, peer: int, *, up_to: bool = False) -> _Received:
         """See `base.Link`."""
         assert part.is_contiguous()
-        self._latest[peer] = _Received(self._lines[peer, self._rank], part, self._latest.get(peer))
+        self._latest[peer] = _Received(self._lines[peer, self._rank], part, self._latest.get(peer), up_to)
         return self._latest[peer]
 
     def close(self, why: str):

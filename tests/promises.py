@@ -27,6 +27,7 @@ CODECS = (
         "int4g128+hadamard",
         "int3g32+spike+taco",
         "ec4.25",
+        "lossless",
     ),
 )
 

@@ -28,7 +28,11 @@ def partial_sums():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["codec"])
 def test_figures_are_those_of_todays_code(row, partial_sums):
     codec = parse(row["codec"])
-    assert codec.bits_per_value(4096) == row["bits_per_value"]
+    if codec.varies:
+        x = torch.randn(512, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+        assert bench.bits_per_value(codec, codec.encode(x)) == pytest.approx(row["bits_per_value"], abs=0.01)
+    else:
+        assert codec.bits_per_value(4096) == row["bits_per_value"]
     gaussian, heavy, model = bench.sqnrs(codec, partial_sums)
     assert gaussian == pytest.approx(row["sqnr_db"], abs=0.05)
     assert heavy == pytest.approx(row["sqnr_heavy_db"], abs=0.05)

@@ -36,7 +36,9 @@ def test_unknown_codec_lists_what_is_allowed_and_the_nearest(spelling, nearest):
     meant = f" Did you mean {nearest}?" if nearest else ""
     with pytest.raises(ValueError) as error:
         parse(spelling)
-    assert str(error.value).startswith(f"unknown codec '{spelling}'.{meant} Allowed: none, bf16, fp32, int1 to int8")
+    assert str(error.value).startswith(
+        f"unknown codec '{spelling}'.{meant} Allowed: none, bf16, fp32, lossless, lossless_fp16, int1 to int8"
+    )
 
 
 @pytest.mark.parametrize("spelling", ["a:b:c", "none:int8", "int8:none", ":", "int8:"])

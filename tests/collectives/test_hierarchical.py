@@ -23,7 +23,13 @@ def hierarchical_on_ranks() -> list[str]:
     torch.set_num_threads(1)
     bad, size, rank = [], dist.get_world_size(), dist.get_rank()
     hosts = size // 2
-    for spec in ("int4g128", "int8g128/int4g128:int8g128", "fp32/mxfp4", "bf16:int8g128/int2g32+spike"):
+    for spec in (
+        "int4g128",
+        "int8g128/int4g128:int8g128",
+        "bf16/lossless",
+        "fp32/mxfp4",
+        "bf16:int8g128/int2g32+spike",
+    ):
         for shape in ((64, 1024), (3, 300), (7,), (5, 128), (0, 128), ()):
             for dtype in values.DTYPES:
                 xs = [promises.tensor(r, shape, dtype) for r in range(size)]

@@ -220,7 +220,7 @@ got = kernels.decode(exact.encode(x), exact, cols=x.shape[1], dtype=torch.float1
 want = exact.decode(exact.encode(x), x.shape[1], torch.float16)
 wrong = got.view(torch.int16) != want.view(torch.int16)
 assert not wrong.any(), (x[wrong][:9], got[wrong][:9].view(torch.int16), want[wrong][:9].view(torch.int16))
-for spec in ("int8g128", "mxfp8_e4m3"):
+for spec in ("int8g128", "mxfp8_e4m3", "lossless", "lossless_fp16"):
     codec = codecs.parse(spec)
     for dtype in values.DTYPES:
         x = values.every_pattern(dtype)

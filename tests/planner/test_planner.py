@@ -162,3 +162,62 @@ def test_a_format_whose_algorithm_was_given_up_travels_as_it_is():
     alone = replace(costs, compressed={Algorithm(name="one_step"): costs.compressed[Algorithm(name="one_step")]})
     plan = choose(8 * MIB, Facts(ranks=4, hosts=4, costs=alone), parse("int4:int8"))
     assert (plan.algorithm, plan.declined) == ("plain", True)
+
+
+def with_lossless(seconds: float, hierarchical: bool = False) -> LinkCosts:
+    """Costs of 10 ms per MiB of plain, 5 ms of bf16 in one step, and `seconds` of lossless; 4 bits never pay."""
+    costs = link_costs(plain=10e-3, two_step=30e-3, one_step=30e-3, exact=5e-3)
+    name = "hierarchical" if hierarchical else "one_step"
+    points = [(size, 11.3, 1e-5 + seconds * size / MIB) for size in (4096, MIB, 16 * MIB)]
+    exact = {Algorithm(name=name): costs.uncompressed[Algorithm(name="one_step")]}
+    return replace(costs, uncompressed=exact, lossless={Algorithm(name=name, pieces=3): Cost.measured(points)})
+
+
+def test_values_travel_without_loss_where_that_is_faster_and_gives_the_same_bits():
+    group = Facts(ranks=4, hosts=4, connected=True, costs=with_lossless(3e-3))
+    plan = choose(8 * MIB, group, parse("int4g128"))
+    assert (plan.algorithm, plan.pieces, str(plan.codec), plan.declined) == ("one_step", 3, "lossless", True)
+    assert plan.reason == "compression does not pay on this link; lossless for the bits of bf16"
+    asked = choose(8 * MIB, group, parse("bf16"))
+    assert (str(asked.codec), asked.declined) == ("lossless", False)
+    assert asked.reason == "measured to win from 4 KiB on; lossless for the bits of bf16"
+    assert str(choose(8 * MIB, group, parse("lossless")).codec) == "lossless"
+    # Levels: between hosts alone.
+    levels = Facts(ranks=4, hosts=2, connected=True, costs=with_lossless(3e-3, hierarchical=True))
+    assert str(choose(8 * MIB, levels, parse("bf16")).codec) == "bf16/lossless"
+
+
+def test_values_do_not_travel_without_loss_where_bits_would_change_or_time_would_be_lost():
+    slow = Facts(ranks=4, hosts=4, connected=True, costs=with_lossless(6e-3))
+    assert str(choose(8 * MIB, slow, parse("int4g128")).codec) == "bf16"
+    assert str(choose(8 * MIB, slow, parse("bf16")).codec) == "bf16"
+    fast = Facts(ranks=4, hosts=4, connected=True, costs=with_lossless(3e-3))
+    # fp32 values are not bf16, an algorithm that was asked for is obeyed, and `none` is the backend's own sum.
+    assert str(choose(8 * MIB, fast, parse("int4g128"), exact="fp32").codec) == "fp32"
+    assert str(choose(8 * MIB, fast, parse("bf16"), algorithm="two_step").codec) == "bf16"
+    assert choose(8 * MIB, fast, parse("none")).algorithm == "plain"
+    # The backend's own sum is faster than bf16 of ours, and adds in another order.
+    backend = replace(with_lossless(3e-3), plain=Cost.measured([(4096, 16.0, 1e-5), (16 * MIB, 16.0, 16 * 4e-3)]))
+    plan = choose(8 * MIB, replace(fast, costs=backend), parse("int4g128"))
+    assert (plan.algorithm, str(plan.codec)) == ("plain", "int4g128")
+
+
+def test_clusters_of_slow_links_send_without_loss():
+    """Whatever is asked for as bf16; from some rate on, the kernels take longer than the bytes that they save."""
+    from flashcomm.planner import hardware
+
+    def sent(rate: str) -> str:
+        group = hardware.cluster("cpu-1gbe", 4, ranks_per_host=1, rate=rate).group
+        return str(choose(16 * MIB, group, parse("bf16")).codec)
+
+    assert sent("1gbit") == "lossless"
+    assert sent("100gbit") != "lossless"
+
+
+def test_lossless_goes_as_bf16_where_rows_would_be_sent_whole():
+    for facts in (4, Facts(ranks=4, hosts=4, device="cuda")):
+        plan = choose(8 * MIB, facts, parse("lossless"))
+        assert (plan.algorithm, str(plan.codec), plan.declined) == ("two_step", "bf16", False)
+        assert plan.reason == "fewest bytes; bf16 for the bits of lossless, as rows would be sent whole"
+        assert str(choose(8 * MIB, facts, parse("lossless"), algorithm="two_step").codec) == "lossless"
+    assert str(choose(8 * MIB, Facts(ranks=4, hosts=4, connected=True), parse("lossless")).codec) == "lossless"

@@ -97,7 +97,7 @@ def run(
                 dtype=str(dtype).removeprefix("torch."),
                 mib=mib,
                 threads=torch.get_num_threads(),
-                bits_per_value=codec.bits_per_value(_ROW, dtype),
+                bits_per_value=bits_per_value(codec, payload),
                 sqnr_db=gaussian,
                 sqnr_heavy_db=heavy,
                 sqnr_model_db=model,
@@ -110,6 +110,11 @@ def run(
             )
         )
     return table
+
+
+def bits_per_value(codec: Codec, payload: torch.Tensor) -> float:
+    """Average bits per value of what is used of payload[T, P]."""
+    return 8 * codec.lengths(payload).double().mean().item() / _ROW
 
 
 def check(codec: Codec, x: torch.Tensor, payload: torch.Tensor):

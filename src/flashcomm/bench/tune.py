@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm import planner
+from flashcomm import kernels, planner
 from flashcomm.bench.timing import interleaved
-from flashcomm.codecs import Cast, Codec, Levels, parse
+from flashcomm.codecs import Cast, Codec, Levels, Lossless, parse
 from flashcomm.collectives.group import group_of
 from flashcomm.collectives.routes import run_of
 from flashcomm.planner import Algorithm, Cost, LinkCosts
@@ -52,17 +52,20 @@ def measure(
         raise ValueError("one rank has no link to measure: give 2 or more")
     group = group_of(None)
     group.meet(torch.device("cpu"))
-    variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, (*CODECS, "bf16"))]
+    specs = [*CODECS, "bf16"]
+    if not group.facts.shared and not any(group.ranks.tell(kernels.any_missing(parse("lossless"), "cpu"))):
+        specs.append("lossless")
+    variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, specs)]
     # Pieces only help where the cores have work to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
-    samples: dict[tuple[Algorithm | None, bool], list[tuple[int, float, float]]] = {}
+    samples: dict[tuple[Algorithm | None, str], list[tuple[int, float, float]]] = {}
     for size in sizes:
         progress(f"messages of {size >> 10} KiB")
         fit = [(way, codec) for way, codec in variants if size >= way.pieces * _LEAST_PIECE_BYTES or way.pieces == 1]
         times = _times(size, fit, repeats if size < _LARGE_BYTES else min(repeats, _LARGE_REPEATS))
         for (way, codec), seconds in times.items():
-            exact = codec is None or isinstance(codec, Cast)
-            samples.setdefault((way, exact), []).append((size, codec.bits_per_value(_ROW) if codec else 16.0, seconds))
+            bits = codec.bits_per_value(_ROW) if codec else 16.0
+            samples.setdefault((way, _kind(codec)), []).append((size, bits, seconds))
         if size >= _LARGE_BYTES:
             # All ranks see the same times. An algorithm is dropped with all its pieces and formats, whose order changes
             # as messages grow.
@@ -70,18 +73,25 @@ def measure(
             for way, codec in fit:
                 best[way.name, codec] = min(times[way, codec], best.get((way.name, codec), math.inf))
             least = {codec: min(t for (_, c), t in best.items() if c == codec) for _, codec in best}
-            behind = {
-                (name, isinstance(codec, Cast)) for (name, codec), t in best.items() if t > _BEHIND * least[codec]
-            }
-            variants = [v for v in variants if (v[0].name, isinstance(v[1], Cast)) not in behind]
+            behind = {(name, _kind(codec)) for (name, codec), t in best.items() if t > _BEHIND * least[codec]}
+            variants = [(way, codec) for way, codec in variants if (way.name, _kind(codec)) not in behind]
     costs = {key: Cost.measured(points) for key, points in samples.items()}
+    of_kind = lambda kind: {way: cost for (way, its), cost in costs.items() if way and its == kind}  # noqa: E731
     measured = LinkCosts(
         name=group.name,
-        plain=costs[None, True],
-        compressed={way: cost for (way, exact), cost in costs.items() if way and not exact},
-        uncompressed={way: cost for (way, exact), cost in costs.items() if way and exact},
+        plain=costs[None, "uncompressed"],
+        compressed=of_kind("compressed"),
+        uncompressed=of_kind("uncompressed"),
+        lossless=of_kind("lossless"),
     )
     return replace(group.facts, costs=LinkCosts.from_dict(group.ranks.tell(measured.as_dict())[0]))
+
+
+def _kind(codec: Codec | None) -> str:
+    """The costs of `LinkCosts` that a codec's time belongs to; None is the backend's own."""
+    if isinstance(codec, Lossless):
+        return "lossless"
+    return "uncompressed" if codec is None or isinstance(codec, Cast) else "compressed"
 
 
 def _ways(facts: planner.Facts) -> list[Algorithm]:

@@ -56,7 +56,7 @@ def tune(
         if save.suffix != ".json":
             fail(f"--save {str(save)!r}: give a file that ends in .json")
     measure = compute.measure if save else tuning_bench.measure
-    warm_up([*tuning_bench.CODECS, "bf16"])
+    warm_up([*tuning_bench.CODECS, "bf16", "lossless"])
     if is_rank:
         world = os.environ["WORLD_SIZE"]
         if rate or str(tp or world) != world:
@@ -90,6 +90,7 @@ def _print_tuning(group: Facts):
     ways = [("plain", costs.plain, 16.0, 16.0)]
     ways += [(f"{way}", cost, 4.25, 8.25) for way, cost in costs.compressed.items()]
     ways += [(f"{way}, bf16", cost, 16.0, 16.0) for way, cost in costs.uncompressed.items()]
+    ways += [(f"{way}, lossless", cost, 16.0, 16.0) for way, cost in costs.lossless.items()]
     for way, cost, few, many in ways:
         measured = {point.message_bytes for point in cost.points}
         times = [sorted({f"{1e3 * cost.seconds(size, bits):.3g}" for bits in (few, many)}, key=float) for size in sizes]
@@ -97,12 +98,13 @@ def _print_tuning(group: Facts):
     stdout.print(table)
     table = new_table("what algorithm='auto' takes")
     table.add_column("message", justify="right", no_wrap=True)
-    specs = ("int8g128", "int4g128")
+    specs = ("bf16", "int8g128", "int4g128")
     for spec in specs:
         table.add_column(spec, no_wrap=True)
     for size in planner.SIZES[2:17:2]:
         plans = [planner.choose(size, group, flashcomm.codec(spec)) for spec in specs]
         names = [f"{p.algorithm} in {p.pieces} pieces" if p.pieces > 1 else p.algorithm for p in plans]
-        sent = [f" of {p.codec}" if p.declined and p.algorithm != "plain" else "" for p in plans]
+        changed = [p.algorithm != "plain" and (p.declined or "lossless" in str(p.codec)) for p in plans]
+        sent = [f" of {p.codec}" if other else "" for p, other in zip(plans, changed, strict=True)]
         table.add_row(bytes_text(size), *(name + what for name, what in zip(names, sent, strict=True)))
     stdout.print(table)

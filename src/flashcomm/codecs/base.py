@@ -55,6 +55,19 @@ class Codec(ABC):
         """Whether this codec still needs a calibration; see `bind`."""
         return False
 
+    @property
+    def varies(self) -> bool:
+        """Whether rows take fewer bytes than `payload_bytes`, which is then the bound of the worst row."""
+        return False
+
+    def lengths(self, payload: torch.Tensor) -> torch.Tensor:
+        """[T, P] uint8 -> int64 [T]: the bytes at the beginning of each row that are used; the rest is not sent.
+
+        They are what the rows say, in the first four bytes, so those of a broken payload may be any number.
+        """
+        rows, size = payload.shape
+        return torch.full((rows,), size, dtype=torch.int64, device=payload.device)
+
     def check(self, cols: int, ranks: int | None = None):
         """Refuse rows of `cols` values, or a number of ranks, that this codec cannot serve, before anything is sent.
 
@@ -96,6 +109,8 @@ class Codec(ABC):
     def bits_per_value(self, cols: int, dtype: torch.dtype = torch.bfloat16) -> float:
         """Average bits on the wire per value of a row of `cols` values, scales and zero points included.
 
+        Where rows vary in length these are the bits to expect of a model's sums, for predictions.
+
         >>> from flashcomm.codecs import parse
         >>> parse("int4g128").bits_per_value(4096)
         4.25
@@ -104,7 +119,12 @@ class Codec(ABC):
 
 
 def decode_sum(payloads: torch.Tensor, codec: Codec, cols: int, dtype: torch.dtype) -> torch.Tensor:
-    """[R, T, P] uint8 -> [T, cols] of `dtype`: decode each rank's rows and add them in fp32, rank 0 first."""
+    """[R, T, P] uint8 -> [T, cols] of `dtype`: decode each rank's rows and add them in fp32, rank 0 first.
+
+    One rank's rows are decoded alone, and keep their NaN payloads if the codec does.
+    """
+    if payloads.shape[0] == 1:
+        return codec.decode(payloads[0], cols, dtype)
     total = codec.decode(payloads[0], cols, torch.float32)
     for payload in payloads[1:]:
         total = total + codec.decode(payload, cols, torch.float32)

@@ -29,7 +29,7 @@ import torch
 from flashcomm import subnormals
 from flashcomm.codecs import bits as planes
 from flashcomm.codecs.base import Codec, canonical_nan
-from flashcomm.codecs.cast import bf16_spacing
+from flashcomm.codecs.cast import spacing
 from flashcomm.codecs.groups import TINY, from_bits, from_bytes, like
 
 
@@ -165,7 +165,7 @@ class Keep(Codec):
         mask = self._mask(x.shape[1], x.device)
         step = torch.empty_like(x, dtype=torch.float32)
         step[:, ~mask] = self.base.step(x[:, ~mask])
-        step[:, mask] = bf16_spacing(x[:, mask]).masked_fill(~x[:, mask].isfinite(), float("nan"))
+        step[:, mask] = spacing(x[:, mask]).masked_fill(~x[:, mask].isfinite(), float("nan"))
         return step
 
 

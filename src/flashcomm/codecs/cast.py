@@ -62,18 +62,19 @@ class Cast(Codec):
     def step(self, x: torch.Tensor) -> torch.Tensor:
         if (self.wire.itemsize >= x.dtype.itemsize and x.dtype != torch.float16) or self.wire == torch.float32:
             return torch.zeros_like(x, dtype=torch.float32)
-        return bf16_spacing(x)
+        return spacing(x, self.wire)
 
 
-def bf16_spacing(x: torch.Tensor) -> torch.Tensor:
-    """fp32: the distance between neighbouring bf16 numbers around each x; 0 for a tensor that is bf16 itself.
+def spacing(x: torch.Tensor, wire: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """fp32: the distance between neighbouring bf16 (or fp16) numbers around each x; 0 for a tensor of that type itself.
 
     NaN where x rounds to Inf.
     """
-    if x.dtype == torch.bfloat16:
+    if x.dtype == wire:
         return torch.zeros_like(x, dtype=torch.float32)
     # frexp gives |x| = m * 2**e with m in [1/2, 1); bf16 keeps eight significant bits, down to 2**-133.
-    exponent = (torch.frexp(x.float())[1] - 8).masked_fill(x == 0, -133).clamp_min(-133)
-    spacing = torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent)
+    bits, least = (11, -24) if wire == torch.float16 else (8, -133)
+    exponent = (torch.frexp(x.float())[1] - bits).masked_fill(x == 0, least).clamp_min(least)
+    distance = torch.ldexp(torch.ones_like(x, dtype=torch.float32), exponent)
     # A number that rounds to Inf has no neighbour above.
-    return spacing.masked_fill(x.to(torch.bfloat16).isinf(), float("nan"))
+    return distance.masked_fill(x.to(wire).isinf(), float("nan"))

@@ -4,6 +4,7 @@ Tests hold all of them to the specification, and `flashcomm bench codec --all` m
 """
 
 ALL = (
+    "lossless",
     *("ec8", "ec6", "ec5", "ec4.25", "ec4", "ec3.5", "ec3"),
     *("int8g128", "int6g128", "int5g128", "int4g128", "int4g32", "int3g32", "int2g32", "int1g32"),
     *("int8sg128", "int4sg32"),

@@ -8,6 +8,7 @@ mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
 int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
+lossless, lossless_fp16           bf16 or fp16 values in fewer bytes, every bit kept; rows vary in length
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
@@ -35,6 +36,7 @@ from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
+from flashcomm.codecs.lossless import Lossless
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
@@ -54,7 +56,14 @@ _STATIC = re.compile("int([2-8])static")
 _KEEP = re.compile("keep([1-9][0-9]*)")
 _ENTROPY = re.compile(r"ec([0-9]+(?:\.[0-9]+)?)")
 
-_FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES}
+_EXACT = {
+    "none": Plain(),
+    "bf16": Cast(torch.bfloat16),
+    "fp32": Cast(torch.float32),
+    "lossless": Lossless(torch.bfloat16),
+    "lossless_fp16": Lossless(torch.float16),
+}
+_FIXED = {**_EXACT, **NAMES}
 _COMMON = [
     *_FIXED,
     *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (32, 64, 128)),
@@ -112,7 +121,7 @@ def _parse(spec: str) -> Codec:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
     for place, suffix in enumerate(suffixes):
         wrap = _wrapper(suffix)
-        if wrap is None or isinstance(codec, Plain | Cast):
+        if wrap is None or isinstance(codec, Plain | Cast | Lossless):
             raise ValueError(
                 f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
                 "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
@@ -183,7 +192,7 @@ def allowed() -> str:
     """All spellings that are allowed, in one sentence."""
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
-        "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
+        f"{', '.join(_EXACT)}, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
         f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
         f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "

@@ -34,7 +34,7 @@ from flashcomm.codecs import bits as planes
 from flashcomm.codecs import groups
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec, canonical_nan
-from flashcomm.codecs.cast import bf16_spacing
+from flashcomm.codecs.cast import spacing
 from flashcomm.codecs.groups import TINY, bits_of, from_bits, like
 
 MAX_GROUP = 256
@@ -194,7 +194,7 @@ class Spike(Codec):
         scale, _ = self._scale_and_zero(g.low, g.high, scale_code, torch.full_like(scale_code, 128))
         scale = groups.by_value(scale.masked_fill(g.bad, float("nan")), self.group, cols)
         spike = g.spike.flatten(1)[:, :cols]
-        return torch.where(spike & ~scale.isnan(), bf16_spacing(x), scale)
+        return torch.where(spike & ~scale.isnan(), spacing(x), scale)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     rows, cols = cut(x.shape[0], x.shape[1], codec, pieces)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     width = codec.payload_bytes(cols, x.dtype)
-    gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device)
+    gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device, codec.varies)
     for piece in gather.pieces:
         kernels.encode(x[piece], codec, out=gather.place(piece))
         gather.send(piece)
@@ -50,8 +50,9 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, messages.ranks.world_size)
     # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
-    scatter = messages.scatter(stripes.sizes, first.payload_bytes(cols, x.dtype), pieces, x.device)
-    gather = messages.gather(stripes.sizes, second.payload_bytes(cols, x.dtype), pieces, x.device)
+    width, sum_width = first.payload_bytes(cols, x.dtype), second.payload_bytes(cols, x.dtype)
+    scatter = messages.scatter(stripes.sizes, width, pieces, x.device, first.varies)
+    gather = messages.gather(stripes.sizes, sum_width, pieces, x.device, second.varies)
     encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], first, messages)
     for piece in gather.pieces:
         kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.place(piece))
@@ -64,7 +65,7 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
 def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Sum every rank's x[R * S, H] rows of this rank's stripe into out[S, H]; return the bytes sent."""
     cols, stripes = x.shape[1], Stripes(x.shape[0], messages.ranks.world_size)
-    scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device)
+    scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device, codec.varies)
     encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], codec, messages)
     for piece in scatter.pieces:
         kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
@@ -74,7 +75,8 @@ def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: M
 def all_gather(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Write every rank's x[T, H], this one's too, to out[R * T, H] as its payload decodes; return the bytes sent."""
     rows, cols = x.shape
-    gather = messages.gather([rows] * messages.ranks.world_size, codec.payload_bytes(cols, x.dtype), pieces, x.device)
+    width = codec.payload_bytes(cols, x.dtype)
+    gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device, codec.varies)
     for piece in gather.pieces:
         kernels.encode(x[piece], codec, out=gather.place(piece))
         gather.send(piece)
@@ -95,10 +97,10 @@ def all_to_all(
     """Send in_rows[r] rows of x[T, H] to rank r, and receive out_rows[r] from it into out; return the bytes sent."""
     cols = x.shape[1]
     width = codec.payload_bytes(cols, x.dtype)
-    exchange = messages.exchange(width, list(in_rows), list(out_rows), x.device)
+    exchange = messages.exchange(width, list(in_rows), list(out_rows), x.device, codec.varies)
     kernels.encode(x, codec, out=exchange.sent)
     kernels.decode(exchange.run(), codec, cols=cols, dtype=out.dtype, out=out)
-    return (x.shape[0] - in_rows[messages.ranks.rank]) * width
+    return exchange.finish()
 
 
 ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": reduce_scatter, "all_gather": all_gather}

@@ -101,7 +101,7 @@ def _one_step(
 ) -> int:
     cols = sums.shape[1]
     width = codec.payload_bytes(cols, sums.dtype)
-    gather = between.gather([len(sums)] * between.ranks.world_size, width, pieces, sums.device)
+    gather = between.gather([len(sums)] * between.ranks.world_size, width, pieces, sums.device, codec.varies)
     for piece in gather.pieces:
         kernels.encode(add_inside(piece), codec, out=gather.place(piece))
         gather.send(piece)
@@ -117,8 +117,9 @@ def _two_step(
 ) -> int:
     (first, second), cols = codec.formats, sums.shape[1]
     stripes = Stripes(len(sums), between.ranks.world_size)
-    scatter = between.scatter(stripes.sizes, first.payload_bytes(cols, sums.dtype), pieces, sums.device)
-    gather = between.gather(stripes.sizes, second.payload_bytes(cols, sums.dtype), pieces, sums.device)
+    width, sum_width = first.payload_bytes(cols, sums.dtype), second.payload_bytes(cols, sums.dtype)
+    scatter = between.scatter(stripes.sizes, width, pieces, sums.device, first.varies)
+    gather = between.gather(stripes.sizes, sum_width, pieces, sums.device, second.varies)
     encode_stripes(scatter, lambda host, piece: add_inside(stripes.part(host, piece)), first, between)
     for piece in gather.pieces:
         kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.place(piece))

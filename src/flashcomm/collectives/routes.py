@@ -17,6 +17,10 @@ from flashcomm.transports.lanes import Lane
 def load(task: Task, group: Group):
     """Load what the task needs and may be missing on this rank alone, so that it fails before others wait for it."""
     kernels.load(task.codec, task.device.type)
+    if any(single.varies for single in task.codec.formats):
+        from flashcomm.transports import rows
+
+        rows.load()
     for memory in group.meet(task.device).lane.memories:
         memory.load(task)
 

@@ -7,7 +7,7 @@ these.
 import torch
 
 from flashcomm import codecs, subnormals
-from flashcomm.codecs import Codec, Plain
+from flashcomm.codecs import Codec
 from flashcomm.kernels.arguments import check_out, check_payloads, check_storage, check_values
 from flashcomm.kernels.routes import implementation
 
@@ -49,10 +49,7 @@ def decode_sum(
     kernels = implementation(codec, payloads.device.type, cols)
     if kernels is None or payloads.numel() == 0:
         with subnormals.kept():
-            if isinstance(codec, Plain) and payloads.shape[0] == 1:
-                result = codec.decode(payloads[0], cols, dtype)
-            else:
-                result = codecs.decode_sum(payloads, codec, cols, dtype)
+            result = codecs.decode_sum(payloads, codec, cols, dtype)
         return result if out is None else out.copy_(result)
     if out is None:
         out = torch.empty(payloads.shape[1], cols, dtype=dtype, device=payloads.device)

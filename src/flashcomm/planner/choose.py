@@ -5,7 +5,7 @@ without asking each other again. The reason is a sentence that `flashcomm.stats(
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flashcomm import policy
 from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
@@ -28,6 +28,8 @@ CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
 # On GPUs, not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
 GPU_CODEC_S_PER_BYTE, GPU_PIECE_S = 2e-12, 60e-6
 MOST_PIECES = 12
+_BF16, _LOSSLESS = parse("bf16"), parse("lossless")
+_SAME_BITS = "lossless for the bits of bf16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +61,7 @@ class Plan:
     algorithm: str
     """``one_step``, ``two_step``, ``hierarchical`` or ``plain``."""
     codec: Codec
-    """Format that is sent: the codec asked for, or an uncompressed one where that is faster."""
+    """Format that is sent: the codec asked for, or an uncompressed one, or one without loss, where that is faster."""
     reason: str
     """A few words on the choice; the key under which `flashcomm.stats()` counts uncompressed calls."""
     pieces: int = 1
@@ -105,6 +107,9 @@ def choose(
     if algorithm != "auto":
         return _compressed(algorithm, message_bytes, facts, codec, exact, "asked for")
     codec = on_level(codec, facts)
+    if not facts.connected and codec == _LOSSLESS:
+        plan = choose(message_bytes, facts, _BF16, batch_invariant=batch_invariant, exact=exact)
+        return replace(plan, reason=f"{plan.reason}; bf16 for the bits of lossless, as rows would be sent whole")
     if batch_invariant or facts.costs is None:
         return _by_rule(message_bytes, facts, codec, batch_invariant, exact)
     return _by_cost(message_bytes, facts.costs, codec, exact)
@@ -174,18 +179,25 @@ def _by_rule(message_bytes: int, facts: Facts, codec: Codec, batch_invariant: bo
 
 
 def _by_cost(message_bytes: int, costs: LinkCosts, codec: Codec, exact: str) -> Plan:
+    # Asked for or not, values of bf16 arrive as they are.
+    same = bool(costs.lossless) and exact == "bf16" and codec == _BF16
+    codec = _LOSSLESS if same else codec
     start = costs.pays_from(codec)
     if start is not None and message_bytes >= start and (best := costs.cheapest(codec, message_bytes).algorithm):
         sent = _with_levels(codec, exact) if best.name == "hierarchical" else codec
-        return Plan(
-            algorithm=best.name, codec=sent, reason=f"measured to win from {bytes_text(start)} on", pieces=best.pieces
-        )
+        reason = f"measured to win from {bytes_text(start)} on" + (f"; {_SAME_BITS}" if same else "")
+        return Plan(algorithm=best.name, codec=sent, reason=reason, pieces=best.pieces)
     reason = "compression does not pay on this link" if start is None else f"message under {bytes_text(start)}"
-    best = costs.exact(message_bytes).algorithm
-    if best is None:
-        return Plan(algorithm="plain", codec=codec, reason=reason, declined=True)
-    sent = _with_levels(parse(exact), exact) if best.name == "hierarchical" else parse(exact)
-    return Plan(algorithm=best.name, codec=sent, reason=reason, pieces=best.pieces, declined=True)
+    best, sent = costs.exact(message_bytes), exact
+    if best.algorithm is None:
+        # The backend adds in an order of its own, so nothing of ours may replace it unasked.
+        return Plan(algorithm="plain", codec=_BF16 if same else codec, reason=reason, declined=True)
+    if exact == "bf16" and (faster := costs.without_loss(best, message_bytes)) and faster.algorithm:
+        best, sent, reason = faster, "lossless", f"{reason}; {_SAME_BITS}"
+    way = best.algorithm
+    assert way is not None
+    codec = _with_levels(parse(sent), exact) if way.name == "hierarchical" else parse(sent)
+    return Plan(algorithm=way.name, codec=codec, reason=reason, pieces=way.pieces, declined=True)
 
 
 def _compressed(algorithm: str, message_bytes: int, facts: Facts, codec: Codec, exact: str, reason: str) -> Plan:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from flashcomm.codecs import Codec, Levels, Pair
+from flashcomm.codecs import Codec, Levels, Lossless, Pair
 
 SIZES = tuple(1 << n for n in range(10, 29))
 """Message sizes that are compared: 1 KiB to 256 MiB."""
@@ -107,6 +107,8 @@ class LinkCosts:
     compressed: dict[Algorithm, Cost] = field(default_factory=dict)
     uncompressed: dict[Algorithm, Cost] = field(default_factory=dict)
     """Costs of sending bf16 and fp32 uncompressed by our own algorithms: over shared memory they beat the backend."""
+    lossless: dict[Algorithm, Cost] = field(default_factory=dict)
+    """Costs of sending bf16 without loss, whose kernels take longer than those of `compressed`."""
 
     def cheapest(self, codec: Codec, message_bytes: int) -> Fastest:
         """Find the fastest compressed algorithm; None, and infinite seconds, if all that fit `codec` were given up."""
@@ -114,7 +116,7 @@ class LinkCosts:
         return _fastest(
             {
                 algorithm: cost.seconds(message_bytes, bits)
-                for algorithm, cost in self.compressed.items()
+                for algorithm, cost in self._costs_of(codec).items()
                 if self._holds(algorithm, cost, message_bytes) and _fits(algorithm, codec)
             }
         )
@@ -130,6 +132,18 @@ class LinkCosts:
             }
         )
         return ours if ours.seconds < MARGIN * plain_s else Fastest(None, plain_s)
+
+    def without_loss(self, exact: Fastest, message_bytes: int) -> Fastest | None:
+        """Find the fastest pieces of the same algorithm for bf16 without loss; None if they are not faster."""
+        best = _fastest(
+            {
+                algorithm: cost.seconds(message_bytes)
+                for algorithm, cost in self.lossless.items()
+                if exact.algorithm and algorithm.name == exact.algorithm.name
+                if self._holds(algorithm, cost, message_bytes)
+            }
+        )
+        return best if best.seconds < MARGIN * exact.seconds else None
 
     @lru_cache(maxsize=1024)
     def pays_from(self, codec: Codec) -> int | None:
@@ -148,7 +162,7 @@ class LinkCosts:
         best = _fastest(
             {
                 algorithm: cost.seconds(message_bytes, bits)
-                for algorithm, cost in self.compressed.items()
+                for algorithm, cost in self._costs_of(codec).items()
                 if algorithm.name == name and self._holds(algorithm, cost, message_bytes)
             }
         )
@@ -166,8 +180,13 @@ class LinkCosts:
         if algorithm is None:
             return self.plain.seconds(message_bytes)
         sent = codec.between if isinstance(codec, Levels) else codec
-        cost = (self.uncompressed if exact else self.compressed)[algorithm]
+        exact = exact and not isinstance(sent, Lossless)
+        cost = (self.uncompressed if exact else self._costs_of(sent))[algorithm]
         return cost.seconds(message_bytes, sent.bits_per_value(_ROW))
+
+    def _costs_of(self, codec: Codec) -> dict[Algorithm, Cost]:
+        sent = codec.between if isinstance(codec, Levels) else codec
+        return self.lossless if self.lossless and isinstance(sent, Lossless) else self.compressed
 
     def _holds(self, algorithm: Algorithm, cost: Cost, message_bytes: int) -> bool:
         """Whether a cost holds at this size: pieces were timed at or below it, and the algorithm was not given up."""
@@ -179,6 +198,7 @@ class LinkCosts:
         """Convert to what JSON stores."""
         spell = lambda costs: {str(algorithm): cost.points for algorithm, cost in costs.items()}  # noqa: E731
         ours = {"compressed": spell(self.compressed), "uncompressed": spell(self.uncompressed)}
+        ours |= {"lossless": spell(self.lossless)} if self.lossless else {}
         return {"name": self.name, "plain": self.plain.points, **ours}
 
     @classmethod
@@ -187,6 +207,7 @@ class LinkCosts:
         cost = lambda points: Cost(tuple(Point(*point) for point in points))  # noqa: E731
         read = lambda costs: {Algorithm.parse(name): cost(points) for name, points in costs.items()}  # noqa: E731
         ours = {"compressed": read(fields["compressed"]), "uncompressed": read(fields["uncompressed"])}
+        ours |= {"lossless": read(fields.get("lossless", {}))}
         return cls(name=fields["name"], plain=cost(fields["plain"]), **ours)
 
 

@@ -15,9 +15,10 @@ Source: the alpha-beta model (Hockney 1994), bytes per step from docs/algorithms
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+from flashcomm.codecs import parse
 from flashcomm.errors import did_you_mean
 from flashcomm.planner.choose import MOST_PIECES, PIECE_S, Facts
 from flashcomm.planner.costs import SIZES, Algorithm, Cost, LinkCosts
@@ -45,6 +46,8 @@ CPU_PLAIN_CORE_S, CPU_CODEC_CORE_S = 1.76e-9, 1.2e-9
 results/all_reduce_lab4_10gbit.md."""
 CPU_CODEC_BYTES_S = 3.1e9
 """Bytes per second that a core encodes, sends, adds up and decodes, in and out of its codecs: the same 20 ms."""
+CPU_LOSSLESS_BYTES_S = 1.5e9
+"""The same of ``lossless``, whose kernels are to take twice as long as those of int8g128; not measured."""
 _BITS = (4.25, 8.25)
 _CPU_PIECES = (1, 3, 6, MOST_PIECES)
 
@@ -303,8 +306,12 @@ class _Paths:
         compressed = {one: self._cost(one, _BITS) for one in algorithms}
         whole = [one for one in algorithms if one.pieces == 1]
         exact = {one: self._cost(one, (16.0,)) for one in whole} if len(self.pieces) > 1 else {}
+        lossless = {}
+        if len(self.pieces) > 1:
+            slower, bits = replace(self, codec_bytes_s=CPU_LOSSLESS_BYTES_S), parse("lossless").bits_per_value(4096)
+            lossless = {one: slower._cost(one, (bits,)) for one in algorithms}
         plain = Cost.measured([(size, 16.0, self.plain_s(size)) for size in SIZES])
-        return LinkCosts(name=name, plain=plain, compressed=compressed, uncompressed=exact)
+        return LinkCosts(name=name, plain=plain, compressed=compressed, uncompressed=exact, lossless=lossless)
 
     def plain_s(self, message: float) -> float:
         """Seconds of the backend's ring, which enters and leaves each host once."""

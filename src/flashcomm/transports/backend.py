@@ -75,6 +75,8 @@ class BackendLink:
         tag: keeps these messages apart from those of other lanes and of the caller.
     """
 
+    tells_lengths = False
+
     def __init__(self, group: dist.ProcessGroup, tag: int):
         self._backend, self._tag = Backend(group), tag
         self._global_ranks = dist.get_process_group_ranks(group)
@@ -84,7 +86,7 @@ class BackendLink:
         """See `base.Link`."""
         return self._start(dist.isend, part, peer)
 
-    def receive(self, part: torch.Tensor, peer: int) -> Transfer:
+    def receive(self, part: torch.Tensor, peer: int, *, up_to: bool = False) -> Transfer:
         """See `base.Link`."""
         return self._start(dist.irecv, part, peer)
 
@@ -95,7 +97,7 @@ class BackendLink:
         if not part.numel():
             return _NOTHING
         work = operation(part, self._global_ranks[peer], group=self._backend.group, tag=self._tag)
-        return _BackendTransfer(work, time.monotonic() + self.timeout_s)
+        return _BackendTransfer(work, time.monotonic() + self.timeout_s, part.numel())
 
 
 class _BackendTransfer:
@@ -104,8 +106,8 @@ class _BackendTransfer:
     gloo counts anew in every wait; here all messages of a call share one clock, because they begin with it.
     """
 
-    def __init__(self, work: Any = None, end: float = 0.0):
-        self._work, self._end = work, end
+    def __init__(self, work: Any = None, end: float = 0.0, length: int = 0):
+        self._work, self._end, self.length = work, end, length
 
     def wait(self):
         """See `base.Transfer`."""

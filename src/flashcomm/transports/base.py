@@ -100,6 +100,9 @@ class Ranks:
 class Transfer(Protocol):
     """A message on its way."""
 
+    length: int
+    """Bytes of the message; of one that is received ``up_to`` a length, only once it has arrived."""
+
     def wait(self) -> Any:
         """Block until it has arrived, or has left; may be repeated."""
 
@@ -107,12 +110,21 @@ class Transfer(Protocol):
 class Link(Protocol):
     """Messages between this rank and each other, in the order in which they are sent."""
 
+    tells_lengths: bool
+    """Whether a message tells its length, so that it may be shorter than its receiver's room for it."""
+
     def send(self, part: torch.Tensor, peer: int) -> Transfer:
         """Start sending a contiguous uint8 `part`, which must not change until ``wait()``."""
         ...
 
-    def receive(self, part: torch.Tensor, peer: int) -> Transfer:
-        """Start receiving into a contiguous uint8 `part`, after earlier messages from that peer."""
+    def receive(self, part: torch.Tensor, peer: int, *, up_to: bool = False) -> Transfer:
+        """Start receiving into a contiguous uint8 `part`, after earlier messages from that peer.
+
+        Args:
+            part: as long as the message.
+            peer: rank that sends it.
+            up_to: the message may be shorter than `part`, and fills the beginning of it; only if `tells_lengths`.
+        """
         ...
 
     def close(self, why: str):
@@ -169,19 +181,25 @@ class Gather(Protocol):
 
 
 class Messages(Protocol):
-    """Payloads between all ranks of a group."""
+    """Payloads between all ranks of a group.
+
+    Rows take `width` bytes in memory. Where `varies`, each begins with the number of its bytes that are used, as `rows`
+    says, and a transport may leave out the rest.
+    """
 
     ranks: Ranks
 
-    def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> Scatter:
+    def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False) -> Scatter:
         """Start a scatter of stripes with `sizes` rows of `width` bytes."""
         ...
 
-    def gather(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> Gather:
+    def gather(self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False) -> Gather:
         """Start a gather where rank r sends ``sizes[r]`` rows of `width` bytes."""
         ...
 
-    def exchange(self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device) -> "Exchange":
+    def exchange(
+        self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device, varies: bool = False
+    ) -> "Exchange":
         """Start an exchange of ``in_rows[r]`` rows to and ``out_rows[r]`` rows from rank r."""
         ...
 
@@ -196,7 +214,11 @@ class Exchange(Protocol):
     """Payload rows to write before `run`, those for rank 0 first."""
 
     def run(self) -> torch.Tensor:
-        """Send and receive; return the payload rows that arrived, those of rank 0 first."""
+        """Send and receive; return the payload rows that arrived, those of rank 0 first. May change `sent`."""
+        ...
+
+    def finish(self) -> int:
+        """Return the bytes that were sent to other ranks."""
         ...
 
 

@@ -19,15 +19,21 @@ class Bulk:
     def __init__(self, backend: Backend, ranks: Ranks, buffers: Buffers):
         self.backend, self.ranks, self.buffers = backend, ranks, buffers
 
-    def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> "BulkScatter":
-        """See `base.Messages`."""
+    def scatter(
+        self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False
+    ) -> "BulkScatter":
+        """See `base.Messages`. The backend's operations send rows whole."""
         return BulkScatter(self, sizes, width, pieces, device)
 
-    def gather(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> "BulkGather":
+    def gather(
+        self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False
+    ) -> "BulkGather":
         """See `base.Messages`."""
         return BulkGather(self, sizes, width, pieces, device)
 
-    def exchange(self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device) -> "BulkExchange":
+    def exchange(
+        self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device, varies: bool = False
+    ) -> "BulkExchange":
         """See `base.Messages`."""
         return BulkExchange(self, width, in_rows, out_rows, device)
 
@@ -122,8 +128,13 @@ class BulkExchange:
         self._backend, self._in_rows, self._out_rows = messages.backend, in_rows, out_rows
         self.sent = messages.buffers.take("sent", device, sum(in_rows), width)
         self._received = messages.buffers.take("received", device, sum(out_rows), width)
+        self._sent_bytes = (sum(in_rows) - in_rows[messages.ranks.rank]) * width
 
     def run(self) -> torch.Tensor:
         """See `base.Exchange`."""
         self._backend.all_to_all(self._received, self.sent, self._out_rows, self._in_rows)
         return self._received
+
+    def finish(self) -> int:
+        """See `base.Exchange`."""
+        return self._sent_bytes

@@ -59,13 +59,16 @@ class _Offer(NamedTuple):
 class Transfer:
     """A message on its way to or from a peer."""
 
-    def __init__(self, connections: "Connections", peer: int, part: torch.Tensor, header: bytes):
+    def __init__(self, connections: "Connections", peer: int, part: torch.Tensor, header: bytes, up_to: bool = False):
         self._connections, self.peer, self.header = connections, peer, bytearray(header)
         self.end = time.monotonic() + connections.timeout_s
         """When to give up: messages begin with their call, so all of a call share one clock."""
         self.length = part.numel()
         self.views = [memoryview(self.header), part.view(-1).numpy().data]
         """The bytes that are still to be moved."""
+        # Bytes of the next message could follow a short one, so nothing else is read before the length.
+        self.room = self.views.pop() if up_to else None
+        """The place of a message of unknown length; None once that is known."""
 
     def moved(self, count: int):
         """Advance past `count` bytes that have been moved."""
@@ -73,6 +76,19 @@ class Transfer:
             count -= len(self.views.pop(0))
         if count:
             self.views[0] = self.views[0][count:]
+
+    def arrived(self, count: int) -> str:
+        """Advance past `count` bytes that have come; return what is wrong with the length of the message, or ""."""
+        self.moved(count)
+        if len(self.views) > 1 or (self.room is not None and self.views):
+            return ""
+        length = _LENGTH.unpack(self.header)[0]
+        if self.room is not None and length <= self.length:
+            self.length, self.views, self.room = length, [self.room[:length]] if length else [], None
+        if length == self.length:
+            return ""
+        at_most = "" if self.room is None else " at most"
+        return f"sends {length} bytes where {self.length}{at_most} were expected"
 
     def wait(self):
         """Block until the message has arrived, or until the kernel has taken all of it.
@@ -90,6 +106,7 @@ class Connections:
     """A `base.Link`: one connection from this rank to each other, made by all ranks together or by none."""
 
     name = "connections"
+    tells_lengths = True
 
     def __init__(self, ranks: Ranks):
         self.rank, self.ranks, self.timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
@@ -194,10 +211,10 @@ class Connections:
         self._move(0)
         return transfer
 
-    def receive(self, part: torch.Tensor, peer: int) -> Transfer:
+    def receive(self, part: torch.Tensor, peer: int, *, up_to: bool = False) -> Transfer:
         """See `base.Link`."""
         self._check()
-        transfer = Transfer(self, peer, part, bytes(_LENGTH.size))
+        transfer = Transfer(self, peer, part, bytes(_LENGTH.size), up_to)
         self._coming[peer].append(transfer)
         if len(self._coming[peer]) == 1:
             self._watch(peer)
@@ -264,10 +281,8 @@ class Connections:
                 self._fail(PeerLost, peer, f"has closed its connection ({error.strerror})")
             if count == 0:
                 self._fail(PeerLost, peer, "has closed its connection")
-            line[0].moved(count)
-            length = _LENGTH.unpack(line[0].header)[0]
-            if len(line[0].views) < 2 and length != line[0].length:
-                self._fail(RanksDisagree, peer, f"sends {length} bytes where {line[0].length} were expected")
+            if wrong := line[0].arrived(count):
+                self._fail(RanksDisagree, peer, wrong)
             if line[0].views:
                 return
             line.popleft()

@@ -1,12 +1,16 @@
 """Scatter and gather over a Link: each piece goes to each rank by itself, so codecs work while bytes travel.
 
 On gloo that is also the faster gather: gloo's own is a ring of R - 1 rounds, one after the other.
+
+Rows that vary in length are packed before they leave, and spread when they have arrived, if the Link tells lengths.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
+from flashcomm.errors import RanksDisagree
 from flashcomm.transports.base import Link, Ranks, Transfer, cut_into
 from flashcomm.transports.buffers import Buffers, Payloads
 
@@ -17,35 +21,77 @@ class Direct:
     def __init__(self, link: Link, ranks: Ranks, buffers: Buffers):
         self.link, self.ranks, self.buffers = link, ranks, buffers
 
-    def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> "DirectScatter":
+    def scatter(
+        self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False
+    ) -> "DirectScatter":
         """See `base.Messages`."""
-        return DirectScatter(self, sizes, width, pieces, device)
+        return DirectScatter(self, sizes, width, pieces, device, varies)
 
-    def gather(self, sizes: list[int], width: int, pieces: int, device: torch.device) -> "DirectGather":
+    def gather(
+        self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False
+    ) -> "DirectGather":
         """See `base.Messages`."""
-        return DirectGather(self, sizes, width, pieces, device)
+        return DirectGather(self, sizes, width, pieces, device, varies)
 
-    def exchange(self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device) -> "DirectExchange":
+    def exchange(
+        self, width: int, in_rows: list[int], out_rows: list[int], device: torch.device, varies: bool = False
+    ) -> "DirectExchange":
         """See `base.Messages`."""
-        return DirectExchange(self, width, in_rows, out_rows, device)
+        return DirectExchange(self, width, in_rows, out_rows, device, varies)
 
     def abandon(self, why: str):
         """See `base.Messages`."""
         self.link.close(why)
 
 
+class _Spread:
+    """Packed rows on their way, which are spread when they have arrived; a `base.Transfer`."""
+
+    def __init__(self, link: Link, part: torch.Tensor, peer: int):
+        self._part, self._peer = part, peer
+        self._transfer: Transfer | None = link.receive(part, peer, up_to=True)
+        self.length = part.numel()
+
+    def wait(self):
+        """See `base.Transfer`.
+
+        Raises:
+            RanksDisagree: the message is not packed rows of that number and bound.
+        """
+        from flashcomm.transports import rows
+
+        if self._transfer is None:
+            return
+        self._transfer.wait()
+        self.length = self._transfer.length
+        if not rows.spread(self._part, self.length):
+            count, bound = self._part.shape
+            raise RanksDisagree(
+                f"rank {self._peer} sends {self.length} bytes that are not {count} rows of at most {bound} bytes"
+            )
+        self._transfer = None
+
+
+def _packed(part: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    from flashcomm.transports import rows
+
+    return rows.pack(part, into)
+
+
 class _Pending:
     """Transfers to and from the other ranks."""
 
-    def __init__(self, link: Link, ranks: Ranks):
+    def __init__(self, link: Link, ranks: Ranks, varies: bool):
         self._link, self._ranks = link, ranks
+        self._packs = varies and link.tells_lengths
         self._going: list[Transfer] = []
         self._coming: dict[tuple[int, int], Transfer] = {}
         self._sent_bytes = 0
 
     def _expect(self, part: torch.Tensor, piece: slice, peer: int):
         if part.numel():
-            self._coming[piece.start, peer] = self._link.receive(part, peer)
+            link = self._link
+            self._coming[piece.start, peer] = _Spread(link, part, peer) if self._packs else link.receive(part, peer)
 
     def _send(self, part: torch.Tensor, peer: int):
         if part.numel():
@@ -72,8 +118,8 @@ class _Pending:
 class DirectScatter(_Pending):
     """See `base.Scatter`. This rank's own stripe is written where it stays."""
 
-    def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device):
-        super().__init__(messages.link, messages.ranks)
+    def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool):
+        super().__init__(messages.link, messages.ranks, varies)
         self._mine, self.pieces = sizes[self._ranks.rank], cut_into(max(sizes), pieces)
         count = self._ranks.world_size
         self._sent = Payloads(messages.buffers, "sent", max(sizes), width, count, device)
@@ -90,7 +136,8 @@ class DirectScatter(_Pending):
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
         if rank != self._ranks.rank:
-            self._send(self._sent[piece][rank, :rows], rank)
+            part = self._sent[piece][rank, :rows]
+            self._send(_packed(part, part) if self._packs else part, rank)
 
     def wait(self, piece: slice) -> torch.Tensor:
         """See `base.Scatter`."""
@@ -104,13 +151,16 @@ class DirectScatter(_Pending):
 class DirectGather(_Pending):
     """See `base.Gather`."""
 
-    def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device):
-        super().__init__(messages.link, messages.ranks)
+    def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool):
+        super().__init__(messages.link, messages.ranks, varies)
         self._sizes, self.pieces = sizes, cut_into(max(sizes), pieces)
         self._leaving: list[tuple[int, Transfer]] = []
         self._own: dict[int, torch.Tensor] = {}
         count = self._ranks.world_size
         self._payloads = Payloads(messages.buffers, "gathered", max(sizes), width, count, device)
+        if self._packs:
+            # This rank decodes its own rows too.
+            self._leaving_rows = messages.buffers.take("packed", device, sizes[self._ranks.rank], width)
         for piece in self.pieces:
             for peer in reversed(self._ranks.peers):
                 self._expect(self._of(peer, piece), piece, peer)
@@ -129,6 +179,8 @@ class DirectGather(_Pending):
         """See `base.Gather`."""
         under_way = len(self._going)
         payload = self.place(piece)
+        if self._packs:
+            payload = _packed(payload, self._leaving_rows[piece])
         for peer in self._ranks.peers:
             self._send(payload, peer)
         self._leaving += [(piece.start, transfer) for transfer in self._going[under_way:]]
@@ -157,8 +209,11 @@ class DirectGather(_Pending):
 class DirectExchange:
     """See `base.Exchange`."""
 
-    def __init__(self, messages: Direct, width: int, in_rows: list[int], out_rows: list[int], device: torch.device):
+    def __init__(
+        self, messages: Direct, width: int, in_rows: list[int], out_rows: list[int], device: torch.device, varies: bool
+    ):
         self._link, self._ranks = messages.link, messages.ranks
+        self._packs, self._sent_bytes = varies and self._link.tells_lengths, 0
         self._in_rows, self._out_rows = in_rows, out_rows
         self.sent = messages.buffers.take("sent", device, sum(in_rows), width)
         self._received = messages.buffers.take("received", device, sum(out_rows), width)
@@ -167,9 +222,17 @@ class DirectExchange:
         """See `base.Exchange`."""
         going, coming = self.sent.split(self._in_rows), self._received.split(self._out_rows)
         # Parts without rows too: a Link that checks lengths finds ranks with splits that do not fit together.
-        pending = [self._link.receive(coming[peer], peer) for peer in self._ranks.peers]
-        pending += [self._link.send(going[peer], peer) for peer in self._ranks.peers]
+        receive = partial(_Spread, self._link) if self._packs else self._link.receive
+        pending: list[Transfer] = [receive(coming[peer], peer) for peer in self._ranks.peers]
+        for peer in self._ranks.peers:
+            part = _packed(going[peer], going[peer]) if self._packs else going[peer]
+            pending.append(self._link.send(part, peer))
+            self._sent_bytes += part.numel()
         coming[self._ranks.rank].copy_(going[self._ranks.rank])
         for transfer in pending:
             transfer.wait()
         return self._received
+
+    def finish(self) -> int:
+        """See `base.Exchange`."""
+        return self._sent_bytes

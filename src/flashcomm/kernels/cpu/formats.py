@@ -24,6 +24,7 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard, blocks_of
+from flashcomm.codecs.lossless import LAYOUTS, Lossless
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import huffman, ops
 from flashcomm.kernels.cpu.ops import BF16, FP32
@@ -170,14 +171,19 @@ def _encode_cast(codec: Cast, p: Program, x: Row, target: Operand):
 
 @append_decode.register
 def _decode_cast(codec: Cast, p: Program, source: Operand, y: Row):
-    if y.plus and codec.wire == torch.bfloat16:
-        p.add(ops.add_bf16, source, p.cols, y.plus, y.at)
+    _convert(p, source, KINDS[codec.wire], y)
+
+
+def _convert(p: Program, values: Operand, kind: int, y: Row):
+    """Bring values of `kind` to `y`, with one quiet NaN, or add them to it if it is the sums."""
+    if y.plus and kind == BF16:
+        p.add(ops.add_bf16, values, p.cols, y.plus, y.at)
         return
     if y.at == SUMS:
-        p.add(ops.add_wide, source, KINDS[codec.wire], p.cols, ADDING, y.at)
+        p.add(ops.add_wide, values, kind, p.cols, ADDING, y.at)
         return
     row = _workplace(p, y)
-    p.add(ops.widen, source, KINDS[codec.wire], p.cols, row.at)
+    p.add(ops.widen, values, kind, p.cols, row.at)
     _deliver(p, row, y, clean=True)
 
 
@@ -430,6 +436,26 @@ def _decode_entropy(codec: Entropy, p: Program, source: Operand, y: Row):
     adding = ADDING if row.at == SUMS else y.plus
     p.add(ops.read_codes, shape, book, copy, numbers, lowest, state, escapes, adding, row.at, row.kind)
     _deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_lossless(codec: Lossless, p: Program, x: Row, target: Operand):
+    kind, at = KINDS[codec.wire], x.at
+    if x.kind != kind:
+        row, at = _wide(p, x), p.array()
+        p.add(ops.narrow, row.at, p.cols, at, kind, 1)
+    sizes = p.cols, LAYOUTS[codec.wire].mantissa, codec.payload_bytes(p.cols)
+    p.add(ops.pack_row, at, *sizes, *(p.array() for _ in range(4)), target)
+
+
+@append_decode.register
+def _decode_lossless(codec: Lossless, p: Program, source: Operand, y: Row):
+    kind = KINDS[codec.wire]
+    at = y.at if y.kind == kind and not y.plus else p.array()
+    sizes = p.cols, LAYOUTS[codec.wire].mantissa, codec.payload_bytes(p.cols)
+    p.add(ops.unpack_row, source, *sizes, *(p.array() for _ in range(3)), at)
+    if at is not y.at:
+        _convert(p, at, kind, y)
 
 
 def supports(codec: Codec) -> bool:

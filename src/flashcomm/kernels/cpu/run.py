@@ -14,6 +14,7 @@ from numba import njit
 from flashcomm.codecs.affine import Affine
 from flashcomm.codecs.base import Codec
 from flashcomm.codecs.cast import Cast
+from flashcomm.codecs.lossless import Lossless
 from flashcomm.kernels.cpu import ops, simd
 from flashcomm.kernels.cpu.formats import append_decode, append_encode
 from flashcomm.kernels.cpu.ops import BF16, FP32
@@ -87,7 +88,10 @@ def decoder(codec: Codec, cols: int, kind: int, ranks: int) -> Run:
     if (
         kind == BF16
         and cols % 32 == 0
-        and (codec == Cast(torch.bfloat16) or (isinstance(codec, Affine) and not min(codec.group, cols) % 32))
+        and (
+            codec in (Cast(torch.bfloat16), Lossless(torch.bfloat16))
+            or (isinstance(codec, Affine) and not min(codec.group, cols) % 32)
+        )
     ):
         # The last rank's values need not go into the sums to come out again.
         append_decode(codec, after, IN, Row(OUT, kind, False, SUMS))

@@ -5,7 +5,8 @@ Separate from the ops because it is the only place that speaks LLVM. numba's own
 cliff: LLVM splits it into whatever registers the CPU has (AVX-512, AVX2, NEON).
 
 There are `lanes` (sixteen fp32) and `words` (sixteen int32), with Python's operators between two of them or with a
-scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist to find ranges of bf16.
+scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist to find ranges of bf16,
+`octets` (64 bytes, without signs) to take 16-bit values apart.
 
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
@@ -70,7 +71,7 @@ def _declare_operator(op, vector, scalars, instruction):
 
         @lower_builtin(op, vector, scalar)
         def _lower_scalar(context, builder, sig, args):
-            right = builder.trunc(args[1], _I32) if sig.args[1] == types.int64 else args[1]
+            right = builder.trunc(args[1], vector.ir_type.element) if sig.args[1] == types.int64 else args[1]
             return getattr(builder, instruction)(args[0], _splat(builder, right, vector.ir_type))
 
 
@@ -84,6 +85,7 @@ for _op, _instruction in (
     (operator.xor, "xor"), (operator.lshift, "shl"), (operator.rshift, "lshr"),
 ):  # fmt: skip
     _declare_operator(_op, words, [types.int64], _instruction)
+    _declare_operator(_op, octets, [types.int64], _instruction)
 
 
 def _at(builder, address, element, count):
@@ -248,7 +250,7 @@ def _make_store_words(element):
 
 
 load_words, load_words_u16, load_words_u8 = (_make_load_words(element, words) for element in (_I32, _I16, _I8))
-load_halves = _make_load_words(_I16, halves)
+load_halves, load_octets = _make_load_words(_I16, halves), _make_load_words(_I8, octets)
 store_words, store_words_u16, store_words_u8 = (_make_store_words(element) for element in (_I32, _I16, _I8))
 
 
@@ -912,6 +914,85 @@ def bytes_equal(typingctx, address, byte):
         return builder.bitcast(found, _I64)
 
     return signature(types.int64, types.int64, types.int64), codegen
+
+
+_WIDE_OCTETS = ir.VectorType(_I16, 64)
+
+
+@intrinsic
+def store_octets(typingctx, address, value):
+    """Store 64 bytes."""
+
+    def codegen(context, builder, sig, args):
+        _store_raw(builder, args[1], args[0], _I8, 64)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, octets), codegen
+
+
+@intrinsic
+def load_octets_of_halves(typingctx, address, shift):
+    """Load 64 int16, shift them to the right, and keep the lowest byte of each."""
+
+    def codegen(context, builder, sig, args):
+        by = _splat(builder, builder.trunc(args[1], _I16), _WIDE_OCTETS)
+        return builder.trunc(builder.lshr(_load_raw(builder, args[0], _I16, 64), by), octets.ir_type)
+
+    return signature(octets, types.int64, types.int64), codegen
+
+
+@intrinsic
+def store_halves_of_octets(typingctx, address, sign, first, first_shift, second, second_shift, third):
+    """Store 64 int16, each joined from a byte of `sign`, in its upper half, and of `first`, `second` and `third`."""
+
+    def codegen(context, builder, sig, args):
+        address, sign, first, first_shift, second, second_shift, third = args
+
+        def shifted(value, by):
+            by = _splat(builder, builder.trunc(by, _I16), _WIDE_OCTETS)
+            return builder.shl(builder.zext(value, _WIDE_OCTETS), by)
+
+        joined = builder.or_(shifted(first, first_shift), shifted(second, second_shift))
+        joined = builder.or_(joined, shifted(sign, ir.Constant(_I64, 8)))
+        _store_raw(builder, builder.or_(joined, builder.zext(third, _WIDE_OCTETS)), address, _I16, 64)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, octets, octets, types.int64, octets, types.int64, octets), codegen
+
+
+@intrinsic
+def octet_min(typingctx, v, most):
+    """Replace bytes above `most` by it."""
+
+    def codegen(context, builder, sig, args):
+        most = _splat(builder, builder.trunc(args[1], _I8), octets.ir_type)
+        return builder.select(builder.icmp_unsigned("<", args[0], most), args[0], most)
+
+    return signature(octets, octets, types.int64), codegen
+
+
+@intrinsic
+def octets_bit(typingctx, v, place):
+    """One bit of each byte, the first byte's lowest."""
+
+    def codegen(context, builder, sig, args):
+        bit = _splat(builder, builder.trunc(builder.shl(ir.Constant(_I64, 1), args[1]), _I8), octets.ir_type)
+        found = builder.icmp_unsigned("!=", builder.and_(args[0], bit), ir.Constant(octets.ir_type, None))
+        return builder.bitcast(found, _I64)
+
+    return signature(types.int64, octets, types.int64), codegen
+
+
+@intrinsic
+def octets_where(typingctx, mask, byte):
+    """64 bytes: one byte where the bit of `mask` is set, 0 elsewhere."""
+
+    def codegen(context, builder, sig, args):
+        chosen = builder.bitcast(args[0], ir.VectorType(ir.IntType(1), 64))
+        byte = _splat(builder, builder.trunc(args[1], _I8), octets.ir_type)
+        return builder.select(chosen, byte, ir.Constant(octets.ir_type, None))
+
+    return signature(octets, types.int64, types.int64), codegen
 
 
 def _make_join(forward):
