@@ -13,6 +13,7 @@ from pathlib import Path
 import published
 
 from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Spike, Static, parse
+from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
@@ -204,6 +205,11 @@ def real_rows() -> tuple[dict, list[dict]]:
     return document, sorted(rows, key=lambda row: (-row["bits_per_value"], row["kl"]))
 
 
+def used(codec: str) -> str:
+    """The project that sends a format, where it is not ours."""
+    return f", as {USERS[codec]} does" if codec in USERS else ""
+
+
 def real_table() -> str:
     """Every codec on the real model, with intervals."""
     document, rows = real_rows()
@@ -224,7 +230,7 @@ def real_table() -> str:
     floor = next(row["kl"] for row in rows if row["codec"] == "fp32")
     for row in rows:
         lines.append(
-            f"| `{row['codec']}` | {row['bits_per_value']:.2f} | {with_range(row, 'kl', '.1e')} | "
+            f"| `{row['codec']}`{used(row['codec'])} | {row['bits_per_value']:.2f} | {with_range(row, 'kl', '.1e')} | "
             f"{row['kl'] / floor:,.1f} | {with_range(row, 'perplexity_change', '+.1f', 100)} | "
             f"{100 * row['top1']:.1f} | {row['delta_p95']:.2f} |"
         )

@@ -38,7 +38,7 @@ def tune_policy(
     hosts: Hosts = 0,
     text: Texts = None,
     explore: Annotated[int, typer.Option(help="Tokens to predict the cost of each codec on.", min=16)] = 2048,
-    tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 16384,
+    tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 8192,
     window: Window = 1024,
     dtype: Dtype = "bfloat16",
     calibration: Calibration = None,

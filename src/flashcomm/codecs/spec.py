@@ -8,6 +8,7 @@ mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
 int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
+q4_0, q8_0, qr_int4, qr_int6, qr_int8, e4m3   formats of other projects, see `peers`
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
@@ -35,6 +36,7 @@ from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
+from flashcomm.codecs.peers import PEERS, BareE4M3, Grouped
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
@@ -54,9 +56,9 @@ _STATIC = re.compile("int([2-8])static")
 _KEEP = re.compile("keep([1-9][0-9]*)")
 _ENTROPY = re.compile(r"ec([0-9]+(?:\.[0-9]+)?)")
 
-_FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES}
+_FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES, **PEERS}
 _COMMON = [
-    *_FIXED,
+    *(name for name in _FIXED if name not in PEERS),
     *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (32, 64, 128)),
     *(f"{name}g{g}" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("fp")),
     *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
@@ -112,7 +114,7 @@ def _parse(spec: str) -> Codec:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
     for place, suffix in enumerate(suffixes):
         wrap = _wrapper(suffix)
-        if wrap is None or isinstance(codec, Plain | Cast):
+        if wrap is None or isinstance(codec, Plain | Cast | Grouped | BareE4M3):
             raise ValueError(
                 f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
                 "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
@@ -184,8 +186,8 @@ def allowed() -> str:
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
-        f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
-        f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
-        f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
-        "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
+        f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} "
+        f"or int3s to int5s with gN and _{', _'.join(SCALES)} (scale), int2static to int8static, "
+        f"ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as ec4.25{more}; "
+        "on them +spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )
