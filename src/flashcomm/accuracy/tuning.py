@@ -25,6 +25,8 @@ from flashcomm.policy import Policy, Rule
 
 ROUNDS = 5
 """Largest number of single codecs, and of choices, that are measured."""
+USUAL = 6
+"""Number of policies, the floor among them, that the time left is estimated by; most runs measure four to six."""
 CLOSE, AIM = 0.97, 0.985
 """Shares of the budget: a choice that uses the first is close enough, and choices aim at the second."""
 
@@ -104,8 +106,7 @@ def tune(
         dtype=torch.float32,
         device="cpu",
     )
-    # Most runs need half of this.
-    advance = step("whole policies, at most", 2 * (2 * ROUNDS + 1) * len(verified))
+    advance = step("whole policies", 2 * USUAL * len(verified))
     numbers = itertools.count()
 
     def row(policy: Policy, name: str) -> AccuracyRow:
@@ -192,16 +193,15 @@ def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[in
 
 
 def document(tuned: Tuned) -> dict:
-    """The result as JSON stores it: the policy's row, those of single codecs, and each codec's cost at each sum."""
+    """The result for JSON: rows of the policy and of single codecs, and each codec's predicted cost at each sum."""
     names = {row.codec: row for row in (tuned.row, *tuned.uniform)}
     return {
         "saved": tuned.saved,
         "best_uniform": tuned.best_uniform.codec,
         "rows": [row.as_dict() for row in names.values()],
         "sums": [
-            {"module": m, "chosen": tuned.choice[m], "codec": c, "kl": kl}
+            {"module": m, "chosen": tuned.choice[m], "kl": {c: float(f"{kl:.3g}") for c, kl in each.items()}}
             for m, each in tuned.costs.items()
-            for c, kl in each.items()
         ],
     }
 

@@ -44,9 +44,7 @@ def plan(
     options = {"ranks_per_host": ranks_per_host, "rate": rate, "link": link}
     specs = codec_list(codecs) if codecs else None
     try:
-        made = advice.plan(
-            model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=codecs and codec_list(codecs), **options
-        )
+        made = advice.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=specs, **options)
         if plot:
             draw(made, machine, plot, link)
     except ValueError as error:
