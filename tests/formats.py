@@ -3,6 +3,7 @@
 import torch
 
 from flashcomm.codecs import Codec, Features, parse
+from flashcomm.codecs.peers import PEERS as PEER_CODECS
 from flashcomm.codecs.registry import ALL
 
 # Those of the registry, without some sizes of entropy-coded rows, and combinations that are not worth using.
@@ -15,6 +16,9 @@ SPECS = (
     *("int5g100+hadamard", "int4g7+taco", "nvfp4+keep7", "int8static", "int2static+keep3"),
     "int2g32+spike+taco+keep16",
 )
+
+# Formats of other projects run on the specification alone, so no kernel has to equal it.
+PEERS = tuple(PEER_CODECS)
 
 
 def bound(spec: str, cols: int, rank: int = 0) -> Codec:

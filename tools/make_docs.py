@@ -13,6 +13,7 @@ from pathlib import Path
 import published
 
 from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Lossless, Spike, Static, parse
+from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
 HIDDEN = {"text", "bytes_equal_specification"}
@@ -96,12 +97,12 @@ USE = {
     "ec8": "real models with outliers, on links that are slow enough for its time",
     "ec6": "the same, 2.7 times fewer bytes",
     "ec5": "the same, after measuring your model",
-    "ec4.25": "the bits of int4g128, a third of its KL with +hadamard",
+    "ec4.25": "the bits of int4g128, and a third of the KL that it has with +hadamard",
     "ec3.5": "very slow links, after measuring",
     "int8g128": "the default",
-    "int6g128": "8 bits are too many; costs the bundled model 0.2 %",
-    "int5g128": "the link is the bottleneck; usually better than 4 bits in small groups",
-    "int4g128": "3.8 times fewer bytes, after measuring your model",
+    "int6g128": "8 bits are too many; with +hadamard on real models",
+    "int5g128": "the link is the bottleneck; with +hadamard on real models",
+    "int4g128": "3.8 times fewer bytes, with +hadamard and after measuring your model",
     "int4g32": "4 bits on a model that int4g128 hurts",
     "int3g32": "very slow links, one_step, after measuring",
     "int2g32": "not: int2g64+spike has fewer bits and less error",
@@ -123,7 +124,7 @@ USE = {
     "int2g64+spike": "under 3 bits",
     "int4g128+keep64": "models with outlier channels; needs a calibration",
     "int4static+keep64": "the paper's 4.19 bits; needs a calibration that fits the traffic",
-    "int4g128+hadamard": "outliers in ever other places",
+    "int4g128+hadamard": "outliers, so real models",
     "fp8g128+taco": "TACO's format",
 }
 
@@ -207,6 +208,11 @@ def real_rows() -> tuple[dict, list[dict]]:
     return document, sorted(rows, key=lambda row: (-row["bits_per_value"], row["kl"]))
 
 
+def used(codec: str) -> str:
+    """The project that sends a format, where it is not ours."""
+    return f", as {USERS[codec]} does" if codec in USERS else ""
+
+
 def real_table() -> str:
     """Every codec on the real model, with intervals."""
     document, rows = real_rows()
@@ -227,7 +233,7 @@ def real_table() -> str:
     floor = next(row["kl"] for row in rows if row["codec"] == "fp32")
     for row in rows:
         lines.append(
-            f"| `{row['codec']}` | {row['bits_per_value']:.2f} | {with_range(row, 'kl', '.1e')} | "
+            f"| `{row['codec']}`{used(row['codec'])} | {row['bits_per_value']:.2f} | {with_range(row, 'kl', '.1e')} | "
             f"{row['kl'] / floor:,.1f} | {with_range(row, 'perplexity_change', '+.1f', 100)} | "
             f"{100 * row['top1']:.1f} | {row['delta_p95']:.2f} |"
         )

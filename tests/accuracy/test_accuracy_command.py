@@ -104,3 +104,11 @@ def test_interrupted_it_says_how_to_go_on(tmp_path, monkeypatch):
 def test_too_little_text_is_refused(tmp_path):
     with pytest.raises(ValueError, match="at least two windows of 64 are needed"):
         setup(tmp_path, "a = 1\n").load()
+
+
+def test_formats_of_other_projects_say_whose_they_are(tmp_path):
+    options = ("--codecs", "q4_0,fp8g256", "--tokens", 128, "--window", 64, "--tp", 2, "--out", tmp_path)
+    done = invoke("accuracy", *options)
+    assert done.exit_code == 0, done.output
+    assert "q4_0, as llama.cpp" in done.output
+    assert "| `fp8g256, as FlashInfer` |" in (tmp_path / "report.md").read_text()

@@ -63,7 +63,7 @@ def test_kernels_equal_specification_anywhere(x, spec):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("spec", formats.SPECS)
+@pytest.mark.parametrize("spec", [*formats.SPECS, *formats.PEERS])
 def test_sums_are_the_specifications(spec, ranks):
     """Decode, add, encode, over payloads of several ranks; with a calibrated codec each rank has its own table."""
     for cols in (300, 256):
@@ -79,13 +79,13 @@ def test_sums_are_the_specifications(spec, ranks):
 
 
 @pytest.mark.parametrize("dtype", values.DTYPES)
-@pytest.mark.parametrize("spec", formats.SPECS)
+@pytest.mark.parametrize("spec", [*formats.SPECS, *formats.PEERS])
 def test_error_stays_within_the_published_bound(spec, dtype):
     for x in [*values.special(dtype).values(), values.every_pattern(dtype)]:
         assert_within_published_bound(formats.bound(spec, x.shape[1]), x)
 
 
-@pytest.mark.parametrize("spec", formats.SPECS)
+@pytest.mark.parametrize("spec", [*formats.SPECS, *formats.PEERS])
 def test_error_stays_within_the_published_bound_of_many_groups(spec):
     tried = 0
     for x in fuzz(getattr(parse(spec), "group", 32)):

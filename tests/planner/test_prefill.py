@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 
 from flashcomm.codecs import parse
 from flashcomm.planner import Algorithm, Facts, LinkCosts, choose, overlap
-from flashcomm.planner.costs import Cost, Point
+from flashcomm.planner.advice import plan
+from flashcomm.planner.costs import Cost, Point, extra_s
 from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, cluster
 from flashcomm.planner.overlap import Line, Profile
 from flashcomm.planner.prefill import CODECS, WORTH, SumCosts, advise, compare, predict, profile
@@ -179,6 +181,34 @@ def test_the_lab_is_predicted_from_its_rate_alone(codec):
         if row["codec"] == codec and row["algorithm"] == algorithm and row["message_bytes"] >= 4 * MIB:
             sums = SumCosts(cluster=ranks, codec=parse(codec), token_bytes=row["message_bytes"])
             assert math.isclose(1e3 * sums.seconds(1), row["p50_ms"], rel_tol=0.25)
+
+
+def test_slow_kernels_are_worth_their_time_on_slow_links_alone():
+    def seconds(rate: str, spec: str) -> float:
+        sums = SumCosts(cluster=cluster("cpu-1gbe", 4, rate=rate), codec=parse(spec), token_bytes=16 * MIB)
+        return sums.seconds(1)
+
+    assert seconds("100mbit", "ec6") < seconds("100mbit", "int6g128") < seconds("100mbit", "int8g128")
+    assert seconds("5gbit", "ec6") > seconds("5gbit", "int8g128")
+    group = cluster("cpu-1gbe", 4, rate="25gbit").group
+    assert choose(16 * MIB, group, parse("int6g128")).declined is False
+    assert choose(16 * MIB, group, parse("ec6")).declined is True
+    # Half of the time, where one transfer alone is coded; all of it around a format of its own.
+    assert extra_s(parse("bf16:ec6"), MIB) == extra_s(parse("ec6"), MIB) / 2
+    assert extra_s(parse("ec4+keep16"), MIB) == extra_s(parse("int8g128/ec6"), MIB) == extra_s(parse("ec6"), MIB)
+
+
+def test_a_plan_says_up_to_which_rate_slow_kernels_are_faster():
+    made = plan("llama-3-8b", "cpu-1gbe", tokens=1024, codecs=("int8g128", "int6g128", "ec6"))
+    [limit] = made.limits
+    found = re.fullmatch(
+        r"ec6 has slow kernels: between hosts it is faster than plain up to (\w+), than int6g128 up to (\w+)", limit
+    )
+    assert found
+    plain, other = map(bits_per_second, found.groups())
+    assert 1e8 < other < plain < 25e9
+    assert limit in made.notes
+    assert plan("llama-3-8b", "l40", codecs=("ec6",)).limits == ()
 
 
 def test_hosts_of_several_ranks_sum_inside_first():

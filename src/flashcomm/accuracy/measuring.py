@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,6 +21,8 @@ from flashcomm.policy import Policy
 EVERY = 16
 """Distance of the tokens that are looked at in depth: one in 16."""
 _RUN = "run.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,24 +83,15 @@ def measure(
     # Windows are cut for convenience, so no sum is too small here.
     policies = {name: replace(p, min_bytes=0) for name, p in {"none": Policy(codec="none"), **variants}.items()}
     with simulated(model, ranks, hosts=hosts, calibration=calibration) as simulation:
-        if folder:
-            facts = [origin, ranks, hosts, calibration and calibration.origin, [*map(repr, policies.items())]]
-            _open(
-                folder,
-                json.dumps([*facts, [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in windows]]),
-            )
-        found = []
-        for number, window in enumerate(windows):
-            path = folder and folder / f"{number:06}.pt"
-            if path and path.is_file():
-                found.append(torch.load(path, weights_only=True))
-                for _ in policies:
-                    progress()
-            else:
-                found.append(_window(model, simulation, list(policies.values()), window.to(model.device), progress))
-                if path:
-                    _save(found[-1], path)
-                progress()
+        facts = [origin, ranks, hosts, calibration and calibration.origin, [*map(repr, policies.items())]]
+        found = by_window(
+            windows,
+            lambda window: _window(model, simulation, list(policies.values()), window.to(model.device), progress),
+            folder,
+            facts,
+            len(policies),
+            progress,
+        )
         bits = tuple(simulation.bits_per_value(policy) for policy in policies.values())
     return Measurement(
         names=tuple(policies),
@@ -107,6 +100,42 @@ def measure(
         figures=torch.stack([figures for figures, _ in found], 2),
         depth=torch.stack([depth for _, depth in found]).sum(0),
     )
+
+
+def by_window(
+    windows: Sequence[torch.Tensor],
+    find: Callable[[torch.Tensor], T],
+    folder: Path | None,
+    facts: Sequence[Any],
+    passes: int,
+    progress: Callable[[], object],
+) -> list[T]:
+    """Call ``find(window)`` for each window, and keep what it finds.
+
+    Args:
+        windows: token ids.
+        find: returns a tensor, or a tuple of them.
+        folder: keeps them, by window; what is there already is read. None keeps nothing.
+        facts: identity of the measurement beside the windows; in the folder of another one, all begins anew.
+        passes: number of parts that a window counts for in `progress`.
+        progress: called after the last part of each window, which is kept by then; `find` calls it after the others.
+    """
+    if folder:
+        digests = [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in windows]
+        _open(folder, json.dumps([*facts, digests]))
+    found = []
+    for number, window in enumerate(windows):
+        path = folder and folder / f"{number:06}.pt"
+        if path and path.is_file():
+            found.append(torch.load(path, weights_only=True))
+            for _ in range(passes - 1):
+                progress()
+        else:
+            found.append(find(window))
+            if path:
+                _save(found[-1], path)
+        progress()
+    return found
 
 
 def _window(
@@ -162,7 +191,7 @@ def _open(folder: Path, identity: str):
     path.write_text(identity)
 
 
-def _save(found: tuple[torch.Tensor, torch.Tensor], path: Path):
+def _save(found: Any, path: Path):
     """Write `found` to `path` atomically."""
     part = path.with_suffix(".part")
     torch.save(found, part)

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from flashcomm.accuracy.measuring import Measurement
 from flashcomm.accuracy.metrics import FLOOR, AccuracyRow, Estimate, by_position
+from flashcomm.codecs.peers import USERS
 from flashcomm.report.page import empty_plot, html_page, images
 from flashcomm.report.palette import GRID, RED, series
 from flashcomm.report.rows import markdown_table
@@ -47,7 +48,7 @@ def cells(row: AccuracyRow, intervals: bool = True) -> list[str]:
         perplexity = between(row.perplexity, "{:.3f}")
         return [row.codec, f"{row.bits_per_value:.2f}", perplexity, "0", "0", "100 %", "0", "0"]
     return [
-        row.codec,
+        f"{row.codec}, as {USERS[row.codec]}" if row.codec in USERS else row.codec,
         f"{row.bits_per_value:.2f}",
         between(row.perplexity_change, "{:+.3f}", 100) + " %",
         between(row.kl, "{:.2e}"),

@@ -22,7 +22,7 @@ from torch import nn
 
 from flashcomm import simulate
 from flashcomm.calibration import Calibration, MovingReach
-from flashcomm.codecs import Features
+from flashcomm.codecs import Codec, Features
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply
 from flashcomm.models import heads
@@ -79,6 +79,13 @@ class Simulation:
         bits = (w * policy.codec_for(name).bits_per_value(w, self._dtype) for name, w in self.modules.items())
         return sum(bits) / sum(self.modules.values())
 
+    def compressed(self, name: str, parts: Sequence[torch.Tensor], codec: Codec, algorithm: str) -> torch.Tensor:
+        """Sum the ranks' terms of the module `name` in `codec`, as with ``batch_invariant=True``."""
+        if self.calibration is not None:
+            codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
+        # Batch-invariant ranks choose the same: the algorithm that sends the fewest bytes.
+        return simulate.all_reduce(parts, codec, algorithm, hosts=self.hosts, batch_invariant=True)
+
     def _replace(self, name: str, module: nn.Module, style: str, parameters: Mapping[str, str]):
         forward = module.forward
 
@@ -127,11 +134,7 @@ class Simulation:
         choice = self.policy.choose(parts[0].numel() * parts[0].element_size(), parts[0].dtype, name)
 
         def compressed() -> torch.Tensor:
-            codec = choice.codec
-            if self.calibration is not None:
-                codec = self.calibration.bind(codec, name, rank=0, ranks=self.ranks)
-            # Batch-invariant ranks choose the same: the algorithm that sends the fewest bytes.
-            return simulate.all_reduce(parts, codec, choice.algorithm, hosts=self.hosts, batch_invariant=True)
+            return self.compressed(name, parts, choice.codec, choice.algorithm)
 
         count = lambda reason: self.plain.update([reason])  # noqa: E731
         total = apply(choice, compressed=compressed, plain=lambda: ring_sum(parts), count=count)

@@ -1,27 +1,34 @@
 """Find the cheapest codec for each sum of a model, so that all together stay within a budget of KL.
 
-The cost of a codec at one sum is measured alone, with all other sums plain, and counted from the cost of another order
-of additions there. Such costs nearly add up. Measuring a choice tells how nearly, and the next choice uses it.
+The KL of every codec at every sum is predicted from gradients and errors (`sensitivity`), which takes a few passes
+however many codecs there are. Such costs nearly add up. Measuring a choice on other text tells how nearly, and the next
+choice uses it.
 
 Source: our own; the choice is the multiple-choice knapsack problem, solved by dynamic programming.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from flashcomm.accuracy.measuring import Measurement, measure
-from flashcomm.accuracy.metrics import FLOOR, KL, AccuracyRow, summarise
+from flashcomm.accuracy.measuring import measure
+from flashcomm.accuracy.metrics import FLOOR, AccuracyRow, summarise
+from flashcomm.accuracy.sensitivity import predict
 from flashcomm.accuracy.simulated import simulated
 from flashcomm.codecs import parse
 from flashcomm.policy import Policy, Rule
 
-ROUNDS = 8
-"""Largest number of choices that are measured."""
+ROUNDS = 5
+"""Largest number of single codecs, and of choices, that are measured."""
+USUAL = 6
+"""Number of policies, the floor among them, that the time left is estimated by; most runs measure four to six."""
+CLOSE, AIM = 0.97, 0.985
+"""Shares of the budget: a choice that uses the first is close enough, and choices aim at the second."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +39,11 @@ class Tuned:
     row: AccuracyRow
     """The policy's figures on the windows for verification."""
     uniform: tuple[AccuracyRow, ...]
-    """Figures of each candidate for all sums, then of the floor, on the same windows."""
+    """Figures of the candidates that were measured for all sums, then of the floor, on the same windows."""
     best_uniform: AccuracyRow
     """The row with the fewest bits among those that meet the budget."""
     costs: dict[str, dict[str, float]]
-    """KL that each codec adds alone, by module and codec; the choice was made from it."""
+    """KL that each codec is predicted to add, by module and codec; the choice was made from it."""
     choice: dict[str, str]
     """Codec by module."""
 
@@ -44,6 +51,15 @@ class Tuned:
     def saved(self) -> float:
         """Share of the best uniform codec's bits that the policy saves."""
         return 1 - self.row.bits_per_value / self.best_uniform.bits_per_value
+
+
+class _Found(NamedTuple):
+    """A choice that was measured."""
+
+    policy: Policy
+    row: AccuracyRow
+    codecs: list[str]
+    """Codec of each module."""
 
 
 def tune(
@@ -65,78 +81,78 @@ def tune(
     Args:
         model, ranks: see `simulated`.
         budget: KL(plain || compressed) in nats.
-        explored: windows of token ids to measure each codec at each sum on.
+        explored: windows of token ids to predict the cost of each codec at each sum on.
         verified: other windows, to measure whole policies on.
         candidates: codecs to choose from.
         algorithm: algorithm of all sums.
-        seed: random seed of the bootstrap.
-        folder: keeps figures, see `measure`.
+        seed: random seed of the bootstrap and of the labels of `predict`.
+        folder: keeps figures, see `by_window`.
         step: shows progress, see `flashcomm.report.progress`.
-        options: passed to `measure`: ``hosts``, ``calibration``, ``origin``.
+        options: passed to `predict` and `measure`: ``hosts``, ``calibration``, ``origin``.
 
     Raises:
         ValueError: no candidate meets the budget.
     """
-    names = list(candidates)
-
-    def run(windows: Sequence[torch.Tensor], variants: Mapping[str, Policy], name: str) -> Measurement:
-        place = folder / name.replace(" ", "-") if folder else None
-        advance = step(name, len(windows) * (len(variants) + 1))
-        return measure(model, ranks, variants, windows, folder=place, progress=advance, **options)
-
-    def rows(variants: Mapping[str, Policy], name: str) -> list[AccuracyRow]:
-        found = run(verified, variants, name)
-        return summarise(found.names, found.bits, found.figures, seed=seed)[1:]
-
-    everywhere = {name: Policy(codec=name, algorithm=algorithm) for name in (*names, FLOOR)}
-    *uniform, floor = rows(everywhere, "uniform codecs")
-    meeting = [row for row in uniform if row.kl.high <= budget]
-    if not meeting:
-        best = min(uniform, key=lambda row: row.kl.high)
-        raise ValueError(
-            f"no candidate meets a KL of {budget:g}: {best.codec} has up to {best.kl.high:.2e}, and another order of "
-            f"additions alone up to {floor.kl.high:.2e}. Give a larger budget, or candidates with more bits"
-        )
-    best_uniform = min(meeting, key=lambda row: row.bits_per_value)
+    names = list(dict.fromkeys(candidates))
     with simulated(model, ranks) as simulation:
         widths = dict(simulation.modules)
     modules = list(widths)
-    alone = {
-        f"{module} {name}": Policy(codec="none", algorithm=algorithm, layers=(Rule(match=module, codec=name),))
-        for module in modules
-        for name in (*names, FLOOR)
-    }
-    kl = run(explored, alone, "one sum at a time").figures[1:, KL].double().mean((1, 2)).view(len(modules), -1)
-    costs = (kl[:, :-1] - kl[:, -1:]).clamp_min(0)
+    costs = predict(
+        model, ranks, explored, names, algorithm=algorithm, seed=seed, folder=folder and folder / "costs",
+        progress=step("costs of all codecs", len(explored)), **options,
+    )  # fmt: skip
     bits = torch.tensor(
         [[w * parse(name).bits_per_value(w, model.dtype) for name in names] for w in widths.values()],
         dtype=torch.float32,
         device="cpu",
     )
+    advance = step("whole policies", 2 * USUAL * len(verified))
+    numbers = itertools.count()
 
-    # The best uniform codec is returned if no choice is better.
-    chosen = [names.index(best_uniform.codec)] * len(modules)
-    policy, row = everywhere[best_uniform.codec], best_uniform
-    allowed, tried = budget - floor.kl.high, set()
-    for number in range(ROUNDS):
-        choice = allocate(costs, bits, allowed)
-        if choice is None or tuple(choice) in tried:
-            break
-        tried.add(tuple(choice))
-        candidate = _policy(modules, [names[c] for c in choice], algorithm)
-        [found] = rows({"policy": candidate}, f"choice {number + 1}")
-        if found.kl.high <= budget and found.bits_per_value < row.bits_per_value:
-            policy, row, chosen = candidate, found, choice
-        # The budget that this choice would have met exactly, if costs keep this proportion.
-        predicted = sum(costs[m, c].item() for m, c in enumerate(choice))
-        allowed = (budget - floor.kl.high) * predicted / max(found.kl.high - floor.kl.high, 1e-12)
+    def row(policy: Policy, name: str) -> AccuracyRow:
+        place = folder and folder / f"{next(numbers)}-{name}"
+        found = measure(model, ranks, {name: policy}, verified, folder=place, progress=advance, **options)
+        return summarise(found.names, found.bits, found.figures, seed=seed)[1]
+
+    def search(costs: torch.Tensor, bits: torch.Tensor, ratio: float) -> tuple[dict[tuple[int, ...], _Found], float]:
+        """Measure choices until one just meets the budget: what was found, and the last KL by its prediction."""
+        found: dict[tuple[int, ...], _Found] = {}
+        for _ in range(ROUNDS):
+            choice = allocate(costs, bits, (AIM * budget - floor.kl.high) / ratio) or costs.argmin(1).tolist()
+            if tuple(choice) in found:
+                break
+            codecs = [names[c] for c in choice] * (len(modules) // len(choice))
+            policy = _policy(modules, codecs, algorithm)
+            measured = row(policy, codecs[0] if len(choice) == 1 else "policy")
+            found[tuple(choice)] = _Found(policy, measured, codecs)
+            predicted = sum(costs[m, c].item() for m, c in enumerate(choice))
+            ratio = max(measured.kl.high - floor.kl.high, 1e-9) / max(predicted, 1e-9)
+            if CLOSE * budget <= measured.kl.high <= budget:
+                break
+        return found, ratio
+
+    floor = row(Policy(codec=FLOOR, algorithm=algorithm), FLOOR)
+    # One codec for all is a choice for a single sum.
+    singles, ratio = search(costs.sum(0, keepdim=True), bits.sum(0, keepdim=True), 1.0)
+    meeting = [found for found in singles.values() if found.row.kl.high <= budget]
+    if not meeting:
+        best = min((found.row for found in singles.values()), key=lambda row: row.kl.high)
+        raise ValueError(
+            f"no candidate meets a KL of {budget:g}: {best.codec} has up to {best.kl.high:.2e}, and another order of "
+            f"additions alone up to {floor.kl.high:.2e}. Give a larger budget, or candidates with more bits"
+        )
+    uniform = min(meeting, key=lambda found: found.row.bits_per_value)
+    choices, _ = search(costs, bits, ratio)
+    # The best single codec is returned if no choice is better.
+    meeting = [uniform, *(found for found in choices.values() if found.row.kl.high <= budget)]
+    best = min(meeting, key=lambda found: found.row.bits_per_value)
     return Tuned(
-        policy=policy,
-        row=row,
-        uniform=(*uniform, floor),
-        best_uniform=best_uniform,
+        policy=best.policy,
+        row=best.row,
+        uniform=(*(found.row for found in singles.values()), floor),
+        best_uniform=uniform.row,
         costs={module: dict(zip(names, costs[m].tolist(), strict=True)) for m, module in enumerate(modules)},
-        choice={module: names[c] for module, c in zip(modules, chosen, strict=True)},
+        choice=dict(zip(modules, best.codecs, strict=True)),
     )
 
 
@@ -177,16 +193,15 @@ def allocate(costs: torch.Tensor, sizes: torch.Tensor, budget: float) -> list[in
 
 
 def document(tuned: Tuned) -> dict:
-    """The result as JSON stores it: the policy's row, those of single codecs, and each codec's cost at each sum."""
+    """The result for JSON: rows of the policy and of single codecs, and each codec's predicted cost at each sum."""
     names = {row.codec: row for row in (tuned.row, *tuned.uniform)}
     return {
         "saved": tuned.saved,
         "best_uniform": tuned.best_uniform.codec,
         "rows": [row.as_dict() for row in names.values()],
         "sums": [
-            {"module": m, "chosen": tuned.choice[m], "codec": c, "kl": kl}
+            {"module": m, "chosen": tuned.choice[m], "kl": {c: float(f"{kl:.3g}") for c, kl in each.items()}}
             for m, each in tuned.costs.items()
-            for c, kl in each.items()
         ],
     }
 
@@ -200,9 +215,9 @@ def evidence(tuned: Tuned, facts: Sequence[str]) -> list[str]:
         f"measured: KL {row.kl.value:.2e} (95 %: {row.kl.low:.2e} to {row.kl.high:.2e}), perplexity "
         f"{100 * row.perplexity_change.value:+.2f} %, the same first token {100 * row.top1.value:.2f} %",
         f"bits per value: {row.bits_per_value:.3f}, {100 * tuned.saved:.1f} % fewer than {uniform.codec} everywhere "
-        f"({uniform.bits_per_value:.3f}), the cheapest single codec that meets the budget",
+        f"({uniform.bits_per_value:.3f}), the cheapest single codec that was found within the budget",
         "",
-        f"{'KL that the choice adds alone, by sum':{width}}  codec",
+        f"{'KL that the choice is predicted to add, by sum':{width}}  codec",
     ]
     lines += [f"{name:{width}}  {codec:9}  {tuned.costs[name][codec]:.1e}" for name, codec in tuned.choice.items()]
     return [*lines, ""]

@@ -21,7 +21,8 @@ def measure_accuracy(
     model: Model = Path("demo"),
     tp: SimulatedRanks = 8,
     codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain and the floor are always measured.")] = (
-        "int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike"
+        "ec8,int8g128+hadamard,int8g128,fp8g128,ec6,int6g128+hadamard,int6g128,ec5,int5g128+hadamard,"
+        "ec4.25,int4g128+hadamard,nvfp4,int4g128,mxfp4,ec3.5"
     ),
     policy: Annotated[list[Path] | None, typer.Option(help="A policy to measure too; again for each.")] = None,
     algorithm: Algorithm = "auto",

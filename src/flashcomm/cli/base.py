@@ -20,7 +20,7 @@ from flashcomm.lab import Lab
 from flashcomm.report import rows
 
 # Without a terminal, tables keep one width.
-stdout = Console(width=None if sys.stdout.isatty() else 110)
+stdout = Console(width=None if sys.stdout.isatty() else 120)
 stderr = Console(stderr=True)
 
 DEMO_PROMPT = "def read_config(path):\n    "

@@ -32,8 +32,8 @@ from flashcomm.cli.simulation import Texts
 from flashcomm.report.rows import figure, write_json
 
 DEMO_CODECS = (
-    "none,int8g128,fp8g128,int6g128,int5g128,fp5_e2m2g32,int4g32,int4g128:int8g128,int4g128+keep64,int4g128,nvfp4,mxfp4,"
-    "int3g32,int2g32+spike,int2g32"
+    "none,ec8,int8g128+hadamard,int8g128,fp8g128,ec6,int6g128+hadamard,int6g128,ec5,int5g128+hadamard,ec4.25,"
+    "int4g128+hadamard,int4g128+keep64,int4g128,nvfp4,ec3.5"
 )
 
 

@@ -8,7 +8,6 @@ from rich.table import Table
 
 from flashcomm.cli.base import Json, check_plot, codec_list, fail, new_table, stdout
 from flashcomm.planner import advice, hardware, prefill
-from flashcomm.planner.prefill import CODECS as PLAN_CODECS
 from flashcomm.report.palette import GREY, GRID, series
 from flashcomm.report.rows import write_json
 from flashcomm.units import bytes_text
@@ -22,7 +21,10 @@ def plan(
     tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel ranks, 4 if not given.", min=2)] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 2048,
     batch: Annotated[int, typer.Option(help="Prompts per batch.", min=1)] = 1,
-    codecs: Annotated[str, typer.Option(help="Comma-separated codecs to compare with plain.")] = ",".join(PLAN_CODECS),
+    codecs: Annotated[
+        str | None,
+        typer.Option(help="Comma-separated codecs to compare with plain; those with kernels there if not given."),
+    ] = None,
     ranks_per_host: Annotated[
         int | None, typer.Option(help="Ranks on each host; the machine's if not given.", min=1)
     ] = None,
@@ -40,8 +42,9 @@ def plan(
     if plot:
         check_plot(plot)
     options = {"ranks_per_host": ranks_per_host, "rate": rate, "link": link}
+    specs = codec_list(codecs) if codecs else None
     try:
-        made = advice.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=codec_list(codecs), **options)
+        made = advice.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=specs, **options)
         if plot:
             draw(made, machine, plot, link)
     except ValueError as error:
@@ -66,10 +69,10 @@ def _table(planned: advice.Planned) -> Table:
     )
     for name in ("codec", "algorithm"):
         table.add_column(name, no_wrap=True)
-    for name in ("sums\nms", "share", "prefill\nms", "TTFT\nms", "x plain"):
+    for name in ("sums\nms", "share", "prefill\nms", "TTFT\nms", "x\nplain"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("in parts", no_wrap=True)
-    for name in ("TTFT\nms", "x plain", "pays\nfrom"):
+    for name in ("TTFT\nms", "x\nplain", "pays\nfrom"):
         table.add_column(name, justify="right", no_wrap=True)
     plain = planned.predictions[0]
     for one in planned.predictions:

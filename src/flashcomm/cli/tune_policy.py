@@ -16,18 +16,29 @@ if TYPE_CHECKING:
     from flashcomm.report.progress import Step
 
 
+CODECS = ",".join(
+    [f"ec{eighths / 8:g}" for eighths in range(20, 65)]
+    + [f"int{bits}g128{transform}" for bits in (4, 6, 8) for transform in ("", "+hadamard")]
+)
+"""Codecs to choose from: nearly any number of bits, and the formats for fast links."""
+
+
 def tune_policy(
     model: Model = Path("demo"),
     budget: Annotated[str, typer.Option(help="Accuracy that the policy may cost: kl=NATS.")] = "kl=0.01",
     tp: SimulatedRanks = 8,
-    codecs: Annotated[str, typer.Option(help="Comma-separated codecs to choose from.")] = (
-        "int3g32,int4g128,int4g32,int5g128,int6g128,int8g128"
-    ),
+    codecs: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated codecs to choose from. Give the int formats with +hadamard where the link is fast.",
+            show_default="ec2.5 to ec8 in eighths of a bit, int4g128, int6g128, int8g128, each with +hadamard too",
+        ),
+    ] = CODECS,
     algorithm: Algorithm = "auto",
     hosts: Hosts = 0,
     text: Texts = None,
-    explore: Annotated[int, typer.Option(help="Tokens to measure each codec at each sum on.", min=16)] = 4096,
-    tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 16384,
+    explore: Annotated[int, typer.Option(help="Tokens to predict the cost of each codec on.", min=16)] = 2048,
+    tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 8192,
     window: Window = 1024,
     dtype: Dtype = "bfloat16",
     calibration: Calibration = None,

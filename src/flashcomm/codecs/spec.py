@@ -9,6 +9,7 @@ fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the d
 int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
 lossless, lossless_fp16           bf16 or fp16 values in fewer bytes, every bit kept; rows vary in length
+q4_0, q8_0, qr_int4, qr_int6, qr_int8, e4m3   formats of other projects, see `peers`
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
@@ -37,6 +38,7 @@ from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import Lossless
+from flashcomm.codecs.peers import PEERS, BareE4M3, Grouped
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
@@ -63,9 +65,9 @@ _EXACT = {
     "lossless": Lossless(torch.bfloat16),
     "lossless_fp16": Lossless(torch.float16),
 }
-_FIXED = {**_EXACT, **NAMES}
+_FIXED = {**_EXACT, **NAMES, **PEERS}
 _COMMON = [
-    *_FIXED,
+    *(name for name in _FIXED if name not in PEERS),
     *(f"int{b}{s}g{g}" for b in range(1, 9) for s in ("", "s") for g in (32, 64, 128)),
     *(f"{name}g{g}" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("fp")),
     *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
@@ -121,7 +123,7 @@ def _parse(spec: str) -> Codec:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
     for place, suffix in enumerate(suffixes):
         wrap = _wrapper(suffix)
-        if wrap is None or isinstance(codec, Plain | Cast | Lossless):
+        if wrap is None or isinstance(codec, Plain | Cast | Lossless | Grouped | BareE4M3):
             raise ValueError(
                 f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
                 "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
@@ -193,7 +195,7 @@ def allowed() -> str:
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
         f"{', '.join(_EXACT)}, int1 to int8 with optional s (symmetric) and gN (group size), "
-        f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
+        f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
         f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
         f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
         "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"

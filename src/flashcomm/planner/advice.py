@@ -13,10 +13,14 @@ from typing import Any
 
 from flashcomm.codecs import parse
 from flashcomm.planner import hardware, prefill, shapes
+from flashcomm.planner.costs import extra_s
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.prefill import Advice, Prediction
 from flashcomm.planner.shapes import Shape
 from flashcomm.policy import Policy
+
+RATES = ("100mbit", "200mbit", "500mbit", "1gbit", "2gbit", "5gbit", "10gbit", "25gbit", "50gbit", "100gbit")
+"""Rates between hosts at which formats with slow kernels are compared."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +36,8 @@ class Planned:
     predictions: tuple[Prediction, ...]
     """One per codec, plain first."""
     advice: Advice
+    limits: tuple[str, ...] = ()
+    """Sentences about the rates up to which formats with slow kernels are worth their time."""
 
     def as_dict(self) -> dict:
         """The question, the figures and the advice, for JSON."""
@@ -51,7 +57,8 @@ class Planned:
     def notes(self) -> list[str]:
         """Sentences about what the figures leave out."""
         ranks, heads = self.cluster.group.ranks, self.shape.heads
-        return [] if heads % ranks == 0 else [f"{heads} heads do not divide by {ranks}: as if they did"]
+        divided = [] if heads % ranks == 0 else [f"{heads} heads do not divide by {ranks}: as if they did"]
+        return [*divided, *self.limits]
 
 
 def plan(
@@ -61,7 +68,7 @@ def plan(
     ranks: int | None = None,
     tokens: int = 2048,
     rows: int = 1,
-    codecs: Sequence[str] = prefill.CODECS,
+    codecs: Sequence[str] | None = None,
     ranks_per_host: int | None = None,
     rate: str | None = None,
     link: str | None = None,
@@ -74,7 +81,7 @@ def plan(
         ranks: 2 or more; 4 if not given, or those of the file.
         tokens: tokens per prompt.
         rows: prompts in the batch.
-        codecs: codecs to compare with plain.
+        codecs: codecs to compare with plain; those with kernels on the machine's devices if not given.
         ranks_per_host, rate, link: see `flashcomm.planner.hardware.cluster`; not with a file.
 
     Raises:
@@ -84,16 +91,38 @@ def plan(
     for name, given in (("prompt", tokens), ("batch", rows)):
         if given < 1:
             raise ValueError(f"{name} {given}: give 1 or more")
+    options = {"--ranks-per-host": ranks_per_host, "--rate": rate, "--link": link}
+    cluster = _cluster(machine, ranks, options)
+    codecs = codecs or (prefill.CPU_CODECS if cluster.group.connected else prefill.CODECS)
     for spec in codecs:
         if parse(spec).unbound:
             raise ValueError(f"{spec} needs a calibration of a model: plan with its base, {parse(spec).base}")  # pyright: ignore[reportAttributeAccessIssue]
-    options = {"--ranks-per-host": ranks_per_host, "--rate": rate, "--link": link}
-    cluster = _cluster(machine, ranks, options)
     predictions = tuple(prefill.compare(shape, cluster, codecs, tokens=tokens, rows=rows))
+    limits = []
+    if cluster.group.hosts > 1 and Path(machine).suffix != ".json":
+        at = [
+            hardware.cluster(machine, cluster.group.ranks, ranks_per_host=ranks_per_host, rate=one, link=link)
+            for one in RATES
+        ]
+        limits = [_limit(shape, at, spec, codecs, tokens, rows) for spec in codecs if extra_s(parse(spec), 1)]
     return Planned(
-        shape=shape, cluster=cluster, tokens=tokens, rows=rows, predictions=predictions,
+        limits=tuple(limits), shape=shape, cluster=cluster, tokens=tokens, rows=rows, predictions=predictions,
         advice=prefill.advise(predictions),
     )  # fmt: skip
+
+
+def _limit(shape: Shape, clusters: Sequence[Cluster], slow: str, codecs: Sequence[str], tokens: int, rows: int) -> str:
+    """Say up to which of `RATES` a format with slow kernels is faster than plain, and than its nearest fast format."""
+    bits = {spec: parse(spec).bits_per_value(4096) for spec in codecs if not extra_s(parse(spec), 1)}
+    more = [spec for spec in bits if spec != "none" and bits[spec] > parse(slow).bits_per_value(4096)]
+
+    def until(other: str) -> str:
+        time = lambda spec, one: prefill.predict(shape, one, spec, tokens=tokens, rows=rows).ttft_s  # noqa: E731
+        wins = [rate for rate, one in zip(RATES, clusters, strict=True) if time(slow, one) < time(other, one)]
+        return f"than {'plain' if other == 'none' else other} up to {wins[-1]}" if wins else f"never than {other}"
+
+    others = ["none", *([min(more, key=lambda spec: bits[spec])] if more else [])]
+    return f"{slow} has slow kernels: between hosts it is faster {', '.join(map(until, others))}"
 
 
 def _cluster(machine: str, ranks: int | None, options: dict[str, Any]) -> Cluster:

@@ -2,7 +2,8 @@
 
 At each size two formats, of 4 and 8 bits, tell the link's share of the time, which grows with the bits, from the cores'
 share. Between sizes, and beyond the largest, time grows along a line, alpha + beta * bytes; below the smallest size it
-is constant. So a cost includes whatever overlaps within a call, and whatever the transfers take from the cores.
+is constant. So a cost includes whatever overlaps within a call, and whatever the transfers take from the cores. Formats
+with slower kernels than the two that were timed take `extra_s` more.
 
 Source: the alpha-beta model of collectives (Hockney 1994), with a term for the codec; the lines in pieces are our own.
 """
@@ -14,12 +15,15 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from flashcomm.codecs import Codec, Levels, Lossless, Pair
+from flashcomm.codecs import Codec, Entropy, Levels, Lossless, Pair
 
 SIZES = tuple(1 << n for n in range(10, 29))
 """Message sizes that are compared: 1 KiB to 256 MiB."""
 # Before compression is worth its error, and before an algorithm of ours replaces the backend's, it must win by this.
 MARGIN = 0.95
+SLOW_S_PER_BYTE = 1.77e-9
+"""Core seconds for each byte of a message that ecB takes beyond an int format, two_step among 4 ranks: encoding 1 + 1/4
+and decoding 2 messages of 32 MiB in 27.8 and 12.2 ms more; ec6 and int6g128 in results/codec_cpu.md, 2026-11-28."""
 _ROW = 4096
 """Values of a row, by which a codec's bits per value are counted."""
 
@@ -112,10 +116,9 @@ class LinkCosts:
 
     def cheapest(self, codec: Codec, message_bytes: int) -> Fastest:
         """Find the fastest compressed algorithm; None, and infinite seconds, if all that fit `codec` were given up."""
-        bits = codec.bits_per_value(_ROW)
         return _fastest(
             {
-                algorithm: cost.seconds(message_bytes, bits)
+                algorithm: _seconds(algorithm, cost, codec, message_bytes)
                 for algorithm, cost in self._costs_of(codec).items()
                 if self._holds(algorithm, cost, message_bytes) and _fits(algorithm, codec)
             }
@@ -158,10 +161,9 @@ class LinkCosts:
             name: ``one_step``, ``two_step`` or ``hierarchical``.
             message_bytes: on each rank, uncompressed.
         """
-        bits = codec.bits_per_value(_ROW)
         best = _fastest(
             {
-                algorithm: cost.seconds(message_bytes, bits)
+                algorithm: _seconds(algorithm, cost, codec, message_bytes)
                 for algorithm, cost in self._costs_of(codec).items()
                 if algorithm.name == name and self._holds(algorithm, cost, message_bytes)
             }
@@ -180,9 +182,9 @@ class LinkCosts:
         if algorithm is None:
             return self.plain.seconds(message_bytes)
         sent = codec.between if isinstance(codec, Levels) else codec
-        exact = exact and not isinstance(sent, Lossless)
-        cost = (self.uncompressed if exact else self._costs_of(sent))[algorithm]
-        return cost.seconds(message_bytes, sent.bits_per_value(_ROW))
+        if exact and not isinstance(sent, Lossless):
+            return self.uncompressed[algorithm].seconds(message_bytes, sent.bits_per_value(_ROW))
+        return _seconds(algorithm, self._costs_of(sent)[algorithm], sent, message_bytes)
 
     def _costs_of(self, codec: Codec) -> dict[Algorithm, Cost]:
         sent = codec.between if isinstance(codec, Levels) else codec
@@ -223,6 +225,26 @@ def crossover(wins: Sequence[bool], sizes: Sequence[int] = SIZES) -> int | None:
             break
         tail = size
     return tail
+
+
+def extra_s(codec: Codec, message_bytes: float) -> float:
+    """Core seconds that the kernels of `codec` take beyond those of the formats that were timed; see `SLOW_S_PER_BYTE`.
+
+    >>> from flashcomm.codecs import parse
+    >>> [round(1e3 * extra_s(parse(spec), 16 << 20)) for spec in ("int8g128", "ec6", "bf16:ec6")]
+    [0, 30, 15]
+    """
+    sent = codec.between if isinstance(codec, Levels) else codec
+    slow = [isinstance(getattr(one, "base", one), Entropy) for one in sent.formats]
+    return sum(slow) / len(slow) * SLOW_S_PER_BYTE * message_bytes
+
+
+def _seconds(algorithm: Algorithm, cost: Cost, codec: Codec, message_bytes: int) -> float:
+    """Predicted seconds of one compressed call."""
+    whole, extra = cost.seconds(message_bytes, codec.bits_per_value(_ROW)), extra_s(codec, message_bytes)
+    # All but one piece's share hides behind the transfers.
+    link = max(0.0, whole - cost.seconds(message_bytes, 0)) if extra else 0.0
+    return whole + extra - (1 - 1 / algorithm.pieces) * min(extra, link)
 
 
 def _fastest(seconds: dict[Algorithm, float]) -> Fastest:

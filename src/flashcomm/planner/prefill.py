@@ -16,13 +16,16 @@ from functools import lru_cache
 from flashcomm.codecs import Codec, parse
 from flashcomm.planner import overlap
 from flashcomm.planner.choose import Facts, Plan, choose
-from flashcomm.planner.costs import Algorithm, LinkCosts
+from flashcomm.planner.costs import Algorithm, LinkCosts, extra_s
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.overlap import Line, Profile, Split
 from flashcomm.planner.shapes import Shape, Workload
 from flashcomm.units import bytes_text
 
 CODECS = ("none", "int8g128", "int6g128", "int5g128", "int4g32", "int4g128")
+"""Codecs to compare on GPUs, which have kernels for these."""
+CPU_CODECS = ("none", "int8g128", "ec6", "int6g128+hadamard", "int5g128+hadamard", "ec4.25", "int4g128+hadamard")
+"""Codecs to compare on CPUs: those that real models want (docs/accuracy.md)."""
 SAFE_CODEC = "int8g128"
 """The codec that needs no measurement of its accuracy first: docs/accuracy.md."""
 WORTH = 1.05
@@ -49,7 +52,7 @@ class SumCosts:
     def busy(self, tokens: float) -> float:
         """Share of a sum's time in which it takes the core from the compute beside it."""
         exact = self.plan(tokens).algorithm == "plain"
-        core_s = self.cluster.plain_core if exact else self.cluster.codec_core
+        core_s = self.cluster.plain_core if exact else self.cluster.codec_core + extra_s(self.codec, 1)
         return min(1.0, tokens * self.token_bytes * core_s / self.seconds(tokens))
 
 
