@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from flashcomm.codecs import groups
 from flashcomm.codecs.base import Codec, canonical_nan
 from flashcomm.codecs.groups import bits_of, from_bits, like
+from flashcomm.codecs.spike import Spike
 
 _TARGET = 448.0
 
@@ -43,6 +44,11 @@ class Hadamard(Codec):
     adaptive: bool = False
 
     def __post_init__(self):
+        if isinstance(self.base, Spike):
+            raise ValueError(
+                f"{self} would look for spikes among transformed values, where none are left: take nf4+peaks, which "
+                f"takes large values out and transforms the others, or {self.base.base}+hadamard"
+            )
         if getattr(self.base, "group", None) is None:
             raise ValueError(f"a Hadamard transform goes in front of a format with groups, not {self.base}")
 

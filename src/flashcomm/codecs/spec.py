@@ -11,7 +11,7 @@ int4static                        scales from a calibration
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
-BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
+BASE+keep64                       1 feature in 64 kept, from a calibration, before any transform
 int4g128:int8g128                 a pair: the reduce-scatter's format, then the all-gather's
 bf16/int4g128                     levels: inside a host, then between hosts
 
@@ -110,21 +110,19 @@ def _parse(spec: str) -> Codec:
     codec = _base(base)
     if codec is None:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
-    for place, suffix in enumerate(suffixes):
+    kinds = [suffix.rstrip("0123456789") for suffix in suffixes]
+    if len({"hadamard" if kind == "taco" else kind for kind in kinds}) < len(kinds):
+        raise ValueError(f"codec {spec!r}: +spike, +keepN and one of +hadamard and +taco, each once")
+    # Whatever the order in the name, features that are kept leave before values are transformed.
+    for suffix in sorted(suffixes, key=lambda suffix: suffix.startswith("keep")):
         wrap = _wrapper(suffix)
         if wrap is None or isinstance(codec, Plain | Cast):
             raise ValueError(
-                f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
-                "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
+                f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes: "
+                "+spike, +hadamard or +taco, and +keepN such as +keep64"
             )
-        order = [_ORDER[s.rstrip("0123456789")] for s in suffixes[: place + 1]]
-        if sorted(set(order)) != order:
-            raise ValueError(f"codec {spec!r}: the order is +spike, then +hadamard or +taco, then +keepN, each once")
         codec = wrap(codec)
     return codec
-
-
-_ORDER = {"spike": 0, "hadamard": 1, "taco": 1, "keep": 2}
 
 
 def _wrapper(suffix: str) -> "Callable[[Any], Codec] | None":

@@ -8,6 +8,7 @@ Hazard: nothing here checks its arguments; `flashcomm.kernels.verbs` does.
 Source: our own.
 """
 
+from dataclasses import replace
 from functools import lru_cache, singledispatch
 from struct import pack as to_struct
 from struct import unpack as from_struct
@@ -26,7 +27,7 @@ from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard, blocks_of
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import huffman, ops
-from flashcomm.kernels.cpu.ops import BF16, FP32
+from flashcomm.kernels.cpu.ops import BF16, FP16, FP32
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
 
 
@@ -122,6 +123,8 @@ def _unpack(p: Program, source: Operand, n: int, bits: int) -> Operand:
 
 def _ranges(p: Program, x: Row, group: int) -> tuple[Operand, Operand]:
     """Find the smallest and the largest value of each group."""
+    if x.ranges:
+        return x.ranges
     low, high = p.array(), p.array()
     if x.kind == BF16:
         least, most, count = p.array(), p.array(), groups.count(p.cols, group)
@@ -316,32 +319,60 @@ def _decode_spike(codec: Spike, p: Program, source: Operand, y: Row):
     _deliver(p, row, y)
 
 
-def _transform(p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool):
-    """Transform `row` in place; `ahead` is the address to prefetch: the next row to read, or the one to write."""
+def _transform(
+    p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool, first: int = 0
+):
+    """Transform the groups of `row` from `first` on in place.
+
+    `ahead` is the address to prefetch: the next row to read, or the one to write.
+    """
     full, rest = p.cols // group, p.cols % group
-    for n, blocks, first in ((group, full, 0), (rest, 1, full)):
-        for start, size in blocks_of(n) if blocks else ():
-            at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
+    for n, start, blocks in ((group, first, full - first), (rest, full, 1)):
+        for place, size in blocks_of(n) if blocks else ():
+            at, own = row.at + (start * group + place) * 4, factors if isinstance(factors, int) else factors + start * 4
             p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
+
+
+def _in_registers(codec: Hadamard, cols: int) -> int:
+    """Number of a row's first values whose groups are transformed in registers, 128 values at a time."""
+    return cols // 128 * 128 if codec.group in (32, 64, 128) and not codec.adaptive else 0
 
 
 @append_encode.register
 def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
-    count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
-    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    count, row, alpha, done = groups.count(p.cols, codec.group), p.row(), 0, _in_registers(codec, p.cols)
+    ahead, low, high, width = x.at + p.cols * (2 if x.kind != FP32 else 4), p.array(), p.array(), 4
+    if done:
+        x = _wide(p, x) if x.kind == FP16 else x
+        least, most, width = p.array(), p.array(), 2 if x.kind == BF16 else 4
+        p.add(ops.hadamard_ranges, x.at, x.kind, done, codec.group, _bits(1.0 / codec.group), row.at, least, most)
+        p.add(ops.ranges_fp32, least, most, row.at, done, codec.group, low, high)
+        row = replace(row, ranges=(low, high))
+    if done < p.cols:
+        p.add(ops.widen, x.at + done * width, x.kind, p.cols - done, row.at + done * 4)
     if codec.adaptive:
         alpha = p.array()
         p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
         p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
-    _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
+    if done < p.cols:
+        _transform(p, row, codec.group, alpha, ahead, forward=True, first=done // codec.group)
+    if 0 < done < p.cols:
+        first, least, most = row.at + done * 4, p.array(), p.array()
+        if p.cols - done >= codec.group:
+            p.add(ops.shrink_fp32, first, p.cols - done, codec.group, least, most)
+        before = done // codec.group * 4
+        p.add(ops.ranges_fp32, least, most, first, p.cols - done, codec.group, low + before, high + before)
     append_encode(codec.base, p, row, target)
 
 
 @append_decode.register
 def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
-    count, alpha = groups.count(p.cols, codec.group), 0
+    count, alpha, done = groups.count(p.cols, codec.group), 0, _in_registers(codec, p.cols)
     row = _workplace(p, y)
     append_decode(codec.base, p, source, row)
+    if done == p.cols and y.kind == BF16:
+        p.add(ops.hadamard_to_bf16, row.at, p.cols, codec.group, y.at)
+        return
     if codec.adaptive:
         alpha = p.array()
         p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)

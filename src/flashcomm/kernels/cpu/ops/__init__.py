@@ -69,4 +69,4 @@ from flashcomm.kernels.cpu.ops.spikes import (
     two_largest,
     two_smallest,
 )
-from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, invert
+from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, hadamard_ranges, hadamard_to_bf16, invert
