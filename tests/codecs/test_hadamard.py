@@ -4,7 +4,7 @@ import torch
 import formats
 from flashcomm import kernels
 from flashcomm.codecs import parse
-from flashcomm.codecs.hadamard import Hadamard, _butterflies, blocks_of
+from flashcomm.codecs.hadamard import Hadamard, blocks_of, butterflies
 
 
 @pytest.mark.parametrize("n", [1, 2, 8, 64])
@@ -13,8 +13,8 @@ def test_the_transform_is_sylvesters_matrix_and_its_own_inverse(n):
     while matrix.shape[0] < n:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     x = torch.randint(-8, 9, (3, n), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(_butterflies(x), x @ matrix)
-    assert torch.equal(_butterflies(_butterflies(x)), n * x)
+    assert torch.equal(butterflies(x), x @ matrix)
+    assert torch.equal(butterflies(butterflies(x)), n * x)
 
 
 def test_blocks_are_powers_of_two_that_add_up():

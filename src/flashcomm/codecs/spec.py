@@ -8,6 +8,7 @@ mxfp8_e4m3, mxfp8_e5m2, mxfp6_e2m3, mxfp6_e3m2, mxfp4, nvfp4, fp8g128
 fp5_e2m2g32, fp4_e2m1g16_e5m0     any element of `elements`, groups of 32 (the default), any scale of `scales`
 int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
+nf4+peaks                         3 to 6 bits: a row's largest values kept, the rest transformed, Gaussian levels
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
@@ -35,6 +36,7 @@ from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
+from flashcomm.codecs.peaks import LEVELS, Peaks
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
@@ -52,6 +54,7 @@ _INT_BLOCK = re.compile(f"({'|'.join(name for name in ELEMENTS if name.startswit
 _FP8 = re.compile(f"fp8{_GROUP}")
 _STATIC = re.compile("int([2-8])static")
 _KEEP = re.compile("keep([1-9][0-9]*)")
+_PEAKS = re.compile("nf([1-9])\\+peaks")
 _ENTROPY = re.compile(r"ec([0-9]+(?:\.[0-9]+)?)")
 
 _FIXED = {"none": Plain(), "bf16": Cast(torch.bfloat16), "fp32": Cast(torch.float32), **NAMES}
@@ -62,6 +65,7 @@ _COMMON = [
     *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
     "fp8g128",
     "int4static",
+    *(f"nf{bits}+peaks" for bits in LEVELS),
     *(f"ec{eighths / 8:g}" for eighths in range(FEWEST, MOST + 1)),
 ]
 
@@ -106,7 +110,7 @@ def _parse(spec: str) -> Codec:
                 f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         return Pair(parse(parts[0]), parse(parts[1]))
-    base, *suffixes = spec.split("+")
+    base, *suffixes = re.split(r"\+(?!peaks)", spec)
     codec = _base(base)
     if codec is None:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
@@ -148,6 +152,8 @@ def _base(spec: str) -> Codec | None:
         return Block("fp8_e4m3", int(match[1] or DEFAULT_GROUP), "fp32")
     if match := _STATIC.fullmatch(spec):
         return Static(int(match[1]))
+    if match := _PEAKS.fullmatch(spec):
+        return Peaks(int(match[1]))
     if match := _ENTROPY.fullmatch(spec):
         eighths = 8 * Fraction(match[1])
         if eighths.denominator == 1 and FEWEST <= eighths <= MOST:
@@ -183,7 +189,7 @@ def allowed() -> str:
     return (
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
-        f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
-        f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
+        f"and _{', _'.join(SCALES)} (scale), int2static to int8static, nf{min(LEVELS)}+peaks to "
+        f"nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
         "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )

@@ -25,6 +25,7 @@ from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard, blocks_of
+from flashcomm.codecs.peaks import BLOCK, Peaks, levels, reach, table
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import huffman, ops
 from flashcomm.kernels.cpu.ops import BF16, FP16, FP32
@@ -461,6 +462,49 @@ def _decode_entropy(codec: Entropy, p: Program, source: Operand, y: Row):
     adding = ADDING if row.at == SUMS else y.plus
     p.add(ops.read_codes, shape, book, copy, numbers, lowest, state, escapes, adding, row.at, row.kind)
     _deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_peaks(codec: Peaks, p: Program, x: Row, target: Operand):
+    row, count, sections = p.row(), codec.count(p.cols), codec.sections(p.cols)
+    work, best, flag, inverse, places, codes = (p.array() for _ in range(6))
+    least, most, stride = p.array(), p.array(), count + ROOM
+    scale, behind = target + sections[0], target + sum(sections[:3])
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    p.add(ops.take_peaks, row.at, p.cols, count, work, best, flag, scale + 2, places, stride)
+    whole = p.cols // 128 * 128
+    if whole:
+        p.add(ops.hadamard_ranges, row.at, FP32, whole, BLOCK, _bits(1 / BLOCK), row.at, least, most)
+    if whole < p.cols:
+        _transform(p, row, BLOCK, 0, 0, forward=True, first=whole // BLOCK)
+    p.add(ops.level_scale, row.at, p.cols, _bits(reach(codec.bits)), flag, inverse, scale)
+    half = 2 ** (codec.bits - 1)
+    known = p.constant(np.array([half + level for level in table(codec.bits)], np.int32))
+    p.add(ops.level_codes, row.at, p.cols, inverse, known, codec.bits, flag, codes)
+    _pack(p, codes, p.cols, codec.bits, target)
+    for i, width in enumerate(codec.place_widths(p.cols)):
+        _pack(p, places + i * stride, count, width, behind)
+        behind = behind + planes.code_bytes(count, width)
+
+
+@append_decode.register
+def _decode_peaks(codec: Peaks, p: Program, source: Operand, y: Row):
+    count, sections, places = codec.count(p.cols), codec.sections(p.cols), p.array()
+    scale, behind, stride = source + sections[0], source + sum(sections[:3]), count + ROOM
+    widths = codec.place_widths(p.cols)
+    for i, width in enumerate(widths):
+        p.add(ops.copy_bytes, _unpack(p, behind, count, width), count, places + i * stride)
+        behind = behind + planes.code_bytes(count, width)
+    codes, direct = _unpack(p, source, p.cols, codec.bits), y.kind == BF16 and p.cols % 128 == 0
+    row = p.row() if direct else _workplace(p, y)
+    p.add(ops.level_values, codes, p.cols, p.constant(np.array(levels(codec.bits), np.float32)), scale, row.at)
+    if direct:
+        p.add(ops.hadamard_to_bf16, row.at, p.cols, BLOCK, y.at)
+        row = y
+    else:
+        _transform(p, row, BLOCK, 0, 0 if y.at == SUMS else y.at, forward=False)
+    p.add(ops.put_peaks, scale + 2, count, places, stride, len(widths), p.cols, scale, row.at, row.kind)
+    _deliver(p, row, y, clean=True)
 
 
 def supports(codec: Codec) -> bool:

@@ -591,6 +591,17 @@ def halves_equal(typingctx, v, scalar):
 
 
 @intrinsic
+def words_equal(typingctx, v, scalar):
+    """Compare each word with the lowest 32 bits of an integer; one bit per word."""
+
+    def codegen(context, builder, sig, args):
+        same = builder.icmp_signed("==", args[0], _splat(builder, builder.trunc(args[1], _I32), words.ir_type))
+        return builder.zext(builder.bitcast(same, _I16), ir.IntType(64))
+
+    return signature(types.int64, words, types.int64), codegen
+
+
+@intrinsic
 def halves_replace(typingctx, v, mask, scalar):
     """Put the lowest 16 bits of an integer into each lane whose bit is set in `mask`."""
 
