@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -23,9 +24,10 @@ def test_size():
 @pytest.mark.parametrize("bits", LEVELS)
 def test_levels_are_fixed_points_of_lloyds_iteration(bits):
     """Each level is the mean of a unit Gaussian between the middles to its neighbours, to half a unit of its last place
-    and what the same rounding of the neighbours moves it."""
+    and what the same rounding of the neighbours moves it.
+    """
     known = levels(bits)
-    edges = [-math.inf, *((a + b) / 2 for a, b in zip(known, known[1:], strict=False)), math.inf]
+    edges = [-math.inf, *((a + b) / 2 for a, b in itertools.pairwise(known)), math.inf]
     density = [math.exp(-edge * edge / 2) / math.sqrt(2 * math.pi) for edge in edges]
     below = [math.erfc(-edge / math.sqrt(2)) / 2 for edge in edges]
     for i, level in enumerate(known):

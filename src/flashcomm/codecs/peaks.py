@@ -24,6 +24,7 @@ Source: levels by Lloyd (1982) and Max (1960) for the unit Gaussian; a rotation 
 Shape legend: T rows, H columns, K peaks of a row.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -99,9 +100,9 @@ def spacings(bits: int) -> list[float]:
     [132, 152, 208, 208]
     """
     upper = LEVELS[bits]
-    gaps = [2 * upper[0], *(b - a for a, b in zip(upper, upper[1:], strict=False)), upper[-1] - upper[-2]]
+    gaps = [2 * upper[0], *(b - a for a, b in itertools.pairwise(upper)), upper[-1] - upper[-2]]
     # The middle of two levels may lie anywhere in its cell, whose middle decides.
-    around = [max(pair) / 4096 + 2.0**-8 for pair in zip(gaps, gaps[1:], strict=False)]
+    around = [max(pair) / 4096 + 2.0**-8 for pair in itertools.pairwise(gaps)]
     return around[::-1] + around
 
 

@@ -190,6 +190,6 @@ def allowed() -> str:
         "none, bf16, fp32, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join(NAMES)}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
         f"and _{', _'.join(SCALES)} (scale), int2static to int8static, nf{min(LEVELS)}+peaks to "
-        f"nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
-        "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
+        f"nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as ec4.25{more}; on them "
+        "+spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )
