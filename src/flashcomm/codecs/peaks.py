@@ -6,12 +6,17 @@ row of H values, all in fp32:
 
     peaks   the max(1, floor(H / 128)) largest magnitudes, of equal ones the first; sent as bf16, with their places
     z       the row with 0 in those places, transformed as by `hadamard` in groups of 64
-    scale   max|z| / reach rounded up to bf16, at least 2**-126; 0 where z is 0. The reach is half a spacing beyond the
-            last level, so that no value is further from its level than half a spacing
+    cover   max|z| / reach, at least 2**-126. The reach is half a spacing beyond the last level: with this scale no value
+            is further from its level than half a spacing
+    cell    floor(256 * (|z| * (1 / cover))), at most 1023; 2 * sum(cells) + H is the mean |z| in 512ths of cover * H
+    scale   the standard deviation of a Gaussian of that mean, but at least 3/4 of cover; rounded up to bf16, at least
+            2**-126; 0 where z is 0
     cell    floor(256 * (|z| * (1 / scale))), at most 1023
     code    the number of the level that is nearest to the middle of the cell, the smaller of two; the upper half of
             the codes for z >= 0, the lower half, downward, for z < 0
     value   level * scale, an exact product, transformed back; peaks replace what stands in their places
+
+So a |z| lies within 4/3 of the reach. What is beyond the reach gets the last level, and `step` says so.
 
 A payload has the codes as bit planes, the scale, the peaks, and the places, ascending: ceil(log2(H)) bits each, packed
 like codes eight bits at a time, lowest first. So ``nf4`` has 4 + (16 + 26 * 4) / 576 = 4.21 bits in rows of 576.
@@ -19,12 +24,13 @@ like codes eight bits at a time, lowest first. So ``nf4`` has 4 + (16 + 26 * 4) 
 A row with a NaN, an Inf or a magnitude above 1.25 * 2**126 has a NaN as scale, zeros elsewhere, and decodes to NaN.
 
 Source: levels by Lloyd (1982) and Max (1960) for the unit Gaussian; a rotation before them as in TurboQuant
-(arXiv 2504.19874); peaks, the scale that covers the row and the exact arithmetic are our own.
+(arXiv 2504.19874); peaks, the scale between both and the exact arithmetic are our own.
 
 Shape legend: T rows, H columns, K peaks of a row.
 """
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,6 +49,10 @@ BLOCK = 64
 """Values that are transformed together."""
 CELLS = 1024
 """Entries of the table from |z| / scale, in steps of 1 / 256, to levels."""
+LEAST = 0.75
+"""The least part of the scale that covers all values which is taken."""
+PER_CELL = math.sqrt(math.pi / 2) / 512
+"""Standard deviation of a Gaussian in units of a scale, for each 1 of the mean of 2 * cell + 1; fp64."""
 TOO_LARGE = 0x7E200000
 """The pattern of the largest magnitude that is sent, 1.25 * 2**126."""
 _NAN_BF16 = 0x7FC0
@@ -83,7 +93,7 @@ def table(bits: int) -> list[int]:
 
 @cache
 def reach(bits: int) -> float:
-    """What the scale maps the largest |z| to, at most: half a spacing beyond the last level.
+    """|z| / scale up to which a level is within half a spacing: half a spacing beyond the last one.
 
     >>> reach(3)
     2.5557861328125
@@ -154,16 +164,18 @@ class Peaks(Codec):
         rest = x.scatter(1, places, 0.0).masked_fill(bad, 0.0)
         z = by_block(BLOCK, lambda block: butterflies(block * (1.0 / block.shape[-1])), rest)
         largest = z.abs().amax(1, keepdim=True)
-        scale = torch.maximum(largest / like(largest, reach(self.bits)), like(largest, TINY))
+        cover = torch.maximum(largest / like(largest, reach(self.bits)), like(largest, TINY))
+        total = _cells(z, like(cover, 1.0) / cover).sum(1, keepdim=True)
+        ratio = ((2 * total + z.shape[1]).double() * PER_CELL / z.shape[1]).float().clamp_min(LEAST)
+        scale = torch.maximum(cover * ratio, like(cover, TINY))
         scale = from_bits(torch.where(largest > 0, bits_of(scale) + 0xFFFF >> 16 << 16, 0))
         return places, z, scale, bad
 
     def _codes(self, z: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """[T, H] int32."""
         inverse = torch.where(scale > 0, like(scale, 1.0) / scale, 0.0)
-        cell = (z.abs() * inverse * 256.0).clamp_max(CELLS - 1).to(torch.int64)
         half = 2 ** (self.bits - 1)
-        level = torch.tensor(table(self.bits), dtype=torch.int32, device=z.device)[cell]
+        level = torch.tensor(table(self.bits), dtype=torch.int32, device=z.device)[_cells(z, inverse)]
         return torch.where(z < 0, half - 1 - level, half + level)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -202,7 +214,8 @@ class Peaks(Codec):
         spacing, x = bf16_spacing(x), x.float()
         places, z, scale, bad = self._describe(x)
         around = torch.tensor(spacings(self.bits), dtype=torch.float32, device=x.device)
-        step = around[self._codes(z, scale).long()] * scale
+        beyond = 2 * (z.abs() - levels(self.bits)[-1] * scale)
+        step = torch.maximum(around[self._codes(z, scale).long()] * scale, beyond)
         # As in `hadamard`: the errors of a block's coefficients may add up, and sums of fp32 round.
         rest = x.scatter(1, places, 0.0).abs()
         rounding = (BLOCK.bit_length() + 4) * 2.0**-22 * (rest + z.abs() + step) + 2.0**-140
@@ -212,3 +225,8 @@ class Peaks(Codec):
         bound = bound.masked_fill(~(largest + bound / 2 < 3e38), float("nan"))
         bound = bound.scatter(1, places, spacing.gather(1, places))
         return bound.masked_fill(bad, float("nan"))
+
+
+def _cells(z: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """fp32 [T, H] -> int64."""
+    return (z.abs() * inverse * 256.0).clamp_max(CELLS - 1).to(torch.int64)

@@ -1,11 +1,11 @@
 """Rows without their largest values, and Gaussian levels: `codecs.peaks`."""
 
+from flashcomm.codecs.peaks import LEAST, PER_CELL, TOO_LARGE
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Op, f32
+from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, TINY, Op, f32, inline
 
 # Magnitudes in `work`: of a peak that was found, and beyond the row.
 _TAKEN, _NONE = -1, -2
-_TOO_LARGE = 0x7E200000
 
 
 @Op
@@ -35,7 +35,7 @@ def take_peaks(row, n, count, work, best, flag, peaks, places, stride):
         for j in range(16, blocks, 16):
             most = simd.word_max(most, simd.load_words(best + j * 4))
         largest = simd.words_max(most)
-        if largest > _TOO_LARGE:
+        if largest > TOO_LARGE:
             bad = 1
             break
         j = 0
@@ -77,19 +77,31 @@ def take_peaks(row, n, count, work, best, flag, peaks, places, stride):
             k += 1
 
 
+@inline
+def _cells(z, factor):
+    size = simd.as_lanes(simd.as_words(z) & MAGNITUDE)
+    return simd.to_words(simd.lane_min(size * factor * f32(256), simd.splat(f32(1023))))
+
+
 @Op
 def level_scale(row, n, reach_bits, flag, inverse, sent):
-    """Find the scale of a row: its bf16 to sent[], its reciprocal to inverse[]."""
+    """Find the scale of a row: its bf16 to sent[], its reciprocal to inverse[]. Up to fifteen zeros follow the row."""
     most = simd.splat_words(0)
-    full = n & ~15
-    for i in range(0, full, 16):
+    for i in range(0, n, 16):
         most = simd.word_max(most, simd.load_words(row + i * 4) & MAGNITUDE)
     largest = simd.words_max(most)
-    for i in range(full, n):
-        largest = max(largest, simd.load_word(row + i * 4) & MAGNITUDE)
     bits, reciprocal = 0, f32(0)
     if largest > 0:
-        scale = simd.from_bits(largest) / simd.from_bits(reach_bits)
+        cover = simd.from_bits(largest) / simd.from_bits(reach_bits)
+        if cover < TINY:
+            cover = TINY
+        total, factor = 0, simd.splat(f32(1) / cover)
+        for start in range(0, n, 1 << 16):
+            cells = simd.splat_words(0)
+            for i in range(start, min(start + (1 << 16), n), 16):
+                cells = cells + _cells(simd.load_fp32(row + i * 4), factor)
+            total += simd.words_sum(cells)
+        scale = cover * max(f32(float(2 * total + n) * PER_CELL / float(n)), f32(LEAST))
         if scale < TINY:
             scale = TINY
         bits = (simd.bits_of(scale) + 0xFFFF) >> 16
@@ -101,7 +113,7 @@ def level_scale(row, n, reach_bits, flag, inverse, sent):
 @Op
 def level_codes(row, n, inverse, table, bits, flag, codes):
     """Codes of a transformed row, a byte each; table[] has the positive codes of all cells."""
-    none, all_ones, cells = simd.splat_words(0), simd.splat_words((1 << bits) - 1), simd.splat(f32(1023))
+    none, all_ones = simd.splat_words(0), simd.splat_words((1 << bits) - 1)
     factor, nothing = simd.splat(simd.load1_fp32(inverse)), simd.splat(f32(0))
     if simd.load_word(flag):
         for i in range(0, n, 16):
@@ -109,11 +121,9 @@ def level_codes(row, n, inverse, table, bits, flag, codes):
         return
     for i in range(0, n, 16):
         z = simd.load_fp32(row + i * 4)
-        size = simd.as_lanes(simd.as_words(z) & MAGNITUDE)
-        cell = simd.to_words(simd.lane_min(size * factor * f32(256), cells))
         # The codes of negative values are those of positive ones from the other end.
         flip = simd.where_less_words(z, nothing, all_ones, none)
-        simd.store_words_u8(codes + i, simd.gather(table, cell) ^ flip)
+        simd.store_words_u8(codes + i, simd.gather(table, _cells(z, factor)) ^ flip)
 
 
 @Op
