@@ -93,7 +93,7 @@ def test_version_and_help():
         (("generate", "demo", "--codec", "int4+keep64"), "needs --calibration FILE"),
         (("generate", "demo", "--codec", "int4+keep64", "--calibration", "none"), "cannot read the calibration 'none'"),
         (("bench", "codec", "--codecs", "mxfp4+spike"), "spikes are kept on an affine format"),
-        (("bench", "codec", "--codecs", "int4+keep64+spike"), "the order is +spike, then +hadamard or +taco"),
+        (("bench", "codec", "--codecs", "int4+keep64+keep32"), "+keepN and one of +hadamard and +taco, each once"),
         (("calibrate", "nowhere"), "no model in 'nowhere'"),
         (("calibrate", "demo", "--tp", "1"), "one rank sends nothing"),
         (("calibrate", "demo", "--text", "nothing.txt"), "'nothing.txt': no such file"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import published
 
-from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Lossless, Spike, Static, parse
+from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Lossless, Peaks, Spike, Static, parse
 from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -82,6 +82,8 @@ def bound(codec: Codec) -> str:
         return f"(max - min of the others) / {1.75 * parts:g}, or their middle / {3.5 * parts:g}"
     if isinstance(codec, Hadamard):
         return "the sum of a group's bounds"
+    if isinstance(codec, Peaks):
+        return "peaks 0; others the sum of 64 half spacings"
     if isinstance(codec, Static):
         return f"reach / {codec.last:.0f}; all that is beyond reach"
     if isinstance(codec, Lossless):

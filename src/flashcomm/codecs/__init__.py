@@ -9,11 +9,12 @@ from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import Lossless
 from flashcomm.codecs.names import name_of, named
+from flashcomm.codecs.peaks import Peaks
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spec import parse
 from flashcomm.codecs.spike import Spike
 
 __all__ = [
     "FLOAT_DTYPES", "Affine", "Block", "Cast", "Codec", "Entropy", "Features", "Hadamard", "Keep", "Levels", "Lossless",
-    "Pair", "Plain", "Spike", "Static", "decode_sum", "decode_sum_encode", "name_of", "named", "parse",
+    "Pair", "Peaks", "Plain", "Spike", "Static", "decode_sum", "decode_sum_encode", "name_of", "named", "parse",
 ]  # fmt: skip

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from flashcomm.codecs import groups
 from flashcomm.codecs.base import Codec, canonical_nan
 from flashcomm.codecs.groups import bits_of, from_bits, like
+from flashcomm.codecs.spike import Spike
 
 _TARGET = 448.0
 
@@ -43,6 +44,11 @@ class Hadamard(Codec):
     adaptive: bool = False
 
     def __post_init__(self):
+        if isinstance(self.base, Spike):
+            raise ValueError(
+                f"{self} would look for spikes among transformed values, where none are left: take nf4+peaks, which "
+                f"takes large values out and transforms the others, or {self.base.base}+hadamard"
+            )
         if getattr(self.base, "group", None) is None:
             raise ValueError(f"a Hadamard transform goes in front of a format with groups, not {self.base}")
 
@@ -73,21 +79,8 @@ class Hadamard(Codec):
     def transform(self, x: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
         """fp32 [T, H] -> H (x * (alpha / n)) in each block; alpha [T, H] is 1 if not given."""
         if alpha is None:
-            return self._by_block(lambda x: _butterflies(x * (1.0 / x.shape[-1])), x)
-        return self._by_block(lambda x, alpha: _butterflies(x * (alpha * (1.0 / x.shape[-1]))), x, alpha)
-
-    def _by_block(self, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
-        """Apply a function to the blocks of rows, and put its results together to rows."""
-        cols = rows[0].shape[1]
-        full = cols // self.group * self.group
-        parts = []
-        for start, stop, n in ((0, full, self.group), (full, cols, cols - full)):
-            if start == stop:
-                continue
-            grouped = [x[:, start:stop].unflatten(1, (-1, n)) for x in rows]
-            done = [function(*(x[..., at : at + size] for x in grouped)) for at, size in blocks_of(n)]
-            parts.append(torch.cat(done, -1).flatten(1))
-        return torch.cat(parts, 1)
+            return by_block(self.group, lambda x: butterflies(x * (1.0 / x.shape[-1])), x)
+        return by_block(self.group, lambda x, alpha: butterflies(x * (alpha * (1.0 / x.shape[-1]))), x, alpha)
 
     def _alpha(self, x: torch.Tensor) -> torch.Tensor:
         """fp32 [T, H] -> each group's alpha, [T, G]."""
@@ -126,7 +119,7 @@ class Hadamard(Codec):
         if self.adaptive:
             alpha = from_bits(groups.from_bytes(payload[:, cut:], 4))
             value = value * groups.by_value(like(alpha, 1.0) / alpha, self.group, cols)
-        return canonical_nan(self._by_block(_butterflies, value).to(dtype))
+        return canonical_nan(by_block(self.group, butterflies, value).to(dtype))
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         cols = x.shape[1]
@@ -143,9 +136,9 @@ class Hadamard(Codec):
         # The errors of all coefficients may add up. Rounding: k + 4 operations on at most these magnitudes, both ways.
         log = self.group.bit_length() + 4
         rounding = log * 2.0**-22 * ((x * alpha).abs() + z.abs() + step) + 2.0**-140
-        bound = self._by_block(total, step * (1 + 2.0**-13) + rounding)
+        bound = by_block(self.group, total, step * (1 + 2.0**-13) + rounding)
         # Decoded values, and the sums on the way to them, may leave fp32; then the group becomes NaN.
-        largest = self._by_block(lambda block: block.abs().amax(-1, keepdim=True).expand_as(block), x)
+        largest = by_block(self.group, lambda block: block.abs().amax(-1, keepdim=True).expand_as(block), x)
         return (bound / alpha).masked_fill(~(largest + bound / alpha / 2 < 3e38), float("nan"))
 
 
@@ -163,7 +156,22 @@ def blocks_of(n: int) -> list[tuple[int, int]]:
     return found
 
 
-def _butterflies(x: torch.Tensor) -> torch.Tensor:
+def by_block(group: int, function: Callable[..., torch.Tensor], *rows: torch.Tensor) -> torch.Tensor:
+    """Apply a function to the blocks of each group of rows [T, H], and put its results together to rows."""
+    cols = rows[0].shape[1]
+    full = cols // group * group
+    parts = []
+    for start, stop, n in ((0, full, group), (full, cols, cols - full)):
+        if start == stop:
+            continue
+        grouped = [x[:, start:stop].unflatten(1, (-1, n)) for x in rows]
+        done = [function(*(x[..., at : at + size] for x in grouped)) for at, size in blocks_of(n)]
+        parts.append(torch.cat(done, -1).flatten(1))
+    return torch.cat(parts, 1)
+
+
+def butterflies(x: torch.Tensor) -> torch.Tensor:
+    """H x along the last dimension, a power of two: stages of a + b and a - b, neighbours first."""
     apart = 1
     while apart < x.shape[-1]:
         pair = x.unflatten(-1, (-1, 2, apart))

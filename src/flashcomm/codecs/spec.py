@@ -10,10 +10,11 @@ int4sg16_e5m0                     integers with such a scale
 int4static                        scales from a calibration
 lossless, lossless_fp16           bf16 or fp16 values in fewer bytes, every bit kept; rows vary in length
 q4_0, q8_0, qr_int4, qr_int6, qr_int8, e4m3   formats of other projects, see `peers`
+nf4+peaks                         3 to 6 bits: a row's largest values kept, the rest transformed, Gaussian levels
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
-BASE+keep64                       1 feature in 64 kept, from a calibration; more than one + in this order
+BASE+keep64                       1 feature in 64 kept, from a calibration, before any transform
 int4g128:int8g128                 a pair: the reduce-scatter's format, then the all-gather's
 bf16/int4g128                     levels: inside a host, then between hosts
 
@@ -38,6 +39,7 @@ from flashcomm.codecs.elements import ELEMENTS
 from flashcomm.codecs.entropy import FEWEST, MOST, Entropy
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import Lossless
+from flashcomm.codecs.peaks import LEVELS, Peaks
 from flashcomm.codecs.peers import PEERS, BareE4M3, Grouped
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
@@ -56,6 +58,7 @@ _INT_BLOCK = re.compile(f"({'|'.join(name for name in ELEMENTS if name.startswit
 _FP8 = re.compile(f"fp8{_GROUP}")
 _STATIC = re.compile("int([2-8])static")
 _KEEP = re.compile("keep([1-9][0-9]*)")
+_PEAKS = re.compile("nf([1-9])\\+peaks")
 _ENTROPY = re.compile(r"ec([0-9]+(?:\.[0-9]+)?)")
 
 _EXACT = {
@@ -73,6 +76,7 @@ _COMMON = [
     *(f"{name}g{g}_e8m0" for name in ELEMENTS for g in (8, 16, 32) if name.startswith("int")),
     "fp8g128",
     "int4static",
+    *(f"nf{bits}+peaks" for bits in LEVELS),
     *(f"ec{eighths / 8:g}" for eighths in range(FEWEST, MOST + 1)),
 ]
 
@@ -117,25 +121,23 @@ def _parse(spec: str) -> Codec:
                 f"codec {spec!r}: a pair is FIRST:SECOND and neither is 'none'; bf16 or fp32 leave one uncompressed"
             )
         return Pair(parse(parts[0]), parse(parts[1]))
-    base, *suffixes = spec.split("+")
+    base, *suffixes = re.split(r"\+(?!peaks)", spec)
     codec = _base(base)
     if codec is None:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
-    for place, suffix in enumerate(suffixes):
+    kinds = [suffix.rstrip("0123456789") for suffix in suffixes]
+    if len({"hadamard" if kind == "taco" else kind for kind in kinds}) < len(kinds):
+        raise ValueError(f"codec {spec!r}: +spike, +keepN and one of +hadamard and +taco, each once")
+    # Whatever the order in the name, features that are kept leave before values are transformed.
+    for suffix in sorted(suffixes, key=lambda suffix: suffix.startswith("keep")):
         wrap = _wrapper(suffix)
         if wrap is None or isinstance(codec, Plain | Cast | Lossless | Grouped | BareE4M3):
             raise ValueError(
-                f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes, "
-                "in this order: +spike, then +hadamard or +taco, then +keepN such as +keep64"
+                f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes: "
+                "+spike, +hadamard or +taco, and +keepN such as +keep64"
             )
-        order = [_ORDER[s.rstrip("0123456789")] for s in suffixes[: place + 1]]
-        if sorted(set(order)) != order:
-            raise ValueError(f"codec {spec!r}: the order is +spike, then +hadamard or +taco, then +keepN, each once")
         codec = wrap(codec)
     return codec
-
-
-_ORDER = {"spike": 0, "hadamard": 1, "taco": 1, "keep": 2}
 
 
 def _wrapper(suffix: str) -> "Callable[[Any], Codec] | None":
@@ -161,6 +163,8 @@ def _base(spec: str) -> Codec | None:
         return Block("fp8_e4m3", int(match[1] or DEFAULT_GROUP), "fp32")
     if match := _STATIC.fullmatch(spec):
         return Static(int(match[1]))
+    if match := _PEAKS.fullmatch(spec):
+        return Peaks(int(match[1]))
     if match := _ENTROPY.fullmatch(spec):
         eighths = 8 * Fraction(match[1])
         if eighths.denominator == 1 and FEWEST <= eighths <= MOST:
@@ -195,8 +199,8 @@ def allowed() -> str:
     more = f", {', '.join(_entry_points())} (installed)" if _entry_points() else ""
     return (
         f"{', '.join(_EXACT)}, int1 to int8 with optional s (symmetric) and gN (group size), "
-        f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} or int3s to int5s with gN "
-        f"and _{', _'.join(SCALES)} (scale), int2static to int8static, ec{FEWEST / 8:g} to ec{MOST / 8:g} in "
-        f"eighths of a bit such as ec4.25{more}; on them +spike, +hadamard or +taco, "
-        "+keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
+        f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} "
+        f"or int3s to int5s with gN and _{', _'.join(SCALES)} (scale), int2static to int8static, "
+        f"nf{min(LEVELS)}+peaks to nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as "
+        f"ec4.25{more}; on them +spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )

@@ -88,6 +88,7 @@ def _family(codec: str) -> str:
     """The kind of a format, which sets its dot's colour."""
     wrappers = {
         "+spike": "spikes reserved",
+        "+peaks": "peaks kept",
         "+keep": "features kept",
         "+hadamard": "transformed",
         "+taco": "transformed",

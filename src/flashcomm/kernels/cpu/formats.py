@@ -8,6 +8,7 @@ Hazard: nothing here checks its arguments; `flashcomm.kernels.verbs` does.
 Source: our own.
 """
 
+from dataclasses import replace
 from functools import lru_cache, singledispatch
 from struct import pack as to_struct
 from struct import unpack as from_struct
@@ -25,9 +26,10 @@ from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard, blocks_of
 from flashcomm.codecs.lossless import LAYOUTS, Lossless
+from flashcomm.codecs.peaks import BLOCK, Peaks, levels, reach, table
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import huffman, ops
-from flashcomm.kernels.cpu.ops import BF16, FP32
+from flashcomm.kernels.cpu.ops import BF16, FP16, FP32
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
 
 
@@ -123,6 +125,8 @@ def _unpack(p: Program, source: Operand, n: int, bits: int) -> Operand:
 
 def _ranges(p: Program, x: Row, group: int) -> tuple[Operand, Operand]:
     """Find the smallest and the largest value of each group."""
+    if x.ranges:
+        return x.ranges
     low, high = p.array(), p.array()
     if x.kind == BF16:
         least, most, count = p.array(), p.array(), groups.count(p.cols, group)
@@ -322,32 +326,60 @@ def _decode_spike(codec: Spike, p: Program, source: Operand, y: Row):
     _deliver(p, row, y)
 
 
-def _transform(p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool):
-    """Transform `row` in place; `ahead` is the address to prefetch: the next row to read, or the one to write."""
+def _transform(
+    p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool, first: int = 0
+):
+    """Transform the groups of `row` from `first` on in place.
+
+    `ahead` is the address to prefetch: the next row to read, or the one to write.
+    """
     full, rest = p.cols // group, p.cols % group
-    for n, blocks, first in ((group, full, 0), (rest, 1, full)):
-        for start, size in blocks_of(n) if blocks else ():
-            at, own = row.at + (first * group + start) * 4, factors if isinstance(factors, int) else factors + first * 4
+    for n, start, blocks in ((group, first, full - first), (rest, full, 1)):
+        for place, size in blocks_of(n) if blocks else ():
+            at, own = row.at + (start * group + place) * 4, factors if isinstance(factors, int) else factors + start * 4
             p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
+
+
+def _in_registers(codec: Hadamard, cols: int) -> int:
+    """Number of a row's first values whose groups are transformed in registers, 128 values at a time."""
+    return cols // 128 * 128 if codec.group in (32, 64, 128) and not codec.adaptive else 0
 
 
 @append_encode.register
 def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
-    count, row, alpha = groups.count(p.cols, codec.group), p.row(), 0
-    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    count, row, alpha, done = groups.count(p.cols, codec.group), p.row(), 0, _in_registers(codec, p.cols)
+    ahead, low, high, width = x.at + p.cols * (2 if x.kind != FP32 else 4), p.array(), p.array(), 4
+    if done:
+        x = _wide(p, x) if x.kind == FP16 else x
+        least, most, width = p.array(), p.array(), 2 if x.kind == BF16 else 4
+        p.add(ops.hadamard_ranges, x.at, x.kind, done, codec.group, _bits(1.0 / codec.group), row.at, least, most)
+        p.add(ops.ranges_fp32, least, most, row.at, done, codec.group, low, high)
+        row = replace(row, ranges=(low, high))
+    if done < p.cols:
+        p.add(ops.widen, x.at + done * width, x.kind, p.cols - done, row.at + done * 4)
     if codec.adaptive:
         alpha = p.array()
         p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
         p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
-    _transform(p, row, codec.group, alpha, x.at + p.cols * (2 if x.kind != FP32 else 4), forward=True)
+    if done < p.cols:
+        _transform(p, row, codec.group, alpha, ahead, forward=True, first=done // codec.group)
+    if 0 < done < p.cols:
+        first, least, most = row.at + done * 4, p.array(), p.array()
+        if p.cols - done >= codec.group:
+            p.add(ops.shrink_fp32, first, p.cols - done, codec.group, least, most)
+        before = done // codec.group * 4
+        p.add(ops.ranges_fp32, least, most, first, p.cols - done, codec.group, low + before, high + before)
     append_encode(codec.base, p, row, target)
 
 
 @append_decode.register
 def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
-    count, alpha = groups.count(p.cols, codec.group), 0
+    count, alpha, done = groups.count(p.cols, codec.group), 0, _in_registers(codec, p.cols)
     row = _workplace(p, y)
     append_decode(codec.base, p, source, row)
+    if done == p.cols and y.kind == BF16:
+        p.add(ops.hadamard_to_bf16, row.at, p.cols, codec.group, y.at)
+        return
     if codec.adaptive:
         alpha = p.array()
         p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
@@ -456,6 +488,49 @@ def _decode_lossless(codec: Lossless, p: Program, source: Operand, y: Row):
     p.add(ops.unpack_row, source, *sizes, *(p.array() for _ in range(3)), at)
     if at is not y.at:
         _convert(p, at, kind, y)
+
+
+@append_encode.register
+def _encode_peaks(codec: Peaks, p: Program, x: Row, target: Operand):
+    row, count, sections = p.row(), codec.count(p.cols), codec.sections(p.cols)
+    work, best, flag, inverse, places, codes = (p.array() for _ in range(6))
+    least, most, stride = p.array(), p.array(), count + ROOM
+    scale, behind = target + sections[0], target + sum(sections[:3])
+    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
+    p.add(ops.take_peaks, row.at, p.cols, count, work, best, flag, scale + 2, places, stride)
+    whole = p.cols // 128 * 128
+    if whole:
+        p.add(ops.hadamard_ranges, row.at, FP32, whole, BLOCK, _bits(1 / BLOCK), row.at, least, most)
+    if whole < p.cols:
+        _transform(p, row, BLOCK, 0, 0, forward=True, first=whole // BLOCK)
+    p.add(ops.level_scale, row.at, p.cols, _bits(reach(codec.bits)), flag, inverse, scale)
+    half = 2 ** (codec.bits - 1)
+    known = p.constant(np.array([half + level for level in table(codec.bits)], np.int32))
+    p.add(ops.level_codes, row.at, p.cols, inverse, known, codec.bits, flag, codes)
+    _pack(p, codes, p.cols, codec.bits, target)
+    for i, width in enumerate(codec.place_widths(p.cols)):
+        _pack(p, places + i * stride, count, width, behind)
+        behind = behind + planes.code_bytes(count, width)
+
+
+@append_decode.register
+def _decode_peaks(codec: Peaks, p: Program, source: Operand, y: Row):
+    count, sections, places = codec.count(p.cols), codec.sections(p.cols), p.array()
+    scale, behind, stride = source + sections[0], source + sum(sections[:3]), count + ROOM
+    widths = codec.place_widths(p.cols)
+    for i, width in enumerate(widths):
+        p.add(ops.copy_bytes, _unpack(p, behind, count, width), count, places + i * stride)
+        behind = behind + planes.code_bytes(count, width)
+    codes, direct = _unpack(p, source, p.cols, codec.bits), y.kind == BF16 and p.cols % 128 == 0
+    row = p.row() if direct else _workplace(p, y)
+    p.add(ops.level_values, codes, p.cols, p.constant(np.array(levels(codec.bits), np.float32)), scale, row.at)
+    if direct:
+        p.add(ops.hadamard_to_bf16, row.at, p.cols, BLOCK, y.at)
+        row = y
+    else:
+        _transform(p, row, BLOCK, 0, 0 if y.at == SUMS else y.at, forward=False)
+    p.add(ops.put_peaks, scale + 2, count, places, stride, len(widths), p.cols, scale, row.at, row.kind)
+    _deliver(p, row, y, clean=True)
 
 
 def supports(codec: Codec) -> bool:

@@ -56,12 +56,14 @@ class Row:
         kind: one of `KINDS`.
         roomy: whether whole vectors may reach beyond the row's end.
         plus: the address of fp32 to add to what is written here; 0 for none.
+        ranges: the smallest and the largest value of each group of a format, in fp32, where a step has found them.
     """
 
     at: Operand
     kind: int
     roomy: bool
     plus: Operand | int = 0
+    ranges: tuple[Operand, Operand] | None = None
 
 
 class Program:

@@ -260,14 +260,18 @@ def _bf16_in_upper_halves(builder, value):
     return builder.add(builder.add(bits, _const(LANES, 0x7FFF)), odd_bit)
 
 
+def _store_bf16_twice(builder, first, second, address):
+    parts = [builder.bitcast(_bf16_in_upper_halves(builder, value), halves.ir_type) for value in (first, second)]
+    upper = ir.Constant(ir.VectorType(_I32, 32), [ir.Constant(_I32, 2 * i + 1) for i in range(32)])
+    _store_raw(builder, builder.shuffle_vector(*parts, upper), address, _I16, 32)
+
+
 @intrinsic
 def store_bf16_twice(typingctx, address, first, second):
     """Round two vectors half to even to bf16 and store them one behind the other, 32 bf16."""
 
     def codegen(context, builder, sig, args):
-        parts = [builder.bitcast(_bf16_in_upper_halves(builder, value), halves.ir_type) for value in args[1:]]
-        upper = ir.Constant(ir.VectorType(_I32, 32), [ir.Constant(_I32, 2 * i + 1) for i in range(32)])
-        _store_raw(builder, builder.shuffle_vector(*parts, upper), args[0], _I16, 32)
+        _store_bf16_twice(builder, *args[1:], args[0])
         return context.get_dummy_value()
 
     return signature(types.void, types.int64, lanes, lanes), codegen
@@ -453,7 +457,8 @@ def _make_fold(vector, block, less):
         def codegen(context, builder, sig, args):
             index = ir.VectorType(_I32, count)
             first, second = (builder.shuffle_vector(*args, ir.Constant(index, places(upper))) for upper in (0, 1))
-            return builder.select(builder.icmp_signed("<" if less else ">", first, second), first, second)
+            compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
+            return builder.select(compare("<" if less else ">", first, second), first, second)
 
         return signature(vector, vector, vector), codegen
 
@@ -468,6 +473,9 @@ words_fold16_min, words_fold8_min, words_fold4_min, words_fold2_min = (
 words_fold16_max, words_fold8_max, words_fold4_max, words_fold2_max = (
     _make_fold(words, n, False) for n in (16, 8, 4, 2)
 )
+
+lanes_fold16_min, lanes_fold8_min = (_make_fold(lanes, n, True) for n in (16, 8))
+lanes_fold16_max, lanes_fold8_max = (_make_fold(lanes, n, False) for n in (16, 8))
 
 
 def _make_fold_second(block, less):
@@ -582,6 +590,17 @@ def halves_equal(typingctx, v, scalar):
         return builder.zext(builder.bitcast(same, _I32), ir.IntType(64))
 
     return signature(types.int64, halves, types.int64), codegen
+
+
+@intrinsic
+def words_equal(typingctx, v, scalar):
+    """Compare each word with the lowest 32 bits of an integer; one bit per word."""
+
+    def codegen(context, builder, sig, args):
+        same = builder.icmp_signed("==", args[0], _splat(builder, builder.trunc(args[1], _I32), words.ir_type))
+        return builder.zext(builder.bitcast(same, _I16), ir.IntType(64))
+
+    return signature(types.int64, words, types.int64), codegen
 
 
 @intrinsic
@@ -726,6 +745,27 @@ def _butterfly(builder, v, apart):
     return _fmuladd(builder, v, signs, partner)
 
 
+def _inside(builder, v, size):
+    """Transform runs of up to sixteen values within a vector."""
+    apart = 1
+    while apart < min(size, LANES):
+        v = _butterfly(builder, v, apart)
+        apart *= 2
+    return v
+
+
+def _across(builder, rows, size):
+    """Finish the transform of runs of `size` values that several vectors hold, one behind the other."""
+    apart = 1
+    while apart < size // LANES:
+        for i in range(len(rows)):
+            if not i & apart:
+                a, b = rows[i], rows[i + apart]
+                rows[i], rows[i + apart] = builder.fadd(a, b), builder.fsub(a, b)
+        apart *= 2
+    return rows
+
+
 def _make_hadamard(size):
     """Make a function that multiplies `size` fp32 by a factor and transforms them in place; sixteen values at least."""
 
@@ -735,19 +775,8 @@ def _make_hadamard(size):
             factors = _splat(builder, args[1], lanes.ir_type)
             count = max(1, size // LANES)
             places = [builder.add(args[0], ir.Constant(ir.IntType(64), 4 * LANES * i)) for i in range(count)]
-            rows = [builder.fmul(_load_raw(builder, at, _F32, LANES), factors) for at in places]
-            apart = 1
-            while apart < min(size, LANES):
-                rows = [_butterfly(builder, v, apart) for v in rows]
-                apart *= 2
-            apart = 1
-            while apart < count:
-                for i in range(count):
-                    if not i & apart:
-                        a, b = rows[i], rows[i + apart]
-                        rows[i], rows[i + apart] = builder.fadd(a, b), builder.fsub(a, b)
-                apart *= 2
-            for at, v in zip(places, rows, strict=True):
+            rows = [_inside(builder, builder.fmul(_load_raw(builder, at, _F32, LANES), factors), size) for at in places]
+            for at, v in zip(places, _across(builder, rows, size), strict=True):
                 _store_raw(builder, v, at, _F32, LANES)
             return context.get_dummy_value()
 
@@ -758,6 +787,72 @@ def _make_hadamard(size):
 
 hadamard1, hadamard2, hadamard4, hadamard8 = (_make_hadamard(size) for size in (1, 2, 4, 8))
 hadamard16, hadamard32, hadamard64, hadamard128 = (_make_hadamard(size) for size in (16, 32, 64, 128))
+
+
+def _make_hadamard_ranges(kind, size):
+    """Make a function that multiplies 128 values by a factor, transforms each run of `size` and stores it as fp32.
+
+    Sixteen candidates for the smallest and sixteen for the largest value of each run go to least[] and most[].
+    """
+
+    @intrinsic
+    def transform(typingctx, source, factor, target, least, most):
+        def codegen(context, builder, sig, args):
+            source, factor, target, least, most = args
+            moved = lambda address, by: builder.add(address, ir.Constant(ir.IntType(64), by))  # noqa: E731
+            width, factors = {"bf16": 2, "fp32": 4}[kind], _splat(builder, factor, lanes.ir_type)
+            rows = []
+            for i in range(128 // LANES):
+                v = _load(builder, moved(source, width * LANES * i), kind, LANES)
+                rows.append(_inside(builder, builder.fmul(v, factors), size))
+            rows = _across(builder, rows, size)
+            for i, v in enumerate(rows):
+                _store_raw(builder, v, moved(target, 4 * LANES * i), _F32, LANES)
+            count = size // LANES
+            for run in range(128 // size):
+                for at, predicate in ((least, "<"), (most, ">")):
+                    left = rows[run * count : (run + 1) * count]
+                    while len(left) > 1:
+                        pairs = zip(left[::2], left[1::2], strict=True)
+                        left = [builder.select(builder.fcmp_ordered(predicate, *pair), *pair) for pair in pairs]
+                    _store_raw(builder, left[0], moved(at, 4 * LANES * run), _F32, LANES)
+            return context.get_dummy_value()
+
+        return signature(types.void, types.int64, types.float32, *[types.int64] * 3), codegen
+
+    return transform
+
+
+hadamard32_ranges_bf16, hadamard64_ranges_bf16, hadamard128_ranges_bf16 = (
+    _make_hadamard_ranges("bf16", size) for size in (32, 64, 128)
+)
+hadamard32_ranges_fp32, hadamard64_ranges_fp32, hadamard128_ranges_fp32 = (
+    _make_hadamard_ranges("fp32", size) for size in (32, 64, 128)
+)
+
+
+def _make_hadamard_back(size):
+    """Make a function that transforms 128 fp32, each run of `size`, and writes bf16; returns whether one is a NaN."""
+
+    @intrinsic
+    def transform(typingctx, source, target):
+        def codegen(context, builder, sig, args):
+            moved = lambda address, by: builder.add(address, ir.Constant(ir.IntType(64), by))  # noqa: E731
+            rows = [_load_raw(builder, moved(args[0], 4 * LANES * i), _F32, LANES) for i in range(128 // LANES)]
+            rows = _across(builder, [_inside(builder, v, size) for v in rows], size)
+            found = None
+            for i in range(0, len(rows), 2):
+                _store_bf16_twice(builder, *rows[i : i + 2], moved(args[1], 2 * LANES * i))
+                unordered = builder.fcmp_unordered("uno", *rows[i : i + 2])
+                found = unordered if found is None else builder.or_(found, unordered)
+            return builder.zext(builder.bitcast(found, _I16), ir.IntType(64))
+
+        return signature(types.int64, types.int64, types.int64), codegen
+
+    return transform
+
+
+hadamard32_back, hadamard64_back, hadamard128_back = (_make_hadamard_back(size) for size in (32, 64, 128))
 
 
 @intrinsic

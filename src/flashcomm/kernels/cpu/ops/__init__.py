@@ -16,8 +16,8 @@ groups: a unit is 32 values of bf16 or 16 of fp32 where groups are multiples of 
 Names: src, dst and other arrays are addresses; a row has n values in `count` groups of `group`; fp32 operands arrive as
 their bits, `..._bits`; `flag` is the address of an int32 that is not 0 if a group decodes to NaN.
 
-One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks`, `spikes`, `transforms`, `calibrated`;
-`entropy`, `lossless`.
+One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks`, `spikes`, `transforms`, `peaks`,
+`calibrated`, `entropy`, `lossless`.
 
 Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
 """
@@ -38,6 +38,7 @@ from flashcomm.kernels.cpu.ops.blocks import (
 from flashcomm.kernels.cpu.ops.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
 from flashcomm.kernels.cpu.ops.entropy import plan_row, read_codes, read_row, write_row
 from flashcomm.kernels.cpu.ops.lossless import pack_row, unpack_row
+from flashcomm.kernels.cpu.ops.peaks import level_codes, level_scale, level_values, put_peaks, take_peaks
 from flashcomm.kernels.cpu.ops.planes import pack, pack_rest, unpack, unpack_rest
 from flashcomm.kernels.cpu.ops.ranges import (
     magnitudes_bf16,
@@ -71,4 +72,4 @@ from flashcomm.kernels.cpu.ops.spikes import (
     two_largest,
     two_smallest,
 )
-from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, invert
+from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, hadamard_ranges, hadamard_to_bf16, invert

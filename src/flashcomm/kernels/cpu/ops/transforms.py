@@ -3,7 +3,7 @@
 import numpy as np
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import NAN, Op, f32
+from flashcomm.kernels.cpu.ops.base import BF16, NAN, Op, f32
 
 
 @Op
@@ -63,6 +63,77 @@ def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
                     simd.store_fp32(at + i * 4, first + second)
                     simd.store_fp32(at + (i + apart) * 4, first - second)
             apart *= 2
+
+
+@Op
+def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
+    """Multiply n bf16 or fp32 by a factor, transform each group and store it as fp32; find candidates as `shrink_fp32`.
+
+    n is a multiple of 128, a group has 32, 64 or 128 values. A group that holds a NaN or an Inf keeps one among its
+    candidates: the transform makes every value of it a NaN or an Inf.
+    """
+    factor = simd.from_bits(factor_bits)
+    runs = 128 // group
+    if kind == BF16:
+        for i in range(0, n, 128):
+            at, low, high = src + i * 2, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            for line in range(0, 256, 64):
+                simd.prefetch(at + n * 2 + line)
+            if group == 128:
+                simd.hadamard128_ranges_bf16(at, factor, dst + i * 4, low, high)
+            elif group == 64:
+                simd.hadamard64_ranges_bf16(at, factor, dst + i * 4, low, high)
+            else:
+                simd.hadamard32_ranges_bf16(at, factor, dst + i * 4, low, high)
+    else:
+        for i in range(0, n, 128):
+            at, low, high = src + i * 4, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            if group == 128:
+                simd.hadamard128_ranges_fp32(at, factor, dst + i * 4, low, high)
+            elif group == 64:
+                simd.hadamard64_ranges_fp32(at, factor, dst + i * 4, low, high)
+            else:
+                simd.hadamard32_ranges_fp32(at, factor, dst + i * 4, low, high)
+    for j in range(0, n // group, 4):
+        # Sixteen candidates of each of four groups become four: what is overwritten has been read.
+        at = least + j * 64
+        a = simd.lanes_fold16_min(simd.load_fp32(at), simd.load_fp32(at + 64))
+        b = simd.lanes_fold16_min(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
+        simd.store_words(least + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_min(a, b))))
+        at = most + j * 64
+        a = simd.lanes_fold16_max(simd.load_fp32(at), simd.load_fp32(at + 64))
+        b = simd.lanes_fold16_max(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
+        simd.store_words(most + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_max(a, b))))
+
+
+@Op
+def hadamard_to_bf16(row, n, group, dst):
+    """Transform each group of a row of fp32 and write it as bf16, every NaN as the one quiet NaN.
+
+    n is a multiple of 128, a group has 32, 64 or 128 values.
+    """
+    for i in range(0, n, 128):
+        for line in range(i * 2, i * 2 + 256, 64):
+            simd.prefetch(dst + n * 2 + line)
+        if group == 128:
+            bad = simd.hadamard128_back(row + i * 4, dst + i * 2)
+        elif group == 64:
+            bad = simd.hadamard64_back(row + i * 4, dst + i * 2)
+        else:
+            bad = simd.hadamard32_back(row + i * 4, dst + i * 2)
+        if bad:
+            # Rounding takes some NaN for numbers, so look at the fp32 again.
+            for j in range(i, i + 128, group):
+                if group == 128:
+                    simd.hadamard128(row + j * 4, f32(1))
+                elif group == 64:
+                    simd.hadamard64(row + j * 4, f32(1))
+                else:
+                    simd.hadamard32(row + j * 4, f32(1))
+            for j in range(i, i + 128):
+                v = simd.load1_fp32(row + j * 4)
+                if v != v:
+                    simd.store_half(dst + j * 2, NAN >> 16)
 
 
 @Op
