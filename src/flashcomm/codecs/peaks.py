@@ -6,8 +6,8 @@ row of H values, all in fp32:
 
     peaks   the max(1, floor(H / 128)) largest magnitudes, of equal ones the first; sent as bf16, with their places
     z       the row with 0 in those places, transformed as by `hadamard` in groups of 64
-    cover   max|z| / reach, at least 2**-126. The reach is half a spacing beyond the last level: with this scale no value
-            is further from its level than half a spacing
+    cover   max|z| / reach, at least 2**-126. The reach is half a spacing beyond the last level: so no value is
+            further from its level than half a spacing
     cell    floor(256 * (|z| * (1 / cover))), at most 1023; 2 * sum(cells) + H is the mean |z| in 512ths of cover * H
     scale   the standard deviation of a Gaussian of that mean, but at least 3/4 of cover; rounded up to bf16, at least
             2**-126; 0 where z is 0
@@ -39,7 +39,7 @@ import torch
 from flashcomm.codecs import bits as planes
 from flashcomm.codecs import groups
 from flashcomm.codecs.base import Codec, canonical_nan
-from flashcomm.codecs.cast import bf16_spacing
+from flashcomm.codecs.cast import spacing
 from flashcomm.codecs.groups import TINY, bits_of, from_bits, like
 from flashcomm.codecs.hadamard import butterflies, by_block
 
@@ -211,7 +211,7 @@ class Peaks(Codec):
         cols = x.shape[1]
         if cols == 0:
             return x.float()
-        spacing, x = bf16_spacing(x), x.float()
+        rounding, x = spacing(x, torch.bfloat16), x.float()
         places, z, scale, bad = self._describe(x)
         around = torch.tensor(spacings(self.bits), dtype=torch.float32, device=x.device)
         beyond = 2 * (z.abs() - levels(self.bits)[-1] * scale)
@@ -223,7 +223,7 @@ class Peaks(Codec):
         bound = by_block(BLOCK, total, step * (1 + 2.0**-13) + rounding)
         largest = by_block(BLOCK, lambda block: block.amax(-1, keepdim=True).expand_as(block), rest)
         bound = bound.masked_fill(~(largest + bound / 2 < 3e38), float("nan"))
-        bound = bound.scatter(1, places, spacing.gather(1, places))
+        bound = bound.scatter(1, places, rounding.gather(1, places))
         return bound.masked_fill(bad, float("nan"))
 
 

@@ -201,6 +201,6 @@ def allowed() -> str:
         f"{', '.join(_EXACT)}, int1 to int8 with optional s (symmetric) and gN (group size), "
         f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} "
         f"or int3s to int5s with gN and _{', _'.join(SCALES)} (scale), int2static to int8static, "
-        f"nf{min(LEVELS)}+peaks to nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such as "
-        f"ec4.25{more}; on them +spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
+        f"nf{min(LEVELS)}+peaks to nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such "
+        f"as ec4.25{more}; on them +spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
     )
