@@ -6,8 +6,8 @@ row of H values, all in fp32:
 
     peaks   the max(1, floor(H / 128)) largest magnitudes, of equal ones the first; sent as bf16, with their places
     z       the row with 0 in those places, transformed as by `hadamard` in groups of 64
-    cover   max|z| / reach, at least 2**-126. The reach is half a spacing beyond the last level: so no value is
-            further from its level than half a spacing
+    cover   max|z| / reach, at least 2**-126. The reach is half a spacing beyond the last level: with this scale no
+            value is further from its level than half a spacing
     cell    floor(256 * (|z| * (1 / cover))), at most 1023; 2 * sum(cells) + H is the mean |z| in 512ths of cover * H
     scale   the standard deviation of a Gaussian of that mean, but at least 3/4 of cover; rounded up to bf16, at least
             2**-126; 0 where z is 0
