@@ -336,7 +336,7 @@ def _plan_single_step(size: int, facts: planner.Facts, codec: Codec, algorithm: 
     plan = planner.choose(0, facts.ranks, codec, algorithm=algorithm, batch_invariant=True)
     if plan.algorithm == "plain":
         return plan
-    pieces = planner.pieces(size, facts.device) if facts.hosts != 1 else 1
+    pieces = planner.pieces(size, codec, facts.device) if facts.hosts != 1 else 1
     return planner.Plan(algorithm="one_step", codec=codec, reason=plan.reason, pieces=pieces)
 
 
