@@ -12,8 +12,9 @@ demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every cod
 	$(BIN)/flashcomm demo
 
 # Ours, and at the end what other projects send.
-REAL_CODECS := ec8,ec6,ec5,ec4.25,ec4,ec3.5,ec3,int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike,$\
+REAL_CODECS := lossless,ec8,ec6,ec5,ec4.25,ec4,ec3.5,ec3,nf6+peaks,nf5+peaks,nf4+peaks,nf3+peaks,$\
 int8g128+hadamard,int6g128+hadamard,int5g128+hadamard,int4g128+hadamard,int4g64+hadamard,int4g32+hadamard,$\
+int8g128,fp8g128,int6g128,int5g128,int4g32,nvfp4,int4g128,mxfp4,int3g32,int2g32+spike,$\
 mxfp8_e4m3,mxfp6_e2m3,fp5_e2m2g32,int4g32+spike,int4g128:int8g128,$\
 q8_0,q4_0,qr_int8,qr_int6,qr_int4,fp8g256,e4m3
 REAL_TOKENS ?= 4096

@@ -79,7 +79,7 @@ def demo(
     with in_lab(tp, rate, ranks_per_host) as lab:
         rows, eval_tokens = launch.run(measure.rank_main, arguments, ranks=tp, lab=lab)[0]
     facts = {
-        "model": "the bundled model" if model is None else str(model),
+        "model": "the bundled model" if model is None else model.resolve().name,
         "ranks": tp,
         "dtype": dtype,
         "text": ", ".join(path.name for path in text) if text else HELD_OUT_NAME,

@@ -64,7 +64,7 @@ def setup(
     given = {"texts": [*map(read_text, texts)], "text": ", ".join(path.name for path in texts)} if texts else {}
     return Setup(
         directory=directory,
-        model="the bundled model" if str(model) == "demo" else str(model),
+        model="the bundled model" if str(model) == "demo" else model.resolve().name,
         ranks=tp,
         hosts=hosts,
         algorithm=algorithm,
