@@ -211,7 +211,7 @@ class Peaks(Codec):
         cols = x.shape[1]
         if cols == 0:
             return x.float()
-        rounding, x = spacing(x, torch.bfloat16), x.float()
+        apart, x = spacing(x, torch.bfloat16), x.float()
         places, z, scale, bad = self._describe(x)
         around = torch.tensor(spacings(self.bits), dtype=torch.float32, device=x.device)
         beyond = 2 * (z.abs() - levels(self.bits)[-1] * scale)
@@ -223,7 +223,7 @@ class Peaks(Codec):
         bound = by_block(BLOCK, total, step * (1 + 2.0**-13) + rounding)
         largest = by_block(BLOCK, lambda block: block.amax(-1, keepdim=True).expand_as(block), rest)
         bound = bound.masked_fill(~(largest + bound / 2 < 3e38), float("nan"))
-        bound = bound.scatter(1, places, rounding.gather(1, places))
+        bound = bound.scatter(1, places, apart.gather(1, places))
         return bound.masked_fill(bad, float("nan"))
 
 
