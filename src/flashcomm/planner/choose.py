@@ -26,7 +26,7 @@ MAX_EXACT_ONE_STEP_BYTES = 64 << 10
 # 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
 CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
 # The same for rows that vary in length, which are packed and spread too. 16 MiB of `lossless` in 12 pieces was 1.33 and
-# 1.37x plain, in 6 pieces 1.25 and 1.29x, 2026-11-28.
+# 1.37x plain, in 6 pieces 1.25 and 1.29x, by the command of results/all_reduce_lossless_lab4_1gbit.md, 2026-11-28.
 VARYING_S_PER_BYTE = 2.4e-9
 # On GPUs, not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
 GPU_CODEC_S_PER_BYTE, GPU_PIECE_S = 2e-12, 60e-6

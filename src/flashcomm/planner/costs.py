@@ -23,7 +23,7 @@ SIZES = tuple(1 << n for n in range(10, 29))
 MARGIN = 0.95
 SLOW_S_PER_BYTE = 1.77e-9
 """Core seconds for each byte of a message that ecB takes beyond an int format, two_step among 4 ranks: encoding 1 + 1/4
-and decoding 2 messages of 32 MiB in 27.8 and 12.2 ms more; ec6 and int6g128 in results/codec_cpu.md, 2026-11-28."""
+and decoding 2 messages of 32 MiB in 28.5 and 11.9 ms more; ec6 and int6g128 in results/codec_cpu.md, 2026-11-28."""
 _ROW = 4096
 """Values of a row, by which a codec's bits per value are counted."""
 
