@@ -154,6 +154,7 @@ def hostile(count: int):
         yield bytes(data) if kind > 0.97 else sealed(bytes(data))
 
 
+@pytest.mark.timeout(300 + TRIES // 100)
 def test_hostile_bytes_are_a_clear_error_or_a_tensor():
     outcomes = {"tensor": 0, "error": 0}
     for data in hostile(TRIES):
@@ -221,6 +222,7 @@ def test_the_decoder_in_c_gives_the_values_of_the_specification(spec, decode_in_
         assert torch.equal(want.isnan(), got.isnan())
 
 
+@pytest.mark.timeout(300 + TRIES // 100)
 def test_hostile_bytes_do_not_harm_the_decoder_in_c(decode_in_c):
     packages = list(hostile(TRIES))
     decoded = decode_in_c(packages)
