@@ -458,24 +458,26 @@ def store_bits(typingctx, address, v):
     return signature(types.void, types.int64, words), codegen
 
 
-def _make_fold(vector, block, less):
+def _fold(builder, vector, block, less, a, b):
     """Fold two vectors of blocks into one vector of blocks of half the size, the first vector's before the second's.
 
     Of every block's two halves the smaller values (or the larger ones) stay.
     """
-    count = vector.ir_type.count
-
-    def places(upper):
+    count, index = vector.ir_type.count, ir.VectorType(_I32, vector.ir_type.count)
+    halves_of = []
+    for upper in (0, 1):
         starts = range(0, 2 * count, block)
-        return [ir.Constant(_I32, start + upper * block // 2 + i) for start in starts for i in range(block // 2)]
+        places = [ir.Constant(_I32, start + upper * block // 2 + i) for start in starts for i in range(block // 2)]
+        halves_of.append(builder.shuffle_vector(a, b, ir.Constant(index, places)))
+    compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
+    return builder.select(compare("<" if less else ">", *halves_of), *halves_of)
 
+
+def _make_fold(vector, block, less):
     @intrinsic
     def fold(typingctx, a, b):
         def codegen(context, builder, sig, args):
-            index = ir.VectorType(_I32, count)
-            first, second = (builder.shuffle_vector(*args, ir.Constant(index, places(upper))) for upper in (0, 1))
-            compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
-            return builder.select(compare("<" if less else ">", first, second), first, second)
+            return _fold(builder, vector, block, less, *args)
 
         return signature(vector, vector, vector), codegen
 
@@ -810,21 +812,30 @@ hadamard16, hadamard32, hadamard64, hadamard128 = (_make_hadamard(size) for size
 
 
 def _store_candidates(builder, rows, size, least, most):
-    """Store sixteen candidates for the smallest and sixteen for the largest value of each run of `size`."""
+    """Store sixteen candidates for the smallest and sixteen for the largest value of each run of `size`.
+
+    Four runs of 32 values share a vector, so they get four candidates each.
+    """
     count = size // LANES
-    for run in range(len(rows) // count):
-        for at, predicate in ((least, "<"), (most, ">")):
-            left = rows[run * count : (run + 1) * count]
+    for at, less in ((least, True), (most, False)):
+        found = []
+        for first in range(0, len(rows), count):
+            left = rows[first : first + count]
             while len(left) > 1:
                 pairs = zip(left[::2], left[1::2], strict=True)
-                left = [builder.select(builder.fcmp_ordered(predicate, *pair), *pair) for pair in pairs]
-            _store_raw(builder, left[0], _moved(builder, at, 4 * LANES * run), _F32, LANES)
+                left = [builder.select(builder.fcmp_ordered("<" if less else ">", *pair), *pair) for pair in pairs]
+            found += left
+        if size == 32:
+            upper = [_fold(builder, lanes, 16, less, *found[i : i + 2]) for i in (0, 2)]
+            found = [_fold(builder, lanes, 8, less, *upper)]
+        for i, v in enumerate(found):
+            _store_raw(builder, v, _moved(builder, at, 4 * LANES * i), _F32, LANES)
 
 
 def _make_hadamard_ranges(kind, size):
     """Make a function that multiplies 128 values by a factor, transforms each run of `size` and stores it as fp32.
 
-    Sixteen candidates for the smallest and sixteen for the largest value of each run go to least[] and most[].
+    Candidates for the smallest and the largest value of each run go to least[] and most[]: see `_store_candidates`.
     """
 
     @intrinsic

@@ -66,8 +66,13 @@ def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
 
 
 @inline
-def _shrink(least, most, count):
-    """Candidates of a transform, sixteen of each kind, become those of `shrink_fp32`."""
+def _shrink(least, most, group, count):
+    """Candidates of `count` groups in fp32, four of each kind or sixteen, become those of `shrink_fp32`."""
+    if group == 32:
+        for j in range(0, count * 16, 64):
+            simd.store_words(least + j, simd.words_key(simd.load_words(least + j)))
+            simd.store_words(most + j, simd.words_key(simd.load_words(most + j)))
+        return
     for j in range(0, count, 4):
         # Sixteen candidates of each of four groups become four: what is overwritten has been read.
         at = least + j * 64
@@ -88,10 +93,11 @@ def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
     candidates: the transform makes every value of it a NaN or an Inf.
     """
     factor = simd.from_bits(factor_bits)
-    runs = 128 // group
+    # Bytes of candidates of 128 values: see `simd`.
+    width = 64 if group == 32 else 8192 // group
     if kind == BF16:
         for i in range(0, n, 128):
-            at, low, high = src + i * 2, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            at, low, high = src + i * 2, least + i // 128 * width, most + i // 128 * width
             for line in range(0, 256, 64):
                 simd.prefetch(at + n * 2 + line)
             if group == 128:
@@ -102,14 +108,14 @@ def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
                 simd.hadamard32_ranges_bf16(at, factor, dst + i * 4, low, high)
     else:
         for i in range(0, n, 128):
-            at, low, high = src + i * 4, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            at, low, high = src + i * 4, least + i // 128 * width, most + i // 128 * width
             if group == 128:
                 simd.hadamard128_ranges_fp32(at, factor, dst + i * 4, low, high)
             elif group == 64:
                 simd.hadamard64_ranges_fp32(at, factor, dst + i * 4, low, high)
             else:
                 simd.hadamard32_ranges_fp32(at, factor, dst + i * 4, low, high)
-    _shrink(least, most, n // group)
+    _shrink(least, most, group, n // group)
 
 
 @Op
@@ -118,9 +124,9 @@ def hadamard_pairs(src, n, group, factor_bits, dst, least, most):
 
     Three quarters of the next row are prefetched meanwhile, the last by `quantise_pairs`: in proportion to their time.
     """
-    factor, runs = simd.from_bits(factor_bits), 128 // group
+    factor, width = simd.from_bits(factor_bits), 64 if group == 32 else 8192 // group
     for i in range(0, n, 128):
-        at, low, high = src + i * 2, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+        at, low, high = src + i * 2, least + i // 128 * width, most + i // 128 * width
         for line in range(0, 192, 64):
             simd.prefetch(src + n * 2 + i // 128 * 192 + line)
         if group == 128:
@@ -129,7 +135,7 @@ def hadamard_pairs(src, n, group, factor_bits, dst, least, most):
             simd.hadamard64_pairs(at, factor, dst + i * 4, low, high)
         else:
             simd.hadamard32_pairs(at, factor, dst + i * 4, low, high)
-    _shrink(least, most, n // group)
+    _shrink(least, most, group, n // group)
 
 
 @Op
