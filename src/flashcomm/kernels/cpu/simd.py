@@ -1196,6 +1196,32 @@ def _make_join(forward):
 join_low_first, join_high_first = _make_join(True), _make_join(False)
 
 
+def _make_long_extreme(less):
+    @intrinsic
+    def extreme(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            return builder.select(builder.icmp_signed("<" if less else ">", *args), *args)
+
+        return signature(types.int64, types.int64, types.int64), codegen
+
+    return extreme
+
+
+# The smaller and the larger of two integers. numba's own min and max are compiled anew for each op, 0.03 s a time.
+long_min, long_max = (_make_long_extreme(less) for less in (True, False))
+
+
+@intrinsic
+def stack(typingctx):
+    """Address of memory for 32 int64, until the function returns. numba's arrays would take 0.2 s to compile."""
+
+    def codegen(context, builder, sig, args):
+        with builder.goto_entry_block():
+            return builder.ptrtoint(builder.alloca(_I64, 32), _I64)
+
+    return signature(types.int64), codegen
+
+
 MAX_OPERANDS = 12
 
 
