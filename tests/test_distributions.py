@@ -1,4 +1,4 @@
-"""The wheels and the source distribution that this repository makes: their sizes, their contents, and what a user of one has."""
+"""The wheels and the source distribution of this repository: sizes, contents, and the errors of a bare install."""
 
 import importlib.util
 import os
