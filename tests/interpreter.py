@@ -2,6 +2,8 @@
 
 The interpreter calls the function of a `tl.reduce` for one element after the other, patches Triton's language anew for
 every function that a kernel calls, and computes whether integers overflow but looks at the answer in debug mode only.
+
+That of Triton 3.6 makes an index of an array of one element, which numpy 2.4 and later refuse.
 """
 
 import dataclasses
@@ -17,9 +19,10 @@ _patched: set[int] = set()
 
 def hasten():
     """Change the interpreter of this process; may be called again."""
-    reduce, patch, launch = (
+    reduce, patch, patch_tensor, launch = (
         interpreter.ReduceOps.generic_reduce,
         interpreter._patch_lang,
+        interpreter._patch_lang_tensor,
         interpreter.GridExecutor.__call__,
     )
     if hasattr(reduce, "__wrapped__"):
@@ -39,6 +42,11 @@ def hasten():
         _patched.update(modules)
         return patch(function)
 
+    @functools.wraps(patch_tensor)
+    def patch_index(tensor, *scope):
+        patch_tensor(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
     @functools.wraps(launch)
     def launch_anew(self, *args, **kwargs):
         _patched.clear()
@@ -49,6 +57,7 @@ def hasten():
 
     interpreter.ReduceOps.generic_reduce = reduce_halves
     interpreter._patch_lang = patch_once
+    interpreter._patch_lang_tensor = patch_index
     interpreter.GridExecutor.__call__ = launch_anew
     options = interpreter.interpreter_builder.options
     if not options.debug:
