@@ -5,7 +5,19 @@ from typing import Annotated
 
 import typer
 
-from flashcomm.cli.base import Dtype, Json, check_dtype, codec_list, fail, need, new_table, stderr, stdout, write_rows
+from flashcomm.cli.base import (
+    Dtype,
+    Json,
+    check_dtype,
+    codec_list,
+    demo_model,
+    fail,
+    need,
+    new_table,
+    stderr,
+    stdout,
+    write_rows,
+)
 
 
 def bench_codec(
@@ -41,8 +53,9 @@ def bench_codec(
         from flashcomm.models.partial_sums import partial_sums
 
         need("transformers", "transformers")
+        model = demo_model()
         with stderr.status("computing the partial sums of the bundled model"):
-            sums = partial_sums()
+            sums = partial_sums(model)
     with stderr.status("measuring") as status:
         rows = codec.run(
             specs,
