@@ -22,8 +22,8 @@ One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks
 Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
 """
 
-from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise
-from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, Op, compiled
+from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise, quantise_pairs
+from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, PAIRS, Op, compiled
 from flashcomm.kernels.cpu.ops.blocks import (
     meta_e4m3,
     meta_e5m0,
@@ -72,4 +72,11 @@ from flashcomm.kernels.cpu.ops.spikes import (
     two_largest,
     two_smallest,
 )
-from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, hadamard_ranges, hadamard_to_bf16, invert
+from flashcomm.kernels.cpu.ops.transforms import (
+    adapt,
+    hadamard,
+    hadamard_pairs,
+    hadamard_ranges,
+    hadamard_to_bf16,
+    invert,
+)

@@ -12,6 +12,8 @@ from flashcomm.kernels.cpu import simd
 _log = logging.getLogger("flashcomm.kernels")
 
 BF16, FP16, FP32 = 0, 1, 2
+# fp32 in scratch memory, of 32 values those at even places and then those at odd places, sixteen each.
+PAIRS = 3
 
 f32 = np.float32
 

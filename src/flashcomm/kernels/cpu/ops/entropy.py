@@ -14,7 +14,7 @@ from flashcomm.codecs.entropy import NAN as NAN_STEP
 from flashcomm.codecs.entropy_tables import MANTISSAS
 from flashcomm.kernels.cpu import simd
 from flashcomm.kernels.cpu.ops.base import BF16, MAGNITUDE, NAN, ROUND, Op, f32, inline, part
-from flashcomm.kernels.cpu.simd import field
+from flashcomm.kernels.cpu.simd import field, long_max, long_min
 
 _ROUND_BITS = 0x4B400000
 _ONE = MANTISSAS[0]
@@ -54,7 +54,7 @@ def _on_grid(row, n, inverse, step):
     some = simd.splat_words(0)
     for start in range(0, n, 256):
         other = simd.splat_words(0)
-        for i in range(start, min(n, start + 256), 16):
+        for i in range(start, long_min(n, start + 256), 16):
             x = simd.load_fp32(row + i * 4)
             q = simd.as_words(x * inverse + ROUND) - _ROUND_BITS
             other = other | ((simd.as_words(simd.to_lanes(q) * step) ^ simd.as_words(x)) & MAGNITUDE)
@@ -72,7 +72,7 @@ def _probe(row, shape, book, k, largest, codes, numbers, state):
     total, some, zeros, caps = 0, simd.splat_words(0), simd.splat_words(0), simd.splat_words(field(shape, CAP))
     for start in range(0, n, 65536):
         sums = zeros
-        for i in range(start, min(n, start + 65536), 16):
+        for i in range(start, long_min(n, start + 65536), 16):
             q = simd.as_words(simd.load_fp32(row + i * 4) * inverse + ROUND) - _ROUND_BITS
             simd.store_words(codes + i * 4, q)
             some = some | q
@@ -137,38 +137,38 @@ def plan_row(row, shape, book, codes, numbers, state):
     last = 16 * ((twice >> 23) - 1) + 1
     for j in range(16):
         last += (twice & 0x7FFFFF) > simd.load_word(field(book, MANTISSA) + 4 * j) - _ONE
-    last = max(last, 1)
-    first = max(last - 16 * OCTAVES, 1)
-    floor = max((amax >> 23) - 24, 0)
+    last = long_max(last, 1)
+    first = long_max(last - 16 * OCTAVES, 1)
+    floor = long_max((amax >> 23) - 24, 0)
     total, floors = 0, simd.splat_words(floor)
     for start in range(0, n, 65536):
         sums = zeros
-        for i in range(start, min(n, start + 65536), 16):
+        for i in range(start, long_min(n, start + 65536), 16):
             sums = sums + simd.word_max((simd.load_words(row + i * 4) & MAGNITUDE) >> 23, floors)
         total += simd.words_sum(sums)
     total -= floor * (((n + 15) & ~15) - n)
     budget = field(shape, BUDGET)
-    k = min(max(16 * total // n - field(shape, ROOM) + GUESS, first), last)
+    k = long_min(long_max(16 * total // n - field(shape, ROOM) + GUESS, first), last)
     # Beyond the ladder only the last step serves, which makes everything 0.
-    below, fits, probe = first - 1, min(last, LADDER + 1), 0
+    below, fits, probe = first - 1, long_min(last, LADDER + 1), 0
     chosen = -1
     while probe < GUESSES + BISECTIONS and fits - below > 1:
-        k = min(max(k, below + 1), max(fits - 1, below + 1))
+        k = long_min(long_max(k, below + 1), long_max(fits - 1, below + 1))
         over = _probe(row, shape, book, k, largest, codes, numbers, state) - budget
         secant = k + 16 * over // n
         if over <= 0:
             fits = k
         else:
             below = k
-            secant = max(secant, k + 1)
+            secant = long_max(secant, k + 1)
         chosen = k
         k = secant if probe < GUESSES - 1 else (below + fits) >> 1
         probe += 1
     k = last if fits > LADDER else fits
-    start, tries, octaves, own = max(max(first - 16, k - FLOOR), 1), 0, -1, k
+    start, tries, octaves, own = long_max(long_max(first - 16, k - FLOOR), 1), 0, -1, k
     smallest = simd.from_bits(amin)
     for family in range(16):
-        finest = min(start + family, LADDER)
+        finest = long_min(start + family, LADDER)
         inverse, step = (
             simd.load1_fp32(field(book, INVERSES) + 4 * finest),
             simd.load1_fp32(field(book, STEPS) + 4 * finest),
@@ -176,7 +176,7 @@ def plan_row(row, shape, book, codes, numbers, state):
         code = _code(smallest, inverse)
         if octaves < 0 and tries < 2 and code >= 1 and simd.bits_of(f32(code) * step) == simd.bits_of(smallest):
             tries += 1
-            octaves = min(_on_grid(row, n, inverse, step), (LADDER - finest) >> 4)
+            octaves = long_min(_on_grid(row, n, inverse, step), (LADDER - finest) >> 4)
             own = finest + 16 * octaves
     if octaves >= 0 and _probe(row, shape, book, own, largest, codes, numbers, state) <= budget:
         k = own
@@ -184,7 +184,7 @@ def plan_row(row, shape, book, codes, numbers, state):
         if chosen != k or octaves >= 0:
             _probe(row, shape, book, k, largest, codes, numbers, state)
         shared = field(state, SHARED)
-        octaves = min(simd.lowest_bit(shared), max(LADDER - k, 0) >> 4) if shared else 0
+        octaves = long_min(simd.lowest_bit(shared), long_max(LADDER - k, 0) >> 4) if shared else 0
         if octaves:
             # Multiples of 2 stay what they are, with half the code.
             if _probe(row, shape, book, k + 16 * octaves, largest, codes, numbers, state) <= budget:
@@ -258,7 +258,7 @@ def _copy(src, n, dst):
 def _merge(one, forward, two, back, dst, size):
     """Put `forward` bits from `one` on and `back` bits before `two` into `size` bytes, zeros between them."""
     ahead, behind = (forward + 7) >> 3, (back + 7) >> 3
-    shared = max(0, ahead + behind - size)
+    shared = long_max(0, ahead + behind - size)
     _copy(one, ahead, dst)
     for i in range(ahead, size - behind):
         simd.store_byte(dst + i, 0)
@@ -326,7 +326,7 @@ def write_row(shape, book, codes, state, numbers, work, one, two, dst):
     high_first = field(book, HIGH_FIRST) + 4 * WORD_FIELDS * base
     streams = field(shape, STREAMS)
     for stream in range(0, streams, 2):
-        a, b, c = min(n, stream * run), min(n, stream * run + run), min(n, stream * run + 2 * run)
+        a, b, c = long_min(n, stream * run), long_min(n, stream * run + run), long_min(n, stream * run + 2 * run)
         forward = _write_forward(codes, a, b, raw, low_first, work, one)
         if stream == 0 and field(state, ESCAPES):
             forward = _write_records(book, codes, n, raw, base, width, one, forward)
@@ -418,7 +418,7 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
     """Read the streams of a payload: upper parts of codes, int8, -128 for an escape; `lowest` bits, a byte each."""
     n, size, header, run = field(shape, COLS), field(shape, SIZE), field(shape, HEADER), field(shape, RUN)
     head = (simd.load_byte(src) & 255) | (simd.load_byte(src + 1) & 255) << 8 | (simd.load_byte(src + 2) & 255) << 16
-    k, table, width = head & 0xFFF, min(head >> 12 & 0x3F, _LAST_EDGE), head >> 18 & 0x1F
+    k, table, width = head & 0xFFF, long_min(head >> 12 & 0x3F, _LAST_EDGE), head >> 18 & 0x1F
     raw = field(field(book, RAW_BITS), table)
     base = table - 4 * raw
     alone = k == 0 or k > LADDER
@@ -431,14 +431,14 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
     # Broken payloads may lead a stream up to 11 bits per code out of the row: the copy has room on both sides.
     payload = copy + n + 64
     _copy(src, size, payload)
-    front = min(header + (field(shape, PLANES + raw) >> 3), size)
+    front = long_min(header + (field(shape, PLANES + raw) >> 3), size)
     if raw:
         _unpack(payload + header, n, raw, lowest)
     forward = field(book, READ_FORWARD) + base * 4 * (_WINDOW + 1)
     back = field(book, READ_BACK) + base * 4 * (_WINDOW + 1)
     a = numbers
-    b = numbers + min(n, run)
-    c = numbers + min(n, 2 * run)
+    b = numbers + long_min(n, run)
+    c = numbers + long_min(n, 2 * run)
     if field(shape, STREAMS) == 2:
         first, second, p = 8 * front, 8 * size, b
         while a < b - 7 and p < c - 7:
@@ -450,8 +450,8 @@ def read_row(src, shape, book, copy, numbers, lowest, state):
         pair = 0
         for i in range(3, header):
             pair |= (simd.load_byte(src + i) & 255) << 8 * (i - 3)
-        middle = min(front + pair, size)
-        d, e = numbers + min(n, 3 * run), numbers + n
+        middle = long_min(front + pair, size)
+        d, e = numbers + long_min(n, 3 * run), numbers + n
         first, second, third, fourth = 8 * front, 8 * middle, 8 * middle, 8 * size
         p, q, r = b, c, d
         while a < b - 7 and p < c - 7 and q < d - 7 and r < e - 7:
@@ -523,7 +523,7 @@ def _read_records(shape, book, copy, numbers, lowest, state, escapes, add, step)
             mask &= mask - 1
             if place < n:
                 # Bits beyond the payload can only be meant by a broken one.
-                at = min(bit >> 3, field(shape, SIZE))
+                at = long_min(bit >> 3, field(shape, SIZE))
                 number = (simd.load_long(payload + at) >> (bit & 7) & (1 << width) - 1) + limit
                 bit += width
                 q = number >> 1 ^ -(number & 1)

@@ -9,7 +9,7 @@ Rows are worked on 64 values at a time. Where that does not divide a row, it is 
 from flashcomm.codecs.lossless import CODE_BITS, ESCAPE, HEADER_BYTES, LENGTH_BYTES, TOP_BITS
 from flashcomm.kernels.cpu import simd
 from flashcomm.kernels.cpu.ops.base import AHEAD, Op, inline, part
-from flashcomm.kernels.cpu.simd import field
+from flashcomm.kernels.cpu.simd import field, long_max, long_min
 
 _SIGN, _TOP = 0x80, (1 << TOP_BITS) - 1
 
@@ -51,7 +51,7 @@ def _choose(exponents, n, counts):
         if _count(exponents, n, median | bit) >= n - ((n - 1) >> 1):
             median |= bit
         bit >>= 1
-    lowest = max(median - ESCAPE + 1, 0)
+    lowest = long_max(median - ESCAPE + 1, 0)
     for least in range(lowest, median + ESCAPE + 1):
         simd.store_long(counts + 8 * (least - lowest), _count(exponents, n, least))
     base, most = lowest, 0
@@ -155,7 +155,9 @@ def unpack_row(src, n, mantissa, size, exponents, payload, values, dst):
         simd.store_octets(exponents + i, exponent)
         while escaped:
             # Escapes beyond the payload can only be meant by a broken one.
-            simd.store_byte(exponents + i + simd.lowest_bit(escaped), simd.load_byte(row + min(escapes, length - 1)))
+            simd.store_byte(
+                exponents + i + simd.lowest_bit(escaped), simd.load_byte(row + long_min(escapes, length - 1))
+            )
             escaped &= escaped - 1
             escapes += 1
     for i in range(0, n, 64):
