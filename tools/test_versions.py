@@ -4,9 +4,9 @@
     python tools/test_versions.py oldest today        these
     python tools/test_versions.py --smoke today       the shortest tests that tell about versions
 
-An environment is made in .venv-versions/NAME when it is first needed (two to seven GB each: torch brings its CUDA), with
-the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran is
-kept in results/versions.json; `make docs` shows it in docs/versions.md.
+An environment is made in .venv-versions/NAME when it is first needed (five to seven GB: torch brings its CUDA), with
+the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran
+is kept in results/versions.json; `make docs` shows it in docs/versions.md.
 """
 
 import argparse
@@ -45,8 +45,8 @@ TESTS = (
     "tests/bench/test_bench_gpu.py",
     "tests/test_package.py",
 )
-"""Codecs, kernels, collectives, compiled graphs, engines, and kernels for GPUs that are compiled ahead of time. The rest
-of the suite looks at sockets, processes and figures, where versions of packages hardly matter."""
+"""Codecs, kernels, collectives, compiled graphs, engines, and kernels for GPUs that are compiled ahead of time. The
+rest of the suite looks at sockets, processes and figures, where versions of packages hardly matter."""
 
 
 def table() -> dict:
@@ -63,10 +63,10 @@ def interpreter(version: str) -> str:
     variable, name = "PYTHON" + version.replace(".", ""), f"python{version}"
     if given := os.environ.get(variable):
         return given
-    if found := shutil.which(name):
-        # A shim of pyenv is there for versions that are not chosen, and then fails.
-        if subprocess.run([found, "--version"], capture_output=True).returncode == 0:
-            return found
+    found = shutil.which(name)
+    # A shim of pyenv is there for versions that are not chosen, and then fails.
+    if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
+        return found
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
     for folder in sorted(pyenv.glob(f"{version}*"), reverse=True):
         return str(folder / "bin" / name)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 CROSS = Path(__file__).parents[1] / "cross.py"
 LIBC = {"clock_gettime", "memcpy", "memmove", "memset", "poll", "sched_yield", "usleep"}
 
