@@ -1,8 +1,8 @@
 """Loads and stores of sixteen lanes: bf16, fp16, fp32 and integers of 8 to 32 bits.
 
 bf16 rounds half to even with integer arithmetic (exact, the same on every CPU). fp16 uses LLVM's `fpext`/`fptrunc`,
-which IEEE 754 fixes, or the same in integers on an x86 without F16C, where LLVM would call functions that no process
-has.
+which IEEE 754 fixes, or the same in integers on CPUs without such instructions (an x86 without F16C), where LLVM would
+call functions that no process has.
 """
 
 import platform
@@ -38,7 +38,7 @@ from flashcomm.kernels.cpu.simd.vectors import (
 def _converts_fp16() -> bool:
     """Whether the CPU for which numba compiles has instructions between fp16 and fp32."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return True
+        return platform.machine() in ("aarch64", "arm64")
     if config.CPU_FEATURES is not None:
         return "+f16c" in config.CPU_FEATURES.split(",")
     return bool(get_host_cpu_features().get("f16c"))
