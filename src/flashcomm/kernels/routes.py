@@ -17,7 +17,7 @@ _log = logging.getLogger("flashcomm.kernels")
 
 @lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
-    """(backend, why): the implementation of `codec` on a kind of device, ``numba``, ``cuda``, ``triton`` or ``torch``."""
+    """(backend, why): what serves `codec` on a kind of device, ``numba``, ``cuda``, ``triton`` or ``torch``."""
     if isinstance(codec, Plain):
         return "torch", "nothing to encode"
     if device_type == "cuda":
