@@ -21,7 +21,7 @@ def main(targets: list[str]):
         for target in targets:
             rows = sass.counted(spec, target)
             cells.append(" / ".join(f"{row.cuda:.0f}" for row in rows))
-            cells.append(" / ".join("-" if row.triton is None else f"{row.triton:.0f}" for row in rows))
+            cells.append(" / ".join(f"{row.triton:.0f}" for row in rows if row.triton is not None) or "-")
         print(f"| `{spec}` | " + " | ".join(cells) + " |", flush=True)
 
 

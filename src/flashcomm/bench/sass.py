@@ -38,7 +38,7 @@ class Code:
         return len(self.operations) + max(ranks - peeled - 1, -1) * self.loop
 
     def accesses(self, kind: str) -> dict[str, int]:
-        """Counts of the path's loads (``LDG``) or stores (``STG``) by width: ``{"128": 2, "U8": 1}``; 32 bits are ``""``."""
+        """Counts of the loads (``LDG``) or stores (``STG``) by width, "" for 32 bits: ``{"128": 2, "U8": 1}``."""
         found: dict[str, int] = {}
         for operation in self.operations:
             name, *parts = operation.split(".")
