@@ -9,10 +9,13 @@ from typing import Any
 
 import torch
 
-from flashcomm import codecs, settings
+from flashcomm import codecs, machine, settings
 from flashcomm.codecs import Cast, Codec, Plain
 
 _log = logging.getLogger("flashcomm.kernels")
+
+_LEAST_TRITON = (3, 4)
+"""The first Triton with `tl.gather` and the source of a kernel as `gpu` describes it."""
 
 
 @lru_cache(maxsize=4096)
@@ -23,8 +26,8 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
     if device_type == "cuda":
         if not settings.switched_on("FLASHCOMM_TRITON"):
             return "torch", "FLASHCOMM_TRITON=0"
-        if importlib.util.find_spec("triton") is None:
-            return "torch", "triton is not installed (pip install triton)"
+        if why := _without_triton():
+            return "torch", why
         from flashcomm.kernels import gpu
         from flashcomm.kernels.gpu import cuda
 
@@ -34,13 +37,27 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
         return ("torch", refusal) if refusal else ("triton", "compiled for this GPU")
     if device_type != "cpu":
         return "torch", f"no kernels for {device_type}: the torch specification runs on the device"
-    if importlib.util.find_spec("numba") is None:
-        return "torch", "numba is not installed (pip install numba)"
+    if why := machine.why_not_compiled():
+        return "torch", why
     from flashcomm.kernels import cpu
 
     if not cpu.supports(codec):
         return "torch", f"no CPU kernel for {codec}"
     return "numba", "compiled for this CPU"
+
+
+def _without_triton() -> str | None:
+    """Why Triton does not compile the kernels for GPUs; None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
+        least = ".".join(map(str, _LEAST_TRITON))
+        return (
+            f"triton {triton.__version__} cannot compile the GPU kernels, {least} and later can (torch 2.8 brings it)"
+        )
+    return None
 
 
 def missing(codec: Codec, device_type: str) -> str | None:

@@ -11,8 +11,8 @@ scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist t
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
 Source: our own. bf16 rounds half to even with integer arithmetic (exact, the same on every CPU); fp16 uses LLVM's
-`fpext`/`fptrunc`, which IEEE 754 fixes, or the same in integers on an x86 without F16C, where LLVM would call functions
-that no process has.
+`fpext`/`fptrunc`, which IEEE 754 fixes, or the same in integers on CPUs without such instructions (an x86 without
+F16C), where LLVM would call functions that no process has.
 """
 
 import operator
@@ -114,7 +114,7 @@ def _const(count, value):
 def _converts_fp16() -> bool:
     """Whether the CPU for which numba compiles has instructions between fp16 and fp32."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return True
+        return platform.machine() in ("aarch64", "arm64")
     if config.CPU_FEATURES is not None:
         return "+f16c" in config.CPU_FEATURES.split(",")
     return bool(get_host_cpu_features().get("f16c"))
