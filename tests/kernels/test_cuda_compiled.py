@@ -1,6 +1,9 @@
 """The CUDA C++ kernels as machine code for six GPUs: registers, spills, widths of accesses, instructions per value."""
 
+import ctypes
+import functools
 import os
+import subprocess
 
 import pytest
 import torch
@@ -9,9 +12,10 @@ from flashcomm import codecs, kernels
 from flashcomm.kernels import routes
 
 pytest.importorskip("triton")
+import cuda_on_cpu
 from flashcomm.bench import sass
 from flashcomm.kernels.gpu import cuda
-from flashcomm.kernels.gpu.cuda import compiler, launch
+from flashcomm.kernels.gpu.cuda import compiler, driver, launch
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -185,12 +189,49 @@ def test_one_row_has_no_stride():
     assert launch.layout_of(torch.empty(1, 1, 128), payload[:1], 128) == "Wide<16>"
 
 
+_DRIVER = """
+// The part of the CUDA driver that launches, which keeps what it was given: (blocks, threads, stream, size, arguments).
+#include <string.h>
+long long launched[16];
+int cuModuleLoadData(void** module, const void* code) { *module = (void*)code; return 0; }
+int cuModuleGetFunction(void** f, void* module, const char* name) { *f = module; return strcmp(name, "move"); }
+int cuGetErrorString(int code, const char** text) { *text = "as it was told"; return 0; }
+int cuLaunchKernel(void* f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c, unsigned shared,
+                   void* stream, void** parameters, void** extra) {
+  if (y != 1 || z != 1 || b != 1 || c != 1 || shared || parameters) return 1;
+  if (extra[0] != (void*)1 || extra[2] != (void*)2 || extra[4]) return 1;
+  launched[0] = x, launched[1] = a, launched[2] = (long long)stream, launched[3] = *(size_t*)extra[3];
+  memcpy(launched + 4, extra[1], *(size_t*)extra[3]);
+  return x == 7 ? 700 : 0;
+}
+"""
+
+
+@pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
+def test_what_the_driver_is_given(monkeypatch, tmp_path):
+    """The driver needs a GPU: this stands for it, and checks the call alone."""
+    library = tmp_path / "driver.so"
+    options = ["-x", "c++", "-fpermissive", "-w", "-shared", "-fPIC"]
+    text = _DRIVER.replace("long long launched", 'extern "C" {\nlong long launched', 1) + "}"
+    subprocess.run([cuda_on_cpu.COMPILER, *options, "-", "-o", library], input=text, text=True, check=True)
+    monkeypatch.setattr(driver, "_library", functools.partial(driver.open_library, str(library)))
+    kernel = driver.Kernel(b"code")
+    x, payload = torch.zeros(1, 3, 256), torch.empty(3, 264, dtype=torch.uint8)
+    _, arguments, _ = launch.plan(x, "Values<FP32>", payload, "Affine<8, 128>", 256)
+    kernel(5, 1 << 40, arguments)
+    launched = (ctypes.c_longlong * 16).in_dll(ctypes.CDLL(str(library)), "launched")
+    assert launched[:4] == [5, driver.THREADS, 1 << 40, 56]
+    assert launched[4:10] == [x.data_ptr(), 3 * 256 * 4, 256 * 4, payload.data_ptr(), 264, 3]
+    assert launched[10] == 256 << 32 | 1
+    with pytest.raises(RuntimeError, match="CUDA: as it was told"):
+        kernel(7, 0, arguments)
+
+
 @pytest.mark.gpu
 @needs_nvrtc
 @pytest.mark.parametrize("spec", ["int8g128", "int4g128", "int4g32", "mxfp4", "mxfp8_e4m3", "fp8g128"])
 @pytest.mark.parametrize("transform", ["", "+hadamard"])
 def test_a_gpu_gives_the_same_bytes(spec, transform):
-    """`tools/gpu_check.py` on a machine with a GPU looks at more."""
     codec = codecs.parse(spec + transform)
     for dtype, cols in ((torch.bfloat16, 4096), (torch.float16, 128), (torch.float32, 333)):
         x = torch.randn(64, cols, generator=torch.Generator().manual_seed(1)).to(dtype)
