@@ -28,7 +28,7 @@ class Code:
     operations: tuple[str, ...]
     """The usual path's instructions, without their operands, in order."""
     loop: int
-    """How many of them are in the inner loop, 0 if there is none."""
+    """Number of them in the inner loop, 0 if there is none."""
 
     def executed(self, ranks: int = 1, peeled: int = 0) -> int:
         """Instructions of a thread that adds `ranks` payloads, `peeled` of which come before the loop.
