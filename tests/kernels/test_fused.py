@@ -151,8 +151,10 @@ def one_rank_stays_away(folder):
     return message
 
 
-def test_a_rank_that_stays_away_is_an_error_of_the_next_call(tmp_path):
-    message, _ = ranks.shared(2).run(one_rank_stays_away, str(tmp_path))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_stays_away_is_an_error_of_the_next_call(world_size, tmp_path):
+    """It names the one that was waited for, not one that was not there either when nobody waited any more."""
+    message, *_ = ranks.shared(world_size).run(one_rank_stays_away, str(tmp_path))
     assert message == "rank 1 did not come while rank 0 waited for it in an earlier call"
 
 

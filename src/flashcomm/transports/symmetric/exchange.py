@@ -56,7 +56,8 @@ def _flag(buffers_ptr, rank, step, source, R: tl.constexpr):
 def _await(buffers_ptr, rank, step, peer, epoch, patience, lost_ptr, R: tl.constexpr, PTX: tl.constexpr):
     """Wait until a rank has signalled; return the patience left for others, which is none once one rank was lost."""
     come = wait(_flag(buffers_ptr, rank, step, peer, R), epoch, patience, PTX)
-    if not come:
+    # Once a rank was lost, others are not waited for, and may be late only.
+    if not come and tl.load(lost_ptr) == 0:
         tl.store(lost_ptr, peer + 1)
     return tl.where(come, patience, 0)
 
