@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke bench docs clean
+.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -55,6 +55,9 @@ test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec
 	$(BIN)/flashcomm bench all_reduce --tp 2,4
+
+resolve: $(STAMP)  ## the releases that each extra gets today, vLLM's and SGLang's among them (asks the package index)
+	$(BIN)/python tools/resolve.py
 
 docs: $(STAMP)  ## regenerate the parts of docs/ that code knows better
 	$(BIN)/python tools/make_docs.py

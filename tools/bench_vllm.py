@@ -2,10 +2,12 @@
 
 .venv-engines/bin/python tools/bench_vllm.py all_reduce --json results/vllm_all_reduce_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
+.venv-engines/bin/python tools/bench_vllm.py real --json results/vllm_real_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
 
 `all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `texts` counts which
 greedy texts of the bundled model are those of vLLM's own sums, in int8 and in the order in which one rank adds up.
+`real` serves SmolLM2 (tools/real_model.py) over three ranks, lets codecs take turns, and kills a rank at the end.
 `ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are
 random and never repeat, the weights are random too, as times do not depend on them. It needs root, as the lab does.
 """
@@ -35,6 +37,7 @@ from flashcomm.bench.timing import Times, interleaved
 from flashcomm.demo import MODEL
 from flashcomm.lab import Lab, launch
 from flashcomm.models.random import CONFIGS
+from flashcomm.report.rows import write_json
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
 HIDDEN = 4096
@@ -55,9 +58,12 @@ def main():
     first.add_argument("--tokens", type=int, default=1024)
     first.add_argument("--codecs", default="none,int8g128,int4g128")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
+    real = commands.add_parser("real", help="a real model over three ranks: texts, counts, and a rank that is killed")
+    real.add_argument("--codecs", default="int8g128+hadamard,int8g128")
+    real.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     for command, repeats in ((sums, 21), (first, 11)):
         command.add_argument("--repeats", type=int, default=repeats)
-    for command in (sums, first, same):
+    for command in (sums, first, same, real):
         command.add_argument("--json", type=Path)
     node = commands.add_parser("node")
     node.add_argument("folder", type=Path)
@@ -67,13 +73,15 @@ def main():
         return
     if options.command == "texts":
         rows = texts()
+    elif options.command == "real":
+        rows = real_model(options.codecs.split(","), options.dtype)
     else:
         rows = all_reduce(options.repeats) if options.command == "all_reduce" else ttft(options)
     for row in rows:
         print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), sep="  ")
     if options.json:
         document = {"machine": machine.describe(), "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
 
 
 def all_reduce(repeats: int) -> list[dict]:
@@ -202,6 +210,60 @@ def texts() -> list[dict]:
                 }
                 for way, theirs in answers.items()
             ]
+    return rows
+
+
+def real_model(codecs: list[str], dtype: str) -> list[dict]:
+    """Serve SmolLM2 over three ranks; a row for each codec, and one for the end.
+
+    Args:
+        codecs: of prompts and decode steps alike, one after the other in one server.
+        dtype: of weights and activations.
+    """
+    for folder in ("tests", "tests/engines"):
+        sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+    import real_model as made  # pyright: ignore[reportMissingImports]
+    from server import Server  # pyright: ignore[reportMissingImports]
+    from test_vllm import greedy, lengths, lose_a_worker  # pyright: ignore[reportMissingImports]
+    from transformers import AutoTokenizer
+
+    made.main()
+    ids = AutoTokenizer.from_pretrained(made.MODEL)(made.BOOK.read_text(), verbose=False)["input_ids"]
+    asked = [ids[400 * n : 400 * n + length] for n, length in enumerate(lengths())]
+    ways, answers, rows = ["none", "none", *codecs], [], []
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name:
+        policy = Path(name, "policy.toml")
+        policy.write_text(f'codec = "{codecs[0]}"\nphase = "all"\nmin_bytes = 0\nalgorithm = "two_step"\n')
+        env = {"FLASHCOMM_POLICY": str(policy)}
+        with Server(Path(name, "log"), "--enforce-eager", model=made.MODEL, ranks=3, dtype=dtype, env=env) as server:
+            for codec in ways:
+                server.on_workers("flashcomm_use", codec)
+                server.on_workers("flashcomm_stats")
+                start = time.perf_counter()
+                answers.append(greedy(server, asked))
+                stats = server.on_workers("flashcomm_stats")
+                rows.append(
+                    {
+                        "op": "vllm_real",
+                        "model": "SmolLM2-135M-Instruct",
+                        "dtype": dtype,
+                        "ranks": len(stats),
+                        "codec": codec,
+                        "texts": len(asked),
+                        "same": sum(one == other for one, other in zip(answers[-1], answers[0], strict=True)),
+                        "calls": stats[0]["calls"],
+                        "plain": stats[0]["plain"],
+                        "wire_bytes": stats[0]["wire_bytes"],
+                        "plain_bytes": stats[0]["plain_bytes"],
+                        "ranks_agree": all(one["calls"] == stats[0]["calls"] for one in stats),
+                        "seconds": time.perf_counter() - start,
+                    }
+                )
+                print(rows[-1], flush=True)
+            counted = sorted(line for line in server.ask("/metrics").splitlines() if line.startswith("flashcomm_calls"))
+            start = time.perf_counter()
+            lose_a_worker(server)
+            rows.append({**rows[0], "codec": "a killed rank", "seconds": time.perf_counter() - start, "calls": counted})
     return rows
 
 

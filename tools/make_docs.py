@@ -137,6 +137,11 @@ USE = {
 }
 
 
+def decibels(sqnr: float | None) -> str:
+    """One decimal; "exact" where no bit is lost, which is null in JSON."""
+    return "exact" if sqnr is None else f"{sqnr:.1f}"
+
+
 def codec_table() -> str:
     """The table of docs/codecs.md."""
     document = json.loads((RESULTS / "codec_cpu.json").read_text())
@@ -153,8 +158,8 @@ def codec_table() -> str:
     for row in document["rows"]:
         codec = parse(row["codec"])
         lines.append(
-            f"| `{codec}` | {row['bits_per_value']:.2f} | {bound(codec)} | {row['sqnr_db']:.1f} | "
-            f"{row['sqnr_heavy_db']:.1f} | {row['sqnr_model_db']:.1f} | {row['encode_vs_copy']:.2f}x | "
+            f"| `{codec}` | {row['bits_per_value']:.2f} | {bound(codec)} | {decibels(row['sqnr_db'])} | "
+            f"{decibels(row['sqnr_heavy_db'])} | {decibels(row['sqnr_model_db'])} | {row['encode_vs_copy']:.2f}x | "
             f"{row['decode_vs_copy']:.2f}x | {USE.get(row['codec'], '')} |"
         )
     return "\n".join([*lines, "", END])

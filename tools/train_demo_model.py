@@ -253,7 +253,7 @@ def describe(texts: list[str], stream: torch.Tensor) -> dict[str, int]:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("src/flashcomm/models/bundled"),
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("packages/demo-model/flashcomm_demo_model"),
     source: Annotated[Path | None, typer.Option(help="Standard library; default: this Python's.")] = None,
     corpus: Annotated[str, typer.Option(help="Its name in the record.")] = f"CPython {platform.python_version()}",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

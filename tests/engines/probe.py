@@ -41,3 +41,8 @@ class Probe:
         """Compress larger or smaller messages than the policy says."""
         vllm.worker.use(dataclasses.replace(vllm.worker.policy, min_bytes=min_bytes))
         return str(vllm.worker.policy)
+
+    def flashcomm_use(self, codec: str) -> str:
+        """Another codec for all sums from the next step on; ``none`` leaves them to vLLM."""
+        vllm.worker.use(dataclasses.replace(vllm.worker.policy, codec=codec))
+        return str(vllm.worker.policy)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from events import wait_for
@@ -16,30 +17,41 @@ from flashcomm.demo import MODEL
 
 HERE = Path(__file__).parent
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
-START_S = 300.0
+START_S = 900.0
+"""Seconds that a server may take to start on a busy machine."""
 SHARED = Path("/dev/shm")
 
 
 class Server:
-    """``vllm serve`` of the bundled model over two ranks; a context manager.
+    """``vllm serve`` of a model over ranks of this machine; a context manager.
 
     Args:
         log: file for what it prints.
         arguments: beyond the model and the number of ranks.
+        model: a Hugging Face model directory.
+        ranks: tensor-parallel ranks; they share the first two cores.
         dtype: of weights and activations.
         env: what asks flashcomm for something.
     """
 
-    def __init__(self, log: Path, *arguments: str, dtype: str = "bfloat16", env: "dict[str, str] | None" = None):
+    def __init__(
+        self,
+        log: Path,
+        *arguments: str,
+        model: Path = MODEL,
+        ranks: int = 2,
+        dtype: str = "bfloat16",
+        env: "dict[str, str] | None" = None,
+    ):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = log
         self._before = set(SHARED.iterdir())
         self._argv = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(MODEL)),
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--tensor-parallel-size", "2", "--max-model-len", "2048", "--max-num-seqs", "16"),
+            *("--tensor-parallel-size", str(ranks), "--max-model-len", "2048", "--max-num-seqs", "16"),
             *("--dtype", dtype, "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
             *("--worker-extension-cls", "probe.Probe", *arguments),
         ]
@@ -47,7 +59,7 @@ class Server:
         self._env = {name: value for name, value in os.environ.items() if name not in asked}
         self._env |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1",
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(ranks)),
             "VLLM_SERVER_DEV_MODE": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
@@ -128,6 +140,23 @@ class Server:
         """The first choice of a greedy completion."""
         body = {"model": "demo", "prompt": prompt, "temperature": 0.0, **options}
         return self.ask("/v1/completions", body)["choices"][0]
+
+    def stream(self, prompt: "list[int] | str", **options) -> Iterator[str]:
+        """The tokens of a greedy completion, as they come."""
+        body = {"model": "demo", "prompt": prompt, "temperature": 0.0, "stream": True, **options}
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/v1/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            for line in answer:
+                event = line.decode().removeprefix("data: ").strip()
+                if event == "[DONE]":
+                    return
+                if event:
+                    yield json.loads(event)["choices"][0]["text"]
+        raise OSError("the stream ended before the completion did")
 
     def on_workers(self, method: str, *args) -> list:
         """What a method of `probe.Probe` returns on each rank."""

@@ -1,5 +1,6 @@
 """A real vLLM server over two ranks: what it answers with compressed sums, what it counts, and how it ends."""
 
+import http.client
 import json
 import math
 import os
@@ -7,7 +8,6 @@ import signal
 import subprocess
 import sys
 import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -62,11 +62,15 @@ def tokens() -> list[int]:
     return ids
 
 
+def lengths() -> list[int]:
+    """Tokens of each prompt: 1 to 1,500."""
+    return [1, 2, 1500, *(16 + (n * 397) % 500 for n in range(PROMPTS - 3))]
+
+
 def prompts() -> list[list[int]]:
-    """1 to 1,500 tokens."""
+    """Held-out text."""
     ids = tokens()
-    lengths = [1, 2, 1500, *(16 + (n * 397) % 500 for n in range(PROMPTS - 3))]
-    return [ids[37 * n : 37 * n + length] for n, length in enumerate(lengths)]
+    return [ids[37 * n : 37 * n + length] for n, length in enumerate(lengths())]
 
 
 def greedy(server: Server, some: list[list[int]], concurrent: int = 8) -> list[str]:
@@ -151,16 +155,7 @@ def requests_of_all_kinds(server: Server):
         return server.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
 
     def stream(prompt: str):
-        body = {"model": "demo", "prompt": prompt, "max_tokens": NEW_TOKENS, "stream": True}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{server.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            events = [line[6:] for line in answer.read().decode().splitlines() if line.startswith("data: ")]
-        assert events[-1] == "[DONE]"
-        return "".join(json.loads(event)["choices"][0]["text"] for event in events[:-1])
+        return "".join(server.stream(prompt, max_tokens=NEW_TOKENS))
 
     kinds = (chat, stream, lambda prompt: server.complete(prompt, max_tokens=NEW_TOKENS)["text"])
     with ThreadPoolExecutor(16) as pool:
@@ -199,10 +194,15 @@ def test_metrics(eager):
 
 def lose_a_worker(server: Server):
     """Requests under way fail, and the server says why and ends."""
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(server.complete, prompt, max_tokens=400) for prompt in prompts()[3:7]]
-        wait_for(lambda: sum(server.metrics("vllm:num_requests_running").values()) >= 1)
-        os.kill(server.workers()[1], signal.SIGKILL)
+    victim, endless = server.workers()[1], {"max_tokens": 1500, "ignore_eos": True}
+    with ThreadPoolExecutor(3) as pool:
+        running = [pool.submit(server.complete, prompt, **endless) for prompt in prompts()[3:6]]
+        watched = server.stream(prompts()[6], **endless)
+        next(watched)
+        os.kill(victim, signal.SIGKILL)
+        # A server that dies ends a stream by an event of another form, or by the connection.
+        with pytest.raises((OSError, KeyError, http.client.HTTPException)):
+            list(watched)
         for answer in running:
             with pytest.raises((urllib.error.URLError, OSError)):
                 answer.result(timeout=60)

@@ -100,9 +100,16 @@ def codec_list(text: str, plain_first: bool = False) -> list[str]:
 
 def bundled_or(model: Path) -> Path:
     """The directory of the model that an argument names: the bundled one's for ``demo``."""
+    return demo_model() if str(model) == "demo" else model
+
+
+def demo_model() -> Path:
+    """The directory of the bundled model, which is a distribution of its own."""
     from flashcomm.models import BUNDLED
 
-    return BUNDLED if str(model) == "demo" else model
+    if not BUNDLED.is_dir():
+        fail("the demo model is not installed: pip install 'flashcomm[demo]', or give a model directory")
+    return BUNDLED
 
 
 def model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:

@@ -1,10 +1,23 @@
 """`flashcomm bench codec`."""
 
+import math
 from typing import Annotated
 
 import typer
 
-from flashcomm.cli.base import Dtype, Json, check_dtype, codec_list, fail, need, new_table, stderr, stdout, write_rows
+from flashcomm.cli.base import (
+    Dtype,
+    Json,
+    check_dtype,
+    codec_list,
+    demo_model,
+    fail,
+    need,
+    new_table,
+    stderr,
+    stdout,
+    write_rows,
+)
 
 
 def bench_codec(
@@ -40,8 +53,9 @@ def bench_codec(
         from flashcomm.models.partial_sums import partial_sums
 
         need("transformers", "transformers")
+        model = demo_model()
         with stderr.status("computing the partial sums of the bundled model"):
-            sums = partial_sums()
+            sums = partial_sums(model)
     with stderr.status("measuring") as status:
         rows = codec.run(
             specs,
@@ -69,8 +83,8 @@ def bench_codec(
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.sqnr_heavy_db:.1f}",
-            *([f"{row.sqnr_model_db:.1f}"] if row.sqnr_model_db is not None else []),
+            row.codec, row.backend, f"{row.bits_per_value:.2f}", _decibels(row.sqnr_db), _decibels(row.sqnr_heavy_db),
+            *([_decibels(row.sqnr_model_db)] if row.sqnr_model_db is not None else []),
             f"{row.copy_ms:.2f}", f"{row.encode_ms:.2f}", f"{row.encode_vs_copy:.2f}", f"{row.decode_ms:.2f}",
             f"{row.decode_vs_copy:.2f}",
         )  # fmt: skip
@@ -79,3 +93,7 @@ def bench_codec(
         "SQNR in dB: signal to quantisation noise, higher is better. Bytes checked against the specification: 256 rows."
     )
     write_rows(json_file, "codec", rows)
+
+
+def _decibels(sqnr: float) -> str:
+    return "exact" if math.isinf(sqnr) else f"{sqnr:.1f}"

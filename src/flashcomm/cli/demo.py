@@ -47,7 +47,12 @@ def demo(
         Path | None, typer.Option(help="A Hugging Face model directory instead of the bundled model.")
     ] = None,
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens for perplexity, KL and top-1.", min=1024)] = 16384,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out tokens for perplexity, KL and top-1: 16,384 of the bundled model, 2,048 of others.", min=1024
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
     repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
     dtype: Dtype = "bfloat16",
@@ -72,6 +77,7 @@ def demo(
     warm_up(specs)
     check_algorithm(algorithm, specs, tp)
     sources = [*map(read_text, text or [])]
+    tokens = tokens or (16384 if model is None else 2048)
     arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype, overlap, sources)
     from flashcomm.demo import measure, report
     from flashcomm.models.text import HELD_OUT_NAME

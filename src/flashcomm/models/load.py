@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ import flashcomm
 from flashcomm.integrations.transformers import Compression, tensor_parallel_argument
 from flashcomm.models import heads
 
-BUNDLED = Path(__file__).parent / "bundled"
-"""Directory of the bundled model."""
+_PACKAGE = "flashcomm_demo_model"
+
+
+def _bundled() -> Path:
+    """Find the bundled model: in a checkout of the repository, or in the distribution ``flashcomm-demo-model``."""
+    checkout = Path(__file__).parents[3] / "packages" / "demo-model" / _PACKAGE
+    installed = None if checkout.is_dir() else find_spec(_PACKAGE)
+    return Path(installed.origin).parent if installed and installed.origin else checkout
+
+
+BUNDLED = _bundled()
+"""Directory of the bundled model; it does not exist where neither a checkout nor ``flashcomm-demo-model`` is."""
 
 
 def check_directory(directory: Path, ranks: int):
