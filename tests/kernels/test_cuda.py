@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels give the specification's bytes: their source runs on the CPU, and on a GPU where there is one."""
+"""The CUDA C++ kernels give the specification's bytes: their source runs on the CPU, and on a GPU if there is one."""
 
 import pytest
 import torch
