@@ -353,6 +353,7 @@ def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
     count, row, alpha, done = groups.count(p.cols, codec.group), p.row(), 0, _in_registers(codec, p.cols)
     ahead, low, high, width = x.at + p.cols * (2 if x.kind != FP32 else 4), p.array(), p.array(), 4
     if done == p.cols and x.kind == BF16 and isinstance(codec.base, Affine):
+        # Two bf16 share a word, so even and odd values are apart at no cost, and stay so until codes are packed.
         least, most = p.array(), p.array()
         p.add(ops.hadamard_pairs, x.at, p.cols, codec.group, _bits(1.0 / codec.group), row.at, least, most)
         p.add(ops.ranges_fp32, least, most, row.at, p.cols, codec.group, low, high)
