@@ -46,11 +46,11 @@ test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an 
 	$(ENGINES)/bin/pytest -rs tests/engines
 
 test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
-	$(BIN)/python tools/test_versions.py
+	$(BIN)/python tools/versions.py
 	$(BIN)/python tools/make_docs.py
 
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
-	$(BIN)/python tools/test_versions.py --smoke oldest today
+	$(BIN)/python tools/versions.py --smoke oldest today
 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec
