@@ -1,4 +1,4 @@
-"""Compress the all-reduces of one transformers model that was loaded tensor parallel (``tp_plan="auto"``).
+"""Compress the all-reduces of one tensor-parallel transformers model (``DistributedConfig(tp_size=N)``).
 
     with flashcomm.integrations.transformers.compressed(model, "int8g128"):
         model.generate(...)
@@ -15,7 +15,10 @@ is read from the loaded model, not from a version:
 
 All of them send the sum through `dist.all_reduce`, or through a DTensor, which ends in the functional collective; those
 two names are what is patched, and only while a model is compressed. A marked module that turns out to send no sum is
-counted in `flashcomm.stats()`.
+counted in `flashcomm.stats()`, and so is a sum over the model's ranks that no marked module makes.
+
+Wrappers change names: around the whole model (PEFT, DistributedDataParallel, torch.compile) they are looked through,
+and inside of it their parts of a name are left out before the plan is asked.
 
 ``torch.compile(model)`` works, before or after. Marked modules run between the graphs, so ``fullgraph=True`` does not.
 """
@@ -44,6 +47,7 @@ from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
+from flashcomm.transports.backend import is_plain
 
 # Styles of transformers' plans that shard a module but leave no sum to make after it.
 _NOT_REDUCING = re.compile(
@@ -53,6 +57,13 @@ _NOT_REDUCING = re.compile(
 # Entries are of one context, so threads, and greenlets that take turns on one, do not see each other's.
 _running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
+
+# What wrappers inside of a model add to names: torch.compile, PEFT, activation checkpoints.
+_WRAPPERS = re.compile(
+    r"\.(_orig_mod|base_layer|original_module|modules_to_save\.[^.]+|_checkpoint_wrapped_module)(?=\.|$)"
+)
+_OUTSIDE = "outside of the plan: made by no module that is compressed"
+"""Reason for a sum over the ranks of a compressed model that stays plain."""
 _patch_lock = threading.Lock()
 _patches = Patches(__name__)
 
@@ -70,8 +81,9 @@ def compress(
     """Send the all-reduces of `model` in `codec`, until ``undo()`` of the returned handle.
 
     Args:
-        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``, or a wrapper
-            around one, such as what `torch.compile` returns.
+        model: a transformers model, loaded under torchrun with ``from_pretrained(...,
+            distributed_config=DistributedConfig(tp_size=N))``, or a wrapper around one, such as what `torch.compile` or
+            PEFT's `get_peft_model` returns. Releases before 5.15 take ``tp_plan="auto"`` instead.
         codec: of all sums, or a `Policy`: then its ``min_bytes``, its ``phase`` and, unless another is given, its
             ``algorithm`` count too.
         modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
@@ -82,8 +94,8 @@ def compress(
         A `Compression`.
 
     Raises:
-        ValueError: unknown codec, or one that lacks its calibration, or a model that is not tensor parallel, or is
-            compressed already.
+        ValueError: unknown codec, or one that lacks its calibration, or a model that is not tensor parallel, is
+            compressed already, or has weights that transformers cannot split.
 
     Example::
 
@@ -199,6 +211,7 @@ class Compression:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
+        _refuse_lost_weights(module for module, _ in reducing.values())
         refuse_unbound(map(self._codec_of, reducing))
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
@@ -323,8 +336,8 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
     if mesh is None or mesh.size() < 2:
         raise ValueError(
             "this model is not tensor parallel over two or more ranks: start the script with "
-            'torchrun --nproc-per-node N, load it with from_pretrained(..., tp_plan="auto"), and give the object '
-            "that from_pretrained returned"
+            "torchrun --nproc-per-node N, load it with from_pretrained(..., distributed_config=DistributedConfig("
+            'tp_size=N)), or tp_plan="auto" before transformers 5.15, and give the object that from_pretrained returned'
         )
     return mesh.get_group()
 
@@ -346,26 +359,45 @@ def _reducing_modules(model: Any):
     """Yield (name, module, style) of every module whose output transformers sums over ranks."""
     plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
     for name, module in model.named_modules():
-        style = getattr(module, "_hf_tp_plan", None)
+        if "_orig_mod" in module._modules:
+            continue  # Compiled: it has a forward of its own, and the module inside of it comes next.
+        style = vars(module).get("_hf_tp_plan")
         if style is None and "forward" in vars(module):
-            # The layer inside of an adapter is in the plan under the name that it had before.
-            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")))
+            # In the plan is the name that it had before it was wrapped, with numbers between dots as transformers
+            # replaces them: not two in a row.
+            style = plan.get(re.sub(r"\.\d+(\.|$)", r".*\1", _WRAPPERS.sub("", name)))
         if style is not None and not _NOT_REDUCING.match(style):
             yield name, module, style
 
 
-def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
-    """Whether an all-reduce with these arguments is a sum that the caller waits for, and its group."""
-    return op == dist.ReduceOp.SUM and not async_op, group
+def _refuse_lost_weights(modules: Iterable[torch.nn.Module]):
+    """Refuse layers of bitsandbytes whose weights lost, as they were split, the state by which they are read."""
+    for module in modules:
+        package = type(module).__module__.split(".")[0]
+        if package == "bitsandbytes" and not type(module.weight).__module__.startswith(package):
+            raise ValueError(
+                f"bitsandbytes' {type(module).__name__} cannot run tensor parallel: transformers splits its weight "
+                "without its quantisation state, so the model does not run without flashcomm either. Load it with "
+                "torchao's int8 weights (TorchAoConfig), or unquantised"
+            )
 
 
-def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
-    """Find the compression and the module of this all-reduce; None if it is not part of a compressed model."""
-    running = _running.get()
-    if not is_sum or not running or running[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
+def _kind_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, bool, Any]:
+    """Whether an all-reduce with these arguments is a sum, whether the caller waits for it, and its group."""
+    return op == dist.ReduceOp.SUM, not async_op, group
+
+
+def _marked(x: torch.Tensor, is_sum: bool, waits: bool, group: Any) -> "tuple[Compression, str] | None":
+    """Find the compression and the module of this all-reduce; None if it stays plain."""
+    # Sums of flashcomm itself pass through.
+    if not is_sum or not x.is_floating_point() or is_plain():
         return None
-    handle, name, _ = running[-1]
-    return (handle, name) if _resolve(group) == handle.group else None
+    group, running = _resolve(group), _running.get()
+    if running and waits and x.dtype in codecs.FLOAT_DTYPES and running[-1][0].group == group:
+        return running[-1][:2]
+    if any(handle.group == group for handle in _handles):
+        record_plain("all_reduce", _OUTSIDE)
+    return None
 
 
 @torch.compiler.disable
@@ -373,11 +405,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
     handle, name = marked
     if type(x) is not torch.Tensor:
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
-    before = _running.set((*_running.get(), None))  # Sums of flashcomm itself pass through.
-    try:
-        return handle.reduce(name, x, out)
-    finally:
-        _running.reset(before)
+    return handle.reduce(name, x, out)
 
 
 def _patch():
@@ -395,7 +423,7 @@ def _patch():
         def all_reduce(tensor, *args, **kwargs):
             if compiling():
                 return plain(tensor, *args, **kwargs)
-            marked = _marked(tensor, *_sum_and_group(*args, **kwargs))
+            marked = _marked(tensor, *_kind_and_group(*args, **kwargs))
             if marked is None:
                 return plain(tensor, *args, **kwargs)
             _compressed_sum(marked, tensor, tensor)  # pyright: ignore[reportCallIssue]
@@ -405,7 +433,7 @@ def _patch():
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
             if compiling():
                 return plain_functional(self, reduceOp, group, tag)
-            marked = _marked(self, reduceOp.lower() == "sum", group)
+            marked = _marked(self, reduceOp.lower() == "sum", True, group)
             if marked is None:
                 return plain_functional(self, reduceOp, group, tag)
             return _compressed_sum(marked, self, None)  # pyright: ignore[reportCallIssue]
