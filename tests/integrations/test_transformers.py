@@ -13,7 +13,8 @@ import flashcomm
 import promises
 import ranks
 from flashcomm.demo import MODEL
-from flashcomm.integrations.transformers import compress, compressed, compression_of, tensor_parallel_argument
+from flashcomm.integrations.loaded import tensor_parallel_argument
+from flashcomm.integrations.transformers import compress, compressed, compression_of
 from flashcomm.policy import Policy, Rule
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"

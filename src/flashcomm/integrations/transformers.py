@@ -7,18 +7,10 @@ How: each module that reduces is marked, per thread or greenlet, while it runs; 
 over the model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest
 (biases are added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
 
-Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
-is read from the loaded model, not from a version:
-
-    5.0 to 5.15   the style is noted on the module, the sum made in its forward hooks
-    5.16 and on   the plan is on the model, the module's forward replaced
-
+Marked are the modules that [`loaded`](loaded.py) finds: row-parallel linears, the row-wise embedding, MoE experts.
 All of them send the sum through `dist.all_reduce`, or through a DTensor, which ends in the functional collective; those
 two names are what is patched, and only while a model is compressed. A marked module that turns out to send no sum is
 counted in `flashcomm.stats()`, and so is a sum over the model's ranks that no marked module makes.
-
-Wrappers change names: around the whole model (PEFT, DistributedDataParallel, torch.compile) they are looked through,
-and inside of it their parts of a name are left out before the plan is asked.
 
 ``torch.compile(model)`` works, before or after. Marked modules run between the graphs, so ``fullgraph=True`` does not.
 """
@@ -29,7 +21,6 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -44,24 +35,16 @@ from flashcomm.codecs import Codec, Features, Plain
 from flashcomm.collectives.call import start
 from flashcomm.collectives.rules import ALL_REDUCE
 from flashcomm.collectives.stats import record_plain
+from flashcomm.integrations import loaded
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
 from flashcomm.transports.backend import is_plain
 
-# Styles of transformers' plans that shard a module but leave no sum to make after it.
-_NOT_REDUCING = re.compile(
-    "colwise|packed_|local|grouped_gemm|ep_router|megamoe|mla_|moe_identity|replicate|sequence_parallel|embedding_colwise"
-)
-
 # Entries are of one context, so threads, and greenlets that take turns on one, do not see each other's.
 _running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
 
-# What wrappers inside of a model add to names: torch.compile, PEFT, activation checkpoints.
-_WRAPPERS = re.compile(
-    r"\.(_orig_mod|base_layer|original_module|modules_to_save\.[^.]+|_checkpoint_wrapped_module)(?=\.|$)"
-)
 _OUTSIDE = "outside of the plan: made by no module that is compressed"
 """Reason for a sum over the ranks of a compressed model that stays plain."""
 _patch_lock = threading.Lock()
@@ -196,22 +179,22 @@ class Compression:
         **options: Any,
     ):
         self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
-        model = _loaded(model)
-        self.group = tensor_parallel_group(model)
+        model = loaded.unwrapped(model)
+        self.group = loaded.tensor_parallel_group(model)
         self._bound: dict[tuple[Codec, str], Codec] = {}
         self._decoding = False
         self._observe: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         self.wait = None
         if compression_of(model):
             raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
-        reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
+        reducing = {name: (module, style) for name, module, style in loaded.reducing_modules(model)}
         if modules:
             reducing = {name: found for name, found in reducing.items() if re.search(modules, name)}
         if not reducing:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
-        _refuse_lost_weights(module for module, _ in reducing.values())
+        loaded.refuse_lost_weights(module for module, _ in reducing.values())
         refuse_unbound(map(self._codec_of, reducing))
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
@@ -313,73 +296,8 @@ def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
 
 def compression_of(model: Any) -> "Compression | None":
     """Find the compression of `model`; None if it is not compressed."""
-    loaded = _loaded(model)
-    return next((handle for handle in _handles if handle._model is loaded), None)
-
-
-def _loaded(model: Any) -> Any:
-    """Find the model that `from_pretrained` returned inside of a wrapper, such as torch.compile's."""
-    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
-    return next((part for part in parts if vars(part).get("_device_mesh") is not None), model)
-
-
-def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
-    """Find the process group over which a loaded model is tensor parallel.
-
-    Raises:
-        ValueError: the model is not tensor parallel, or over one rank only.
-    """
-    mesh = getattr(model, "_device_mesh", None)
-    names = getattr(mesh, "mesh_dim_names", None) or ()
-    if mesh is not None and mesh.ndim > 1:
-        mesh = mesh["tp"] if "tp" in names else None
-    if mesh is None or mesh.size() < 2:
-        raise ValueError(
-            "this model is not tensor parallel over two or more ranks: start the script with "
-            "torchrun --nproc-per-node N, load it with from_pretrained(..., distributed_config=DistributedConfig("
-            'tp_size=N)), or tp_plan="auto" before transformers 5.15, and give the object that from_pretrained returned'
-        )
-    return mesh.get_group()
-
-
-def tensor_parallel_argument() -> dict[str, Any]:
-    """Make the arguments that load a model over all ranks: ``tp_plan``, or a config in later releases.
-
-    Returns:
-        Keyword arguments of `from_pretrained`.
-    """
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
-        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
-    return {"tp_plan": "auto"}
-
-
-def _reducing_modules(model: Any):
-    """Yield (name, module, style) of every module whose output transformers sums over ranks."""
-    plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
-    for name, module in model.named_modules():
-        if "_orig_mod" in module._modules:
-            continue  # Compiled: it has a forward of its own, and the module inside of it comes next.
-        style = vars(module).get("_hf_tp_plan")
-        if style is None and "forward" in vars(module):
-            # In the plan is the name that it had before it was wrapped, with numbers between dots as transformers
-            # replaces them: not two in a row.
-            style = plan.get(re.sub(r"\.\d+(\.|$)", r".*\1", _WRAPPERS.sub("", name)))
-        if style is not None and not _NOT_REDUCING.match(style):
-            yield name, module, style
-
-
-def _refuse_lost_weights(modules: Iterable[torch.nn.Module]):
-    """Refuse layers of bitsandbytes whose weights lost, as they were split, the state by which they are read."""
-    for module in modules:
-        package = type(module).__module__.split(".")[0]
-        if package == "bitsandbytes" and not type(module.weight).__module__.startswith(package):
-            raise ValueError(
-                f"bitsandbytes' {type(module).__name__} cannot run tensor parallel: transformers splits its weight "
-                "without its quantisation state, so the model does not run without flashcomm either. Load it with "
-                "torchao's int8 weights (TorchAoConfig), or unquantised"
-            )
+    within = loaded.unwrapped(model)
+    return next((handle for handle in _handles if handle._model is within), None)
 
 
 def _kind_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, bool, Any]:
