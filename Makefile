@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real setup setup-engines check test test-engines bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -45,6 +45,13 @@ setup-engines: $(ENGINES)/.current  ## another one, with vLLM
 test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
 	$(ENGINES)/bin/pytest -rs tests/engines
 
+test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
+	$(BIN)/python tools/test_versions.py
+	$(BIN)/python tools/make_docs.py
+
+test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
+	$(BIN)/python tools/test_versions.py --smoke oldest today
+
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec
 	$(BIN)/flashcomm bench all_reduce --tp 2,4
@@ -74,4 +81,4 @@ $(ENGINES)/.current: pyproject.toml constraints-engines.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ENGINES) flashcomm-demo
+	rm -rf $(VENV) $(ENGINES) .venv-versions flashcomm-demo

@@ -38,6 +38,7 @@ from flashcomm.bench.timing import Times, interleaved
 from flashcomm.demo import MODEL
 from flashcomm.lab import Lab, launch
 from flashcomm.models.random import CONFIGS
+from flashcomm.report.rows import write_json
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
 HIDDEN = 4096
@@ -81,7 +82,7 @@ def main():
         print(*(f"{value:.3f}" if isinstance(value, float) else value for value in row.values()), sep="  ")
     if options.json:
         document = {"machine": machine.describe(), "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(options.json, document)
 
 
 def all_reduce(repeats: int) -> list[dict]:

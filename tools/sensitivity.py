@@ -3,7 +3,6 @@
 python tools/sensitivity.py [--tp 4] [--tokens 8192] [--json results/sensitivity_cpu.json]
 """
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +18,7 @@ from flashcomm.lab import launch
 from flashcomm.models import text
 from flashcomm.models.load import load
 from flashcomm.models.windows import windows
+from flashcomm.report.rows import write_json
 
 PARTS = {
     "all": "",
@@ -59,7 +59,7 @@ def main(
     rows = launch.run(rank_main, (tokens,), ranks=tp)[0]
     if json_file is not None:
         document = {"ranks": tp, "tokens": tokens, "machine": machine.describe(), "rows": rows}
-        json_file.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(json_file, document)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from flashcomm.lab import Lab, launch
 from flashcomm.models.random import random_model
 from flashcomm.planner.prefill import predict
 from flashcomm.planner.shapes import Shape
+from flashcomm.report.rows import write_json
 
 MODEL = "llama-160m"
 SETTINGS = ((2, "200mbit"), (2, "1gbit"), (4, "500mbit"))
@@ -123,7 +124,7 @@ def main() -> int:
     print(f"{len(rows)} prompts: median error {statistics.median(errors):.1%}, worst {max(errors):.1%}")
     if given.json:
         document = {"op": "plan", "machine": machine.describe(), "rows": [asdict(row) for row in rows]}
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(given.json, document)
     return int(statistics.median(errors) > MEDIAN or max(errors) > WORST)
 
 

@@ -7,7 +7,6 @@ would have. docs/negative-results.md draws the conclusions.
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from flashcomm.lab import launch
 from flashcomm.models import text
 from flashcomm.models.load import load
 from flashcomm.models.windows import windows
+from flashcomm.report.rows import write_json
 
 
 class Variant(Codec):
@@ -141,7 +141,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     rows = launch.run(rank_main, (arguments.tokens,), ranks=4)[0]
     document = {"op": "variants", "ranks": 4, "machine": machine.describe(), "rows": rows}
-    arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+    write_json(arguments.json, document)
     for row in rows:
         print(
             f"{row['codec']:28s} {row['bits_per_value']:.2f} {100 * row['perplexity_change']:+.2f} % KL {row['kl']:.1e}"

@@ -2,8 +2,9 @@
 
     x = flashcomm.all_reduce(x, codec="int8g128", group=tp)
 
-`codec` parses a wire format, `encode` and `decode` apply it, the four collectives send it, `simulate` shows in one
-process what the ranks would get, `stats` tells what happened. `flashcomm.integrations` compresses whole models.
+`codec` parses a wire format, `encode` and `decode` apply it, `pack` and `unpack` make bytes of it that describe
+themselves, the four collectives send it, `simulate` shows in one process what the ranks would get, `stats` tells what
+happened. `flashcomm.integrations` compresses whole models.
 """
 
 import importlib
@@ -15,6 +16,7 @@ from flashcomm.codecs import parse as codec
 from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
 from flashcomm.integrations.registration import register
 from flashcomm.kernels import decode, encode
+from flashcomm.packed import pack, unpack
 
 if TYPE_CHECKING:
     from flashcomm.policy import Policy
@@ -44,8 +46,10 @@ __all__ = [
     "codec",
     "decode",
     "encode",
+    "pack",
     "reduce_scatter",
     "reset_stats",
     "simulate",
     "stats",
+    "unpack",
 ]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flashcomm import settings
 from flashcomm.planner import LinkCosts
+from flashcomm.report.rows import write_json
 
 _log = logging.getLogger("flashcomm")
 
@@ -76,7 +77,7 @@ def save(machine: LinkCosts) -> Path:
         machines = {}
     machines[machine.name] = machine.as_dict()
     partial = target.with_name(f"{target.name}.{os.getpid()}")
-    partial.write_text(json.dumps(machines, indent=1) + "\n")
+    write_json(partial, machines)
     partial.replace(target)
     return target
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import formats
+import values
 from flashcomm import kernels
 from flashcomm.codecs import parse
 from flashcomm.codecs.hadamard import Hadamard, blocks_of, butterflies
@@ -92,3 +93,13 @@ def test_groups_in_registers_equal_the_specification(group):
                     decoded = kernels.decode(sent, codec, cols=cols, dtype=dtype)
                     wanted = codec.decode(sent, cols, dtype)
                     assert torch.equal(decoded.view(torch.uint8), wanted.view(torch.uint8)), f"{codec} {dtype} {cols}"
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_codes_packed_in_registers_equal_the_specification(group):
+    """Every width on every pattern of bf16: NaN of any payload, Inf and subnormals, alone or mixed."""
+    x = values.every_pattern(torch.bfloat16)
+    x = torch.cat([x, x.T])
+    for base in (f"int{bits}{symmetric}" for bits in range(1, 9) for symmetric in ("", "s")):
+        codec = parse(f"{base}g{group}+hadamard")
+        assert torch.equal(kernels.encode(x, codec), codec.encode(x)), codec

@@ -68,3 +68,23 @@ def test_a_process_that_may_write_no_file_encodes(tmp_path):
     assert done.stdout == "128.0\n", done.stderr
     assert done.stderr.count("compiled CPU kernels cannot be kept on disk") == 1
     assert "File too large" in done.stderr
+
+
+def test_the_first_call_on_a_machine_compiles_little(tmp_path):
+    script = (
+        "import time, torch, flashcomm\n"
+        "from numba.core.event import install_recorder\n"
+        "with install_recorder('numba:run_pass') as passes:\n"
+        "    before = time.process_time()\n"
+        "    flashcomm.kernels.warm_up('ec4.25')\n"
+        "    seconds = time.process_time() - before\n"
+        "ends = [event.data['name'] for _, event in passes.buffer if event.is_end]\n"
+        "print(sum(name.startswith('native_lowering') for name in ends), seconds)\n"
+    )
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=200)
+    functions, seconds = (float(word) for word in done.stdout.split())
+    # Some 0.12 s each. numba compiles what a kernel uses of its library too: min, max, new arrays.
+    assert 10 < functions <= 26, done.stderr
+    # 3.5 s of CPU time on a quiet core; a neighbour on the same core may double it.
+    assert seconds < 12, functions

@@ -25,7 +25,7 @@ class CodecRow:
     threads: int
     bits_per_value: float
     sqnr_db: float
-    """SQNR of Gaussian values."""
+    """SQNR of Gaussian values: infinite if no bit is lost, which is null in JSON."""
     sqnr_heavy_db: float
     """SQNR of values of Student's t distribution with four degrees of freedom."""
     sqnr_model_db: float | None

@@ -1,5 +1,6 @@
 """`flashcomm bench codec`."""
 
+import math
 from typing import Annotated
 
 import typer
@@ -82,8 +83,8 @@ def bench_codec(
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
-            row.codec, row.backend, f"{row.bits_per_value:.2f}", f"{row.sqnr_db:.1f}", f"{row.sqnr_heavy_db:.1f}",
-            *([f"{row.sqnr_model_db:.1f}"] if row.sqnr_model_db is not None else []),
+            row.codec, row.backend, f"{row.bits_per_value:.2f}", _decibels(row.sqnr_db), _decibels(row.sqnr_heavy_db),
+            *([_decibels(row.sqnr_model_db)] if row.sqnr_model_db is not None else []),
             f"{row.copy_ms:.2f}", f"{row.encode_ms:.2f}", f"{row.encode_vs_copy:.2f}", f"{row.decode_ms:.2f}",
             f"{row.decode_vs_copy:.2f}",
         )  # fmt: skip
@@ -92,3 +93,7 @@ def bench_codec(
         "SQNR in dB: signal to quantisation noise, higher is better. Bytes checked against the specification: 256 rows."
     )
     write_rows(json_file, "codec", rows)
+
+
+def _decibels(sqnr: float) -> str:
+    return "exact" if math.isinf(sqnr) else f"{sqnr:.1f}"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flashcomm.cli.base import (
     DEMO_PROMPT,
@@ -46,7 +47,12 @@ def demo(
         Path | None, typer.Option(help="A Hugging Face model directory instead of the bundled model.")
     ] = None,
     text: Texts = None,
-    tokens: Annotated[int, typer.Option(help="Held-out tokens for perplexity, KL and top-1.", min=1024)] = 16384,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Held-out tokens for perplexity, KL and top-1: 16,384 of the bundled model, 2,048 of others.", min=1024
+        ),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
     repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
     dtype: Dtype = "bfloat16",
@@ -71,6 +77,7 @@ def demo(
     warm_up(specs)
     check_algorithm(algorithm, specs, tp)
     sources = [*map(read_text, text or [])]
+    tokens = tokens or (16384 if model is None else 2048)
     arguments = (directory, specs, algorithm, prompt, tokens, new_tokens, repeats, dtype, overlap, sources)
     from flashcomm.demo import measure, report
     from flashcomm.models.text import HELD_OUT_NAME
@@ -98,15 +105,15 @@ def demo(
         table.add_row(
             row.codec, f"{row.bits_per_value:.2f}", f"{row.wire_bytes_per_token:,.0f}", f"{row.ttft_ms:.0f}",
             f"{row.ttft_vs_plain:.2f}x", f"{100 * row.perplexity_change:+.3f}%", f"{row.kl:.1e}",
-            f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else "[red]NO[/red]",
+            f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else Text("NO", "red"),
         )  # fmt: skip
     stdout.print(table)
     if overlap:
         _print_overlap(rows)
     stdout.print(report.link(facts), style="dim", highlight=False, soft_wrap=True)
     for written, writers in report.by_text(rows).items():
-        stdout.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
-        stdout.print(written, markup=False, highlight=False)
+        stdout.print(Text.assemble("\n", (", ".join(writers), "bold"), " continue ", (repr(prompt), "italic"), " with"))
+        stdout.print(written, highlight=False)
     document = {**facts, "rows": [asdict(row) for row in rows]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(report.render(rows, facts))

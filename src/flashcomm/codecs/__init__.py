@@ -8,7 +8,7 @@ from flashcomm.codecs.cast import Cast, Plain
 from flashcomm.codecs.entropy import Entropy
 from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import Lossless
-from flashcomm.codecs.names import name_of, named
+from flashcomm.codecs.names import name_of, named, parses_back
 from flashcomm.codecs.peaks import Peaks
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spec import parse
@@ -17,4 +17,5 @@ from flashcomm.codecs.spike import Spike
 __all__ = [
     "FLOAT_DTYPES", "Affine", "Block", "Cast", "Codec", "Entropy", "Features", "Hadamard", "Keep", "Levels", "Lossless",
     "Pair", "Peaks", "Plain", "Spike", "Static", "decode_sum", "decode_sum_encode", "name_of", "named", "parse",
+    "parses_back",
 ]  # fmt: skip

@@ -28,7 +28,7 @@ class Plain(Codec):
         return x.contiguous().view(torch.uint8)
 
     def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        return payload.contiguous().view(dtype).clone()
+        return _values(payload, cols, dtype).clone()
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x, dtype=torch.float32)
@@ -57,12 +57,17 @@ class Cast(Codec):
         return canonical_nan(x.to(self.wire, copy=True)).contiguous().view(torch.uint8)
 
     def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
-        return canonical_nan(payload.contiguous().view(self.wire).to(dtype, copy=True))
+        return canonical_nan(_values(payload, cols, self.wire).to(dtype, copy=True))
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         if (self.wire.itemsize >= x.dtype.itemsize and x.dtype != torch.float16) or self.wire == torch.float32:
             return torch.zeros_like(x, dtype=torch.float32)
         return spacing(x, self.wire)
+
+
+def _values(payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
+    """View bytes as values; rows of none have strides that torch cannot view so."""
+    return payload.contiguous().view(-1).view(dtype).view(-1 if cols else payload.shape[0], cols)
 
 
 def spacing(x: torch.Tensor, wire: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -23,7 +23,7 @@ def name_of(codec: "str | Codec") -> str:
     'int8g128'
     """
     codec = parse(codec)
-    if _parses_back(codec):
+    if parses_back(codec):
         return str(codec)
     name = _MARK + codec.identity
     if _kept.setdefault(name, codec) != codec:
@@ -50,7 +50,8 @@ def named(name: str) -> Codec:
     return _kept[name]
 
 
-def _parses_back(codec: Codec) -> bool:
+def parses_back(codec: Codec) -> bool:
+    """Whether `parse` of the codec's spelling gives the codec."""
     try:
         return parse(str(codec)) == codec
     except ValueError:

@@ -21,10 +21,22 @@ def document(op: str, rows: Sequence[Any]) -> dict:
 
 
 def write_json(path: Path | None, content: object):
-    """Write `content` to `path`, and make its folder; do nothing if it is None."""
+    """Write `content` to `path` as strict JSON, and make its folder; do nothing if `path` is None.
+
+    JSON has no infinity and no NaN: they become null.
+    """
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n")
+        path.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """Replace floats that JSON cannot hold by None."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def figure(value: float | None) -> str:

@@ -8,7 +8,6 @@ CUDA stream keeps calls in order, there is no thread.
 To add a transport, write its file and open it here, in `_open`.
 """
 
-import importlib.util
 import logging
 import os
 import socket
@@ -210,11 +209,8 @@ def _site() -> Site:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
         return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused)
-    why = ""
-    if not settings.switched_on("FLASHCOMM_SHARED_MEMORY"):
-        why = "FLASHCOMM_SHARED_MEMORY=0"
-    elif importlib.util.find_spec("numba") is None:
-        why = "numba is not installed (pip install numba)"
+    on = settings.switched_on("FLASHCOMM_SHARED_MEMORY")
+    why = machine.why_not_compiled() if on else "FLASHCOMM_SHARED_MEMORY=0"
     return Site(host, label, torch.get_num_threads(), why, fused)
 
 

@@ -29,7 +29,7 @@ from flashcomm.codecs.lossless import LAYOUTS, Lossless
 from flashcomm.codecs.peaks import BLOCK, Peaks, levels, reach, table
 from flashcomm.codecs.spike import Spike
 from flashcomm.kernels.cpu import huffman, ops
-from flashcomm.kernels.cpu.ops import BF16, FP16, FP32
+from flashcomm.kernels.cpu.ops import BF16, FP16, FP32, PAIRS
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
 
 
@@ -194,18 +194,21 @@ def _convert(p: Program, values: Operand, kind: int, y: Row):
 @append_encode.register
 def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
-    x = _readable(p, x, group)
+    x = x if x.kind == PAIRS else _readable(p, x, group)
     low, high = _ranges(p, x, group)
     zero, inverse, flag, meta = (p.array() for _ in range(4))
-    last = _bits(codec.last)
+    last, meta_bytes = _bits(codec.last), (2 if codec.symmetric else 4) * count
     p.add(ops.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
+    p.add(ops.copy_bytes, meta, meta_bytes, target + planes.code_bytes(p.cols, codec.bits))
+    if x.kind == PAIRS:
+        p.add(ops.quantise_pairs, x.at, p.cols, group, zero, inverse, codec.bits, x.ahead, target)
+        return
     unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
     codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
     p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
         _pack(p, codes, p.cols, codec.bits, target)
-    p.add(ops.copy_bytes, meta, (2 if codec.symmetric else 4) * count, target + planes.code_bytes(p.cols, codec.bits))
 
 
 @append_decode.register
@@ -349,6 +352,14 @@ def _in_registers(codec: Hadamard, cols: int) -> int:
 def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
     count, row, alpha, done = groups.count(p.cols, codec.group), p.row(), 0, _in_registers(codec, p.cols)
     ahead, low, high, width = x.at + p.cols * (2 if x.kind != FP32 else 4), p.array(), p.array(), 4
+    if done == p.cols and x.kind == BF16 and isinstance(codec.base, Affine):
+        # Two bf16 share a word, so even and odd values are apart at no cost, and stay so until codes are packed.
+        least, most = p.array(), p.array()
+        p.add(ops.hadamard_pairs, x.at, p.cols, codec.group, _bits(1.0 / codec.group), row.at, least, most)
+        p.add(ops.ranges_fp32, least, most, row.at, p.cols, codec.group, low, high)
+        pairs = replace(row, kind=PAIRS, ranges=(low, high), ahead=ahead + p.cols * 3 // 2)
+        append_encode(codec.base, p, pairs, target)
+        return
     if done:
         x = _wide(p, x) if x.kind == FP16 else x
         least, most, width = p.array(), p.array(), 2 if x.kind == BF16 else 4

@@ -53,10 +53,11 @@ class Row:
 
     Args:
         at: the address of the first value.
-        kind: one of `KINDS`.
+        kind: one of `KINDS`, or `ops.PAIRS` in scratch memory.
         roomy: whether whole vectors may reach beyond the row's end.
         plus: the address of fp32 to add to what is written here; 0 for none.
         ranges: the smallest and the largest value of each group of a format, in fp32, where a step has found them.
+        ahead: the address to prefetch while `ops.PAIRS` are read, half a byte per value.
     """
 
     at: Operand
@@ -64,6 +65,7 @@ class Row:
     roomy: bool
     plus: Operand | int = 0
     ranges: tuple[Operand, Operand] | None = None
+    ahead: Operand | int = 0
 
 
 class Program:

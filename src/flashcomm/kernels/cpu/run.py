@@ -24,6 +24,7 @@ from flashcomm.kernels.cpu.program import (
     KINDS,
     NEXT,
     NEXT_IN,
+    NUMBER,
     OUT,
     SCRATCH,
     SOURCE,
@@ -110,25 +111,26 @@ def reducer(codec: Codec, out_codec: Codec, cols: int, ranks: int) -> Run:
 
 
 def _rows(each, ranks, rank_stride, source, source_stride, after, target, target_stride, scratch, first, last):
-    operands = np.empty(simd.MAX_OPERANDS, np.int64)
-    registers = np.zeros(6, np.int64)
-    registers[SCRATCH] = scratch.ctypes.data
+    operands = simd.stack()  # pyright: ignore[reportCallIssue]
+    registers = operands + 8 * simd.MAX_OPERANDS
+    simd.store_long(registers + 8 * NUMBER, 0)
+    simd.store_long(registers + 8 * SCRATCH, scratch.ctypes.data)
     # Once for all rows: a thread that flushes subnormal numbers must give the bits of those that do not.
     before = simd.keep_subnormals()  # pyright: ignore[reportCallIssue]
     for r in range(first, last):
-        # Inside the loop: numba frees an array after the last line that names it.
-        at = operands.ctypes.data
-        registers[TARGET] = target + r * target_stride
+        simd.store_long(registers + 8 * TARGET, target + r * target_stride)
         for rank in range(ranks + 1):
             table = each if rank < ranks else after
-            registers[SOURCE] = source + rank * rank_stride + r * source_stride
-            registers[NEXT] = registers[SOURCE] + rank_stride
-            registers[ADD] = registers[SCRATCH] if rank > 0 else 0
+            at = source + rank * rank_stride + r * source_stride
+            simd.store_long(registers + 8 * SOURCE, at)
+            simd.store_long(registers + 8 * NEXT, at + rank_stride)
+            simd.store_long(registers + 8 * ADD, simd.field(registers, SCRATCH) if rank > 0 else 0)
             for s in range(table.shape[0]):
                 count = table[s, 1]
                 for i in range(count):
-                    operands[i] = registers[table[s, 2 + i]] + table[s, 2 + simd.MAX_OPERANDS + i]
-                simd.call(table[s, 0], at, count)  # pyright: ignore[reportCallIssue]
+                    operand = simd.field(registers, table[s, 2 + i]) + table[s, 2 + simd.MAX_OPERANDS + i]
+                    simd.store_long(operands + 8 * i, operand)
+                simd.call(table[s, 0], operands, count)
     simd.restore_control(before)  # pyright: ignore[reportCallIssue]
 
 

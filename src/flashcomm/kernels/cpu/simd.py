@@ -11,8 +11,8 @@ scalar on the right; `>>` on words fills with zeros. `halves` (32 int16) exist t
 Hazard: addresses are plain integers and nothing checks them. Only `flashcomm.kernels.cpu` may call these.
 
 Source: our own. bf16 rounds half to even with integer arithmetic (exact, the same on every CPU); fp16 uses LLVM's
-`fpext`/`fptrunc`, which IEEE 754 fixes, or the same in integers on an x86 without F16C, where LLVM would call functions
-that no process has.
+`fpext`/`fptrunc`, which IEEE 754 fixes, or the same in integers on CPUs without such instructions (an x86 without
+F16C), where LLVM would call functions that no process has.
 """
 
 import operator
@@ -114,7 +114,7 @@ def _const(count, value):
 def _converts_fp16() -> bool:
     """Whether the CPU for which numba compiles has instructions between fp16 and fp32."""
     if platform.machine() not in ("x86_64", "AMD64"):
-        return True
+        return platform.machine() in ("aarch64", "arm64")
     if config.CPU_FEATURES is not None:
         return "+f16c" in config.CPU_FEATURES.split(",")
     return bool(get_host_cpu_features().get("f16c"))
@@ -441,24 +441,43 @@ def _make_reduce(vector, name):
 words_max, words_sum, words_or = (_make_reduce(words, name) for name in ("smax", "add", "or"))
 
 
-def _make_fold(vector, block, less):
+@intrinsic
+def store_bits(typingctx, address, v):
+    """Store 16 bytes of the first eight words, with bits of the other eight, one place to the left, in their gaps."""
+
+    def codegen(context, builder, sig, args):
+        undefined, index = ir.Constant(words.ir_type, ir.Undefined), ir.VectorType(_I32, 8)
+        first, second = (
+            builder.shuffle_vector(args[1], undefined, ir.Constant(index, [ir.Constant(_I32, i + j) for i in range(8)]))
+            for j in (0, 8)
+        )
+        joined = builder.or_(first, builder.shl(second, _const(8, 1)))
+        _store_raw(builder, builder.trunc(joined, ir.VectorType(_I16, 8)), args[0], _I16, 8)
+        return context.get_dummy_value()
+
+    return signature(types.void, types.int64, words), codegen
+
+
+def _fold(builder, vector, block, less, a, b):
     """Fold two vectors of blocks into one vector of blocks of half the size, the first vector's before the second's.
 
     Of every block's two halves the smaller values (or the larger ones) stay.
     """
-    count = vector.ir_type.count
-
-    def places(upper):
+    count, index = vector.ir_type.count, ir.VectorType(_I32, vector.ir_type.count)
+    halves_of = []
+    for upper in (0, 1):
         starts = range(0, 2 * count, block)
-        return [ir.Constant(_I32, start + upper * block // 2 + i) for start in starts for i in range(block // 2)]
+        places = [ir.Constant(_I32, start + upper * block // 2 + i) for start in starts for i in range(block // 2)]
+        halves_of.append(builder.shuffle_vector(a, b, ir.Constant(index, places)))
+    compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
+    return builder.select(compare("<" if less else ">", *halves_of), *halves_of)
 
+
+def _make_fold(vector, block, less):
     @intrinsic
     def fold(typingctx, a, b):
         def codegen(context, builder, sig, args):
-            index = ir.VectorType(_I32, count)
-            first, second = (builder.shuffle_vector(*args, ir.Constant(index, places(upper))) for upper in (0, 1))
-            compare = builder.fcmp_ordered if vector is lanes else builder.icmp_signed
-            return builder.select(compare("<" if less else ">", first, second), first, second)
+            return _fold(builder, vector, block, less, *args)
 
         return signature(vector, vector, vector), codegen
 
@@ -729,6 +748,10 @@ pack2, unpack2_first, unpack2_more = _make_planes(2)
 pack1, unpack1_first, unpack1_more = _make_planes(1)
 
 
+def _moved(builder, address, by):
+    return builder.add(address, ir.Constant(address.type, by))
+
+
 def _fmuladd(builder, a, b, c):
     """Compute a * b + c, fused where the CPU can: only for products that are exact, so that fusing changes no bit."""
     kind = ir.FunctionType(lanes.ir_type, [lanes.ir_type] * 3)
@@ -754,9 +777,8 @@ def _inside(builder, v, size):
     return v
 
 
-def _across(builder, rows, size):
-    """Finish the transform of runs of `size` values that several vectors hold, one behind the other."""
-    apart = 1
+def _across(builder, rows, size, apart=1):
+    """Finish the transform of runs of `size` values in several vectors, from a distance of `apart` vectors on."""
     while apart < size // LANES:
         for i in range(len(rows)):
             if not i & apart:
@@ -789,33 +811,46 @@ hadamard1, hadamard2, hadamard4, hadamard8 = (_make_hadamard(size) for size in (
 hadamard16, hadamard32, hadamard64, hadamard128 = (_make_hadamard(size) for size in (16, 32, 64, 128))
 
 
+def _store_candidates(builder, rows, size, least, most):
+    """Store sixteen candidates for the smallest and sixteen for the largest value of each run of `size`.
+
+    Four runs of 32 values share a vector, so they get four candidates each.
+    """
+    count = size // LANES
+    for at, less in ((least, True), (most, False)):
+        found = []
+        for first in range(0, len(rows), count):
+            left = rows[first : first + count]
+            while len(left) > 1:
+                pairs = zip(left[::2], left[1::2], strict=True)
+                left = [builder.select(builder.fcmp_ordered("<" if less else ">", *pair), *pair) for pair in pairs]
+            found += left
+        if size == 32:
+            upper = [_fold(builder, lanes, 16, less, *found[i : i + 2]) for i in (0, 2)]
+            found = [_fold(builder, lanes, 8, less, *upper)]
+        for i, v in enumerate(found):
+            _store_raw(builder, v, _moved(builder, at, 4 * LANES * i), _F32, LANES)
+
+
 def _make_hadamard_ranges(kind, size):
     """Make a function that multiplies 128 values by a factor, transforms each run of `size` and stores it as fp32.
 
-    Sixteen candidates for the smallest and sixteen for the largest value of each run go to least[] and most[].
+    Candidates for the smallest and the largest value of each run go to least[] and most[]: see `_store_candidates`.
     """
 
     @intrinsic
     def transform(typingctx, source, factor, target, least, most):
         def codegen(context, builder, sig, args):
             source, factor, target, least, most = args
-            moved = lambda address, by: builder.add(address, ir.Constant(ir.IntType(64), by))  # noqa: E731
             width, factors = {"bf16": 2, "fp32": 4}[kind], _splat(builder, factor, lanes.ir_type)
             rows = []
             for i in range(128 // LANES):
-                v = _load(builder, moved(source, width * LANES * i), kind, LANES)
+                v = _load(builder, _moved(builder, source, width * LANES * i), kind, LANES)
                 rows.append(_inside(builder, builder.fmul(v, factors), size))
             rows = _across(builder, rows, size)
             for i, v in enumerate(rows):
-                _store_raw(builder, v, moved(target, 4 * LANES * i), _F32, LANES)
-            count = size // LANES
-            for run in range(128 // size):
-                for at, predicate in ((least, "<"), (most, ">")):
-                    left = rows[run * count : (run + 1) * count]
-                    while len(left) > 1:
-                        pairs = zip(left[::2], left[1::2], strict=True)
-                        left = [builder.select(builder.fcmp_ordered(predicate, *pair), *pair) for pair in pairs]
-                    _store_raw(builder, left[0], moved(at, 4 * LANES * run), _F32, LANES)
+                _store_raw(builder, v, _moved(builder, target, 4 * LANES * i), _F32, LANES)
+            _store_candidates(builder, rows, size, least, most)
             return context.get_dummy_value()
 
         return signature(types.void, types.int64, types.float32, *[types.int64] * 3), codegen
@@ -831,18 +866,52 @@ hadamard32_ranges_fp32, hadamard64_ranges_fp32, hadamard128_ranges_fp32 = (
 )
 
 
+def _make_hadamard_pairs(size):
+    """Make a function like `_make_hadamard_ranges` for bf16 that stores even and odd values apart.
+
+    Sixteen even values, their odd neighbours, and so on: two bf16 share a word, so no lane moves to widen them, and
+    the first stage adds whole vectors. The products with the factor are exact, so they cost one operation of a pair.
+    """
+
+    @intrinsic
+    def transform(typingctx, source, factor, target, least, most):
+        def codegen(context, builder, sig, args):
+            source, factor, target, least, most = args
+            factors, rows = _splat(builder, factor, lanes.ir_type), []
+            for i in range(128 // 32):
+                pair = _load_raw(builder, _moved(builder, source, 64 * i), _I32, LANES)
+                even = builder.bitcast(builder.shl(pair, _const(LANES, 16)), lanes.ir_type)
+                odd = builder.bitcast(builder.and_(pair, _const(LANES, 0xFFFF0000)), lanes.ir_type)
+                odd = builder.fmul(odd, factors)
+                for v in (_fmuladd(builder, even, factors, odd), _fmuladd(builder, even, factors, builder.fneg(odd))):
+                    rows.append(_inside(builder, v, LANES))
+            rows = _across(builder, rows, size, 2)
+            for i, v in enumerate(rows):
+                _store_raw(builder, v, _moved(builder, target, 4 * LANES * i), _F32, LANES)
+            _store_candidates(builder, rows, size, least, most)
+            return context.get_dummy_value()
+
+        return signature(types.void, types.int64, types.float32, *[types.int64] * 3), codegen
+
+    return transform
+
+
+hadamard32_pairs, hadamard64_pairs, hadamard128_pairs = (_make_hadamard_pairs(size) for size in (32, 64, 128))
+
+
 def _make_hadamard_back(size):
     """Make a function that transforms 128 fp32, each run of `size`, and writes bf16; returns whether one is a NaN."""
 
     @intrinsic
     def transform(typingctx, source, target):
         def codegen(context, builder, sig, args):
-            moved = lambda address, by: builder.add(address, ir.Constant(ir.IntType(64), by))  # noqa: E731
-            rows = [_load_raw(builder, moved(args[0], 4 * LANES * i), _F32, LANES) for i in range(128 // LANES)]
+            rows = [
+                _load_raw(builder, _moved(builder, args[0], 4 * LANES * i), _F32, LANES) for i in range(128 // LANES)
+            ]
             rows = _across(builder, [_inside(builder, v, size) for v in rows], size)
             found = None
             for i in range(0, len(rows), 2):
-                _store_bf16_twice(builder, *rows[i : i + 2], moved(args[1], 2 * LANES * i))
+                _store_bf16_twice(builder, *rows[i : i + 2], _moved(builder, args[1], 2 * LANES * i))
                 unordered = builder.fcmp_unordered("uno", *rows[i : i + 2])
                 found = unordered if found is None else builder.or_(found, unordered)
             return builder.zext(builder.bitcast(found, _I16), ir.IntType(64))
@@ -1125,6 +1194,32 @@ def _make_join(forward):
 # Join sixteen entries, a code of up to 11 bits and its length from bit 16 on, to four codes and lengths of int64 each:
 # the first code in the lowest bits, or in the highest.
 join_low_first, join_high_first = _make_join(True), _make_join(False)
+
+
+def _make_long_extreme(less):
+    @intrinsic
+    def extreme(typingctx, a, b):
+        def codegen(context, builder, sig, args):
+            return builder.select(builder.icmp_signed("<" if less else ">", *args), *args)
+
+        return signature(types.int64, types.int64, types.int64), codegen
+
+    return extreme
+
+
+# The smaller and the larger of two integers. numba's own min and max are compiled anew for each op, 0.03 s a time.
+long_min, long_max = (_make_long_extreme(less) for less in (True, False))
+
+
+@intrinsic
+def stack(typingctx):
+    """Address of memory for 32 int64, until the function returns. numba's arrays would take 0.2 s to compile."""
+
+    def codegen(context, builder, sig, args):
+        with builder.goto_entry_block():
+            return builder.ptrtoint(builder.alloca(_I64, 32), _I64)
+
+    return signature(types.int64), codegen
 
 
 MAX_OPERANDS = 12

@@ -22,8 +22,8 @@ One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks
 Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
 """
 
-from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise
-from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, Op, compiled
+from flashcomm.kernels.cpu.ops.affine import affine_meta, affine_scales, dequantise, quantise, quantise_pairs
+from flashcomm.kernels.cpu.ops.base import BF16, FP16, FP32, PAIRS, Op, compiled
 from flashcomm.kernels.cpu.ops.blocks import (
     meta_e4m3,
     meta_e5m0,
@@ -36,7 +36,9 @@ from flashcomm.kernels.cpu.ops.blocks import (
     scales_fp32,
 )
 from flashcomm.kernels.cpu.ops.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
-from flashcomm.kernels.cpu.ops.entropy import plan_row, read_codes, read_row, write_row
+from flashcomm.kernels.cpu.ops.entropy_plan import plan_row
+from flashcomm.kernels.cpu.ops.entropy_read import read_codes, read_row
+from flashcomm.kernels.cpu.ops.entropy_write import write_row
 from flashcomm.kernels.cpu.ops.lossless import pack_row, unpack_row
 from flashcomm.kernels.cpu.ops.peaks import level_codes, level_scale, level_values, put_peaks, take_peaks
 from flashcomm.kernels.cpu.ops.planes import pack, pack_rest, unpack, unpack_rest
@@ -72,4 +74,11 @@ from flashcomm.kernels.cpu.ops.spikes import (
     two_largest,
     two_smallest,
 )
-from flashcomm.kernels.cpu.ops.transforms import adapt, hadamard, hadamard_ranges, hadamard_to_bf16, invert
+from flashcomm.kernels.cpu.ops.transforms import (
+    adapt,
+    hadamard,
+    hadamard_pairs,
+    hadamard_ranges,
+    hadamard_to_bf16,
+    invert,
+)

@@ -99,6 +99,61 @@ def quantise(src, kind, n, unit, zero, inverse, limit_bits, codes):
         simd.store_words_u8(codes + i, _quantise(simd.load_fp32(src + i * 4), zeros, inverses, highest, limited))
 
 
+@inline
+def _quantise_pairs(src, zero, inverse):
+    """32 codes of one group of `PAIRS`, two in the lower half of each word; those of a NaN are 0."""
+    zeros, inverses, none = simd.splat(simd.load1_fp32(zero)), simd.splat(simd.load1_fp32(inverse)), simd.splat(f32(0))
+    even = _quantise(simd.load_fp32(src), zeros, inverses, none, False)
+    return even | _quantise(simd.load_fp32(src + 64), zeros, inverses, none, False) << 8
+
+
+@inline
+def _join(mask, first, second):
+    """Take bits of `first` where `mask` has ones, and of `second` elsewhere."""
+    return (first & mask) | (second & (mask ^ 0xFFFFFFFF))
+
+
+@Op
+def quantise_pairs(src, n, group, zero, inverse, bits, ahead, dst):
+    """Quantise `PAIRS` and pack the codes into bit planes; n is a multiple of 128, a group has 32, 64 or 128 values.
+
+    NaN in a bf16 has no bits in the lower half, nor has one that arithmetic makes, so `forget` has nothing to do. The
+    n / 2 bytes at `ahead` are prefetched.
+    """
+    step = 128 // group * 4
+    second, third, fourth = step // 16 * 4, step // 8 * 4, step * 3 // 16 * 4
+    for i in range(0, n, 128):
+        simd.prefetch(ahead + i // 2)
+        at = src + i * 4
+        a = _quantise_pairs(at, zero, inverse)
+        b = _quantise_pairs(at + 128, zero + second, inverse + second)
+        c = _quantise_pairs(at + 256, zero + third, inverse + third)
+        d = _quantise_pairs(at + 384, zero + fourth, inverse + fourth)
+        zero += step
+        inverse += step
+        if bits == 8:
+            simd.store_words_u16(dst, a)
+            simd.store_words_u16(dst + 32, b)
+            simd.store_words_u16(dst + 64, c)
+            simd.store_words_u16(dst + 96, d)
+            dst += 128
+            continue
+        if bits & 4:
+            simd.store_words_u16(dst, _join(0x0F0F0F0F, a, c << 4))
+            simd.store_words_u16(dst + 32, _join(0x0F0F0F0F, b, d << 4))
+            dst += 64
+            a, b, c, d = a >> 4, b >> 4, c >> 4, d >> 4
+        if bits & 2:
+            joined = _join(0x0F0F0F0F, _join(0x03030303, a, b << 2), _join(0x3F3F3F3F, c << 4, d << 6))
+            simd.store_words_u16(dst, joined)
+            dst += 32
+            a, b, c, d = a >> 2, b >> 2, c >> 2, d >> 2
+        if bits & 1:
+            joined = (a & 0x0101) | (b & 0x0101) << 2 | (c & 0x0101) << 4 | (d & 0x0101) << 6
+            simd.store_bits(dst, joined)
+            dst += 16
+
+
 @Op
 def dequantise(codes, n, unit, scale, zero, add, dst, kind):
     """Code * scale + zero as bf16 or fp32, added to the fp32 at `add` unless `add` is 0."""

@@ -12,6 +12,8 @@ from flashcomm.kernels.cpu import simd
 _log = logging.getLogger("flashcomm.kernels")
 
 BF16, FP16, FP32 = 0, 1, 2
+# fp32 in scratch memory, of 32 values those at even places and then those at odd places, sixteen each.
+PAIRS = 3
 
 f32 = np.float32
 
@@ -36,6 +38,16 @@ def clean(v):
     bits = simd.as_words(v)
     nan = simd.splat_words(NAN)
     return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
+
+
+@inline
+def move(src, n, dst):
+    """Copy n bytes."""
+    full = n & ~63
+    for i in range(0, full, 64):
+        simd.store_octets(dst + i, simd.load_octets(src + i))
+    for i in range(full, n):
+        simd.store_byte(dst + i, simd.load_byte(src + i))
 
 
 class Op:

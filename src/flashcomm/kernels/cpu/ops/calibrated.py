@@ -79,7 +79,7 @@ def unmark_nan(codes, n, code, row):
 @Op
 def pick_table(number, tables, count, table_bytes, factor_bits, n, scale, zero):
     """Copy the scales of one of `count` tables, by its number in a byte, and multiply them for the zero points."""
-    table = tables + min(simd.load_byte(number) & 255, count - 1) * table_bytes
+    table = tables + simd.long_min(simd.load_byte(number) & 255, count - 1) * table_bytes
     factor = simd.from_bits(factor_bits)
     for i in range(0, n, 16):
         v = simd.load_fp32(table + i * 4)

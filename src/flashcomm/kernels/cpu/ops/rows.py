@@ -163,7 +163,7 @@ def spread(per_group, times, n, out):
     for j in range(count):
         v = simd.splat(simd.load1_fp32(per_group + j * 4))
         # A vector that reaches too far is overwritten by the next.
-        for i in range(j * times, min(j * times + times, n), 16):
+        for i in range(j * times, simd.long_min(j * times + times, n), 16):
             simd.store_fp32(out + i * 4, v)
 
 
@@ -176,7 +176,7 @@ def forget(flag, inverse, n, group, codes):
         v = simd.load1_fp32(inverse)
         inverse += 4
         if v != v:
-            for i in range(start, min(start + group, n)):
+            for i in range(start, simd.long_min(start + group, n)):
                 simd.store_byte(codes + i, 0)
 
 

@@ -42,8 +42,8 @@ def shrink_spikes(src, n, group, smallest, second, largest, before):
         least_a = least_b = second_a = second_b = far_up
         most_a = most_b = before_a = before_b = far_down
         for k in range(0, 4, 2):
-            at = at0 + (min(j + k, count - 1) - j) * stride0
-            next_at = at0 + (min(j + k + 1, count - 1) - j) * stride0
+            at = at0 + (simd.long_min(j + k, count - 1) - j) * stride0
+            next_at = at0 + (simd.long_min(j + k + 1, count - 1) - j) * stride0
             least0 = least1 = second0 = second1 = far_up
             most0 = most1 = before0 = before1 = far_down
             for i in range(0, group, 16):
@@ -112,7 +112,7 @@ def find_spikes(src, n, group, places, low, high, a, b):
     done = n // group if group % 16 == 0 else 0
     for j in range((n + group - 1) // group):
         start = j * group
-        at, size = src + start * 4, min(group, n - start)
+        at, size = src + start * 4, simd.long_min(group, n - start)
         known = j < done
         if known:
             first, last = simd.load_word(low + j * 4) & 0xFFFF, 0xFFFF - (simd.load_word(high + j * 4) & 0xFFFF)
@@ -124,8 +124,8 @@ def find_spikes(src, n, group, places, low, high, a, b):
             for i in range(size):
                 pattern = simd.load_word(at + i * 4)
                 key = -(pattern & MAGNITUDE) if pattern < 0 else pattern
-                lowest = min(lowest, key & _DOWN | i)
-                highest = max(highest, (min(key, 0x7FFF0000) + 0xFFFF) & _DOWN | 0xFFFF - i)
+                lowest = simd.long_min(lowest, key & _DOWN | i)
+                highest = simd.long_max(highest, (simd.long_min(key, 0x7FFF0000) + 0xFFFF) & _DOWN | 0xFFFF - i)
             first, last = lowest & 0xFFFF, 0xFFFF - (highest & 0xFFFF)
         if not known:
             lowest, highest = _FAR_UP, _FAR_DOWN
@@ -133,12 +133,12 @@ def find_spikes(src, n, group, places, low, high, a, b):
                 if i != first and i != last:
                     pattern = simd.load_word(at + i * 4)
                     key = -(pattern & MAGNITUDE) if pattern < 0 else pattern
-                    lowest = min(lowest, key & _DOWN)
-                    highest = max(highest, (min(key, 0x7FFF0000) + 0xFFFF) & _DOWN)
+                    lowest = simd.long_min(lowest, key & _DOWN)
+                    highest = simd.long_max(highest, (simd.long_min(key, 0x7FFF0000) + 0xFFFF) & _DOWN)
             simd.store_word(a + j * 4, lowest)
             simd.store_word(b + j * 4, highest)
         smallest, largest = simd.load_word(at + first * 4), simd.load_word(at + last * 4)
-        if max(smallest & MAGNITUDE, largest & MAGNITUDE) > _TOO_LARGE:
+        if simd.long_max(smallest & MAGNITUDE, largest & MAGNITUDE) > _TOO_LARGE:
             # The payload of a NaN group must not depend on which NaN it held.
             smallest = largest = NAN
             first = last = 0
@@ -178,7 +178,7 @@ def find_spikes_bf16(src, n, group, places, low, high, least, most):
     count = n // group
     for j in range(0, count, 2):
         least0 = least1 = most0 = most1 = simd.load_halves(src + j * group * 2)
-        for k in range(j, min(j + 2, count)):
+        for k in range(j, simd.long_min(j + 2, count)):
             at = src + k * group * 2
             # Fetch the next row here: the ops before and after this one leave less time for it.
             for i in range(0, group * 2, 64):
@@ -186,7 +186,7 @@ def find_spikes_bf16(src, n, group, places, low, high, least, most):
             smallest, largest = simd.load_word(low + k * 4) >> 16, simd.load_word(high + k * 4) >> 16
             first, last, others_low, others_high = _first_and_others(at, group, smallest, largest)
             smallest, largest = simd.load_half(at + first * 2) << 16, simd.load_half(at + last * 2) << 16
-            if max(smallest & MAGNITUDE, largest & MAGNITUDE) > _TOO_LARGE:
+            if simd.long_max(smallest & MAGNITUDE, largest & MAGNITUDE) > _TOO_LARGE:
                 smallest = largest = NAN
                 first = last = 0
             simd.store_byte(places + 2 * k, first)
@@ -300,9 +300,9 @@ def spike_meta(spikes, scales, centres, count, bits, symmetric, zero, scale, low
 def put_spikes(places, low, high, n, group, dst, kind):
     """Store the spikes of each group, in bf16 or fp32, at their places; none beyond the group's last value."""
     for j in range((n + group - 1) // group):
-        end = min(group, n - j * group) - 1
-        first = j * group + min(simd.load_byte(places + 2 * j) & 255, end)
-        last = j * group + min(simd.load_byte(places + 2 * j + 1) & 255, end)
+        end = simd.long_min(group, n - j * group) - 1
+        first = j * group + simd.long_min(simd.load_byte(places + 2 * j) & 255, end)
+        last = j * group + simd.long_min(simd.load_byte(places + 2 * j + 1) & 255, end)
         if kind == BF16:
             simd.store_half(dst + first * 2, simd.load_word(low + j * 4) >> 16)
             simd.store_half(dst + last * 2, simd.load_word(high + j * 4) >> 16)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import BF16, NAN, Op, f32
+from flashcomm.kernels.cpu.ops.base import BF16, NAN, Op, f32, inline
 
 
 @Op
@@ -65,6 +65,26 @@ def hadamard(row, blocks, size, stride, factor_bits, factors, ahead):
             apart *= 2
 
 
+@inline
+def _shrink(least, most, group, count):
+    """Candidates of `count` groups in fp32, four of each kind or sixteen, become those of `shrink_fp32`."""
+    if group == 32:
+        for j in range(0, count * 16, 64):
+            simd.store_words(least + j, simd.words_key(simd.load_words(least + j)))
+            simd.store_words(most + j, simd.words_key(simd.load_words(most + j)))
+        return
+    for j in range(0, count, 4):
+        # Sixteen candidates of each of four groups become four: what is overwritten has been read.
+        at = least + j * 64
+        a = simd.lanes_fold16_min(simd.load_fp32(at), simd.load_fp32(at + 64))
+        b = simd.lanes_fold16_min(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
+        simd.store_words(least + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_min(a, b))))
+        at = most + j * 64
+        a = simd.lanes_fold16_max(simd.load_fp32(at), simd.load_fp32(at + 64))
+        b = simd.lanes_fold16_max(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
+        simd.store_words(most + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_max(a, b))))
+
+
 @Op
 def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
     """Multiply n bf16 or fp32 by a factor, transform each group and store it as fp32; find candidates as `shrink_fp32`.
@@ -73,10 +93,11 @@ def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
     candidates: the transform makes every value of it a NaN or an Inf.
     """
     factor = simd.from_bits(factor_bits)
-    runs = 128 // group
+    # Bytes of candidates of 128 values: see `simd`.
+    width = 64 if group == 32 else 8192 // group
     if kind == BF16:
         for i in range(0, n, 128):
-            at, low, high = src + i * 2, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            at, low, high = src + i * 2, least + i // 128 * width, most + i // 128 * width
             for line in range(0, 256, 64):
                 simd.prefetch(at + n * 2 + line)
             if group == 128:
@@ -87,23 +108,34 @@ def hadamard_ranges(src, kind, n, group, factor_bits, dst, least, most):
                 simd.hadamard32_ranges_bf16(at, factor, dst + i * 4, low, high)
     else:
         for i in range(0, n, 128):
-            at, low, high = src + i * 4, least + i // 128 * runs * 64, most + i // 128 * runs * 64
+            at, low, high = src + i * 4, least + i // 128 * width, most + i // 128 * width
             if group == 128:
                 simd.hadamard128_ranges_fp32(at, factor, dst + i * 4, low, high)
             elif group == 64:
                 simd.hadamard64_ranges_fp32(at, factor, dst + i * 4, low, high)
             else:
                 simd.hadamard32_ranges_fp32(at, factor, dst + i * 4, low, high)
-    for j in range(0, n // group, 4):
-        # Sixteen candidates of each of four groups become four: what is overwritten has been read.
-        at = least + j * 64
-        a = simd.lanes_fold16_min(simd.load_fp32(at), simd.load_fp32(at + 64))
-        b = simd.lanes_fold16_min(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
-        simd.store_words(least + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_min(a, b))))
-        at = most + j * 64
-        a = simd.lanes_fold16_max(simd.load_fp32(at), simd.load_fp32(at + 64))
-        b = simd.lanes_fold16_max(simd.load_fp32(at + 128), simd.load_fp32(at + 192))
-        simd.store_words(most + j * 16, simd.words_key(simd.as_words(simd.lanes_fold8_max(a, b))))
+    _shrink(least, most, group, n // group)
+
+
+@Op
+def hadamard_pairs(src, n, group, factor_bits, dst, least, most):
+    """Do what `hadamard_ranges` does for bf16, and store the result as `PAIRS`.
+
+    Three quarters of the next row are prefetched meanwhile, the last by `quantise_pairs`: in proportion to their time.
+    """
+    factor, width = simd.from_bits(factor_bits), 64 if group == 32 else 8192 // group
+    for i in range(0, n, 128):
+        at, low, high = src + i * 2, least + i // 128 * width, most + i // 128 * width
+        for line in range(0, 192, 64):
+            simd.prefetch(src + n * 2 + i // 128 * 192 + line)
+        if group == 128:
+            simd.hadamard128_pairs(at, factor, dst + i * 4, low, high)
+        elif group == 64:
+            simd.hadamard64_pairs(at, factor, dst + i * 4, low, high)
+        else:
+            simd.hadamard32_pairs(at, factor, dst + i * 4, low, high)
+    _shrink(least, most, group, n // group)
 
 
 @Op
