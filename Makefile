@@ -3,13 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.current
 ENGINES := .venv-engines
-GPU := .venv-gpu
-# Of the GPU machine; greenlet and all others have wheels for it.
-GPU_PYTHON ?= python3.12
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real setup setup-engines setup-gpu check test test-engines test-gpu bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke test-gpu bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -48,12 +45,15 @@ setup-engines: $(ENGINES)/.current  ## another one, with vLLM
 test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
 	$(ENGINES)/bin/pytest -rs tests/engines
 
-setup-gpu: $(GPU)/.current  ## a third one, with the CUDA build of torch
+test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
+	$(BIN)/python tools/versions.py
+	$(BIN)/python tools/make_docs.py
 
-test-gpu: $(GPU)/.current  ## the GPU's tests and checks where there is a GPU; elsewhere their logic, on a CPU
-	$(GPU)/bin/pytest -rs -m gpu $$(grep -rl mark.gpu tests --include='test_*.py')
-	DRY=$$($(GPU)/bin/python -c 'import torch; print(int(not torch.cuda.is_available()))') \
-	  $(GPU)/bin/python tools/gpu_check.py $(GPU)/check
+test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
+	$(BIN)/python tools/versions.py --smoke oldest today
+
+test-gpu: $(STAMP)  ## what only a GPU can tell, in ten minutes; DRY=1 runs the logic of it on a CPU
+	$(BIN)/python tools/gpu_check.py gpu-check
 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec
@@ -83,12 +83,5 @@ $(ENGINES)/.current: pyproject.toml constraints-engines.txt
 	$(ENGINES)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	touch $@
 
-$(GPU)/.current: pyproject.toml constraints-gpu.txt
-	$(GPU_PYTHON) -m venv $(GPU)
-	@echo "Installing the CUDA build of torch into $(GPU) (about five minutes, 5 GB) ..."
-	$(GPU)/bin/pip install -qq --disable-pip-version-check -c constraints-gpu.txt -e '.[gpu,transformers]' \
-	  "gfloat>=0.5" "hypothesis>=6.100" "ml-dtypes>=0.5" "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
-	touch $@
-
 clean:
-	rm -rf $(VENV) $(ENGINES) $(GPU) flashcomm-demo
+	rm -rf $(VENV) $(ENGINES) .venv-versions flashcomm-demo

@@ -1,9 +1,9 @@
 """Triton's interpreter without what it repeats: tests of kernels take a quarter of their time, for the same values.
 
+And with a numpy that is newer than Triton 3.6, which makes an index of an array that has a dimension.
+
 The interpreter calls the function of a `tl.reduce` for one element after the other, patches Triton's language anew for
 every function that a kernel calls, and computes whether integers overflow but looks at the answer in debug mode only.
-
-That of Triton 3.6 makes an index of an array of one element, which numpy 2.4 and later refuse.
 """
 
 import dataclasses
@@ -38,7 +38,8 @@ def hasten():
     def patch_once(function):
         modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
         if modules and modules <= _patched:
-            return interpreter._LangPatchScope()
+            # Since Triton 3.5 there is something to put back.
+            return getattr(interpreter, "_LangPatchScope", lambda: None)()
         _patched.update(modules)
         return patch(function)
 

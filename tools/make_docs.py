@@ -1,5 +1,5 @@
 """Write results/NAME.md from results/NAME.json, the table of docs/codecs.md from results/codec_cpu.json, and
-those of docs/plan.md, docs/choosing.md, docs/accuracy.md and README.md.
+those of docs/plan.md, docs/choosing.md, docs/accuracy.md, docs/versions.md and README.md.
 
 `--check` only says whether they agree, with exit status 1 if not.
 """
@@ -16,7 +16,7 @@ from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Loss
 from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
-HIDDEN = {"text", "bytes_equal_specification"}
+HIDDEN = {"text", "bytes_equal_specification", "skips"}
 SAME = ("op", "backend", "dtype", "link", "repeats")
 """Columns that are said once where all rows agree, in tables of collectives with a link."""
 
@@ -173,6 +173,7 @@ def codecs_page() -> str:
 
 PLAN, CHOOSING, ACCURACY = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md", "accuracy.md"))
 README = RESULTS.parent / "README.md"
+VERSIONS = RESULTS.parent / "docs" / "versions.md"
 
 
 def lab_table() -> str:
@@ -279,6 +280,42 @@ def real_short_table() -> str:
     )
 
 
+def version_rows() -> list[dict]:
+    """The rows of results/versions.json, if any environment has been tested."""
+    path = RESULTS / "versions.json"
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
+def versions_table() -> str:
+    """Environments and the number of tests that passed in each."""
+    names = [name for name in next(iter(version_rows()), {}) if name not in (*HIDDEN, "commit")]
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    lines += ["| " + " | ".join(cell(row[name]) for name in names) + " |" for row in version_rows()]
+    return "\n".join(lines) if names else "No environment has been tested yet."
+
+
+def skips_table() -> str:
+    """Reasons for skipped tests, with the environments and the number of tests in each."""
+    found: dict[str, list[str]] = {}
+    for row in version_rows():
+        for count, reason in row["skips"]:
+            found.setdefault(reason, []).append(f"{row['environment']} {count}")
+    lines = ["| reason | environments, tests |", "| --- | --- |"]
+    lines += [f"| {reason} | {', '.join(where)} |" for reason, where in sorted(found.items())]
+    return "\n".join(lines) if found else "None was."
+
+
+def versions_claim() -> str:
+    """The sentence of README.md about versions."""
+    tested = [
+        f"Python {'.'.join(row['python'].split('.')[:2])} with torch {row['torch'].split('+')[0]} ({row['date']})"
+        for row in version_rows()
+        if not row["failed"]
+    ]
+    said = f"Tested with {', '.join(tested)}" if tested else "Python 3.10, torch 2.8 and later"
+    return f"Linux. {said}: [docs/versions.md](docs/versions.md)."
+
+
 def with_tables(page: Path, **tables: Callable[[], str]) -> str:
     """A page with today's tables, each between marks of its name."""
     text = page.read_text()
@@ -296,7 +333,8 @@ def pages() -> dict[Path, str]:
         CODECS: codecs_page(),
         PLAN: with_tables(PLAN, **tables),
         ACCURACY: with_tables(ACCURACY, real=real_table),
-        README: with_tables(README, real=real_short_table),
+        README: with_tables(README, real=real_short_table, versions=versions_claim),
+        VERSIONS: with_tables(VERSIONS, versions=versions_table, skips=skips_table),
         CHOOSING: with_tables(CHOOSING, choices=published.choices_table),
     }
 

@@ -5,6 +5,7 @@ Every row of results carries `describe`.
 
 import datetime
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import socket
@@ -57,6 +58,16 @@ def boot_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return ""
+
+
+def why_not_compiled() -> str:
+    """The reason why numba compiles nothing for this CPU; "" if it does."""
+    if importlib.util.find_spec("numba") is None:
+        return "numba is not installed (pip install numba)"
+    # numba's own rule; it looks when it is imported, which takes a while.
+    if os.environ.get("NUMBA_DISABLE_JIT", "0").strip() not in ("", "0"):
+        return f"NUMBA_DISABLE_JIT={os.environ['NUMBA_DISABLE_JIT']}: numba compiles nothing"
+    return ""
 
 
 def versions() -> dict[str, str]:

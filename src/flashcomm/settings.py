@@ -43,6 +43,7 @@ SETTINGS = {
         Setting("FLASHCOMM_CONNECTIONS", True, "send messages over TCP connections of our own instead of gloo's"),
         Setting("FLASHCOMM_FUSED", False, "all-reduce in one launch over symmetric GPU memory"),
         Setting("FLASHCOMM_TRITON", True, "use Triton kernels on GPUs"),
+        Setting("FLASHCOMM_CUDA", False, "use CUDA C++ kernels on GPUs for the formats that have one"),
         Setting("FLASHCOMM_TUNING", "", "path of the file that 'flashcomm tune' writes"),
         Setting("FLASHCOMM_STATS", "", "folder for the counts of a server's workers; set by the server"),
         Setting("FLASHCOMM_LAB_RATE", "", "rate of this host's link; set by 'flashcomm lab'"),

@@ -6,7 +6,7 @@ import torch
 
 import values
 from flashcomm import kernels
-from flashcomm.codecs import Entropy, decode_sum_encode, entropy, parse
+from flashcomm.codecs import Entropy, decode_sum_encode, entropy_layout, entropy_rate, parse
 from flashcomm.codecs.entropy_tables import EDGES, ESCAPES, LENGTHS, MANTISSAS
 
 NAMES = ("ec2.5", "ec3", "ec3.5", "ec4.25", "ec6", "ec8", "ec10")
@@ -194,7 +194,7 @@ def test_codes_are_as_short_as_those_of_an_independent_huffman_coder(table):
     """Against `constriction`, which knows the frequencies, on samples of the distribution that the table is for."""
     lengths = np.array([*LENGTHS[table], ESCAPES[table]])
     assert (np.diff(LENGTHS[table]) >= 0).all()
-    assert (2.0 ** (entropy.PEEK - lengths)).sum() == 1 << entropy.PEEK
+    assert (2.0 ** (entropy_layout.PEEK - lengths)).sum() == 1 << entropy_layout.PEEK
     assert [huffman_bits([s], 2.0**-lengths) for s in range(len(lengths))] == lengths.tolist()
     generator = np.random.default_rng(table)
     magnitude = generator.gamma(1 / 1.5, size=20_000) ** (1 / 1.5)
@@ -210,7 +210,7 @@ def test_rows_take_hardly_more_bits_than_an_independent_entropy_coder():
     x = torch.randn(8, 4096, generator=torch.Generator().manual_seed(0))
     for name in ("ec3.5", "ec4.25", "ec6"):
         codec = parse(name)
-        _, coded, _ = entropy._choose(x, codec.payload_bytes(4096))
+        _, coded, _ = entropy_rate.choose(x, codec.payload_bytes(4096))
         for q, bits in zip(coded.q.numpy(), coded.bits.tolist(), strict=True):
             shifted = (q - q.min()).astype(np.int32)
             model = constriction.stream.model.Categorical(np.bincount(shifted) / 4096, perfect=False)

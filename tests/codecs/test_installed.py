@@ -20,7 +20,7 @@ def install(tmp_path):
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: demo-codecs\nVersion: 1.0\n")
         (info / "entry_points.txt").write_text(f"[flashcomm.codecs]\n{entry_points}\n")
-        return os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{EXAMPLES}"}
+        return os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (tmp_path, EXAMPLES, *sys.path)))}
 
     return make
 

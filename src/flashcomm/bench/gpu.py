@@ -6,6 +6,7 @@ move. The time of a copy of these bytes is its floor; only a GPU tells how close
 All-reduces are measured beside their alternatives: the backend's, torch's own in one launch, and a cast to FP8.
 """
 
+import inspect
 import os
 import re
 import subprocess
@@ -13,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -308,7 +308,7 @@ def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
         "V": max(_COLS, gpu.least_tile(form)),
         "EDGE": gpu.edge(_COLS, max(_COLS, gpu.least_tile(form))),
     }
-    size = gpu.tile(short, cols=length)
+    size = launch.tile_of(codec, length)
     of_tile = {
         "R": _RANKS,
         "VALUES": values,
@@ -389,6 +389,15 @@ def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]
     return triton.compile(source, target=where, options=options), options
 
 
+def _assembler(capability: int) -> str:
+    """Path of the ptxas that Triton itself runs for a GPU: some releases bring a newer one for the newest GPUs."""
+    from triton.backends.nvidia import compiler
+
+    # Before Triton 3.6 there is one for all.
+    asks = inspect.signature(compiler.get_ptxas).parameters
+    return compiler.get_ptxas(*[capability][: len(asks)]).path
+
+
 def _resources(binary: Any, target: str) -> tuple[int | None, int | None]:
     """(registers per thread, bytes that it spills) from the assembler."""
     if target.startswith("gfx"):
@@ -396,14 +405,12 @@ def _resources(binary: Any, target: str) -> tuple[int | None, int | None]:
         registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
         spilled = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
         return int(registers[1]) if registers else None, 4 * int(spilled[1]) if spilled else None
-    import triton.backends.nvidia
-
-    assembler = Path(next(iter(triton.backends.nvidia.__path__))) / "bin" / "ptxas"
+    assembler = _assembler(int(target[3:]))
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(binary.asm["ptx"])
         file.flush()
         arch = re.search(r"\.target\s+(\w+)", binary.asm["ptx"])
-        command = [str(assembler), "-v", f"-arch={arch[1] if arch else target}", file.name, "-o", os.devnull]
+        command = [assembler, "-v", f"-arch={arch[1] if arch else target}", file.name, "-o", os.devnull]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spilled = re.search(r"(\d+) bytes spill stores", report)

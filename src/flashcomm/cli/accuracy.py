@@ -39,15 +39,15 @@ def measure_accuracy(
     json_file: Json = None,
 ):
     """Measure what each codec costs this model over N ranks, simulated bit for bit in one process."""
-    from flashcomm.accuracy import report
-    from flashcomm.accuracy.metrics import FLOOR
-    from flashcomm.policy import Policy
-
     specs = codec_list(codecs)
     given = setup(
         model, specs, text, tp=tp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window, dtype=dtype,
         calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
+    from flashcomm.accuracy import report
+    from flashcomm.accuracy.metrics import FLOOR
+    from flashcomm.policy import Policy
+
     try:
         variants = {name: Policy(codec=name, algorithm=algorithm) for name in (FLOOR, *specs)}
         variants |= {path.stem: Policy.load(path) for path in policy or []}

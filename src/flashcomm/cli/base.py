@@ -13,15 +13,16 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 import flashcomm
 from flashcomm import planner
 from flashcomm.lab import Lab
 from flashcomm.report import rows
 
-# Without a terminal, tables keep one width.
-stdout = Console(width=None if sys.stdout.isatty() else 120)
-stderr = Console(stderr=True)
+# Without a terminal, tables keep one width. Brackets are text, not markup: messages quote what users give.
+stdout = Console(width=None if sys.stdout.isatty() else 120, markup=False)
+stderr = Console(stderr=True, markup=False)
 
 DEMO_PROMPT = "def read_config(path):\n    "
 """A prompt that the bundled model can continue."""
@@ -42,9 +43,14 @@ Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: b
 _LAST_WORDS_S = 10.0
 
 
+def print_error(message: str):
+    """Print the sentence `message` as an error."""
+    stderr.print(Text.assemble(("error:", "red"), " ", message), highlight=False, soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print the sentence `message` as an error and exit with status 2."""
-    stderr.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+    print_error(message)
     if stderr.quiet:
         # The launcher ends all ranks when the first one fails, and only rank 0 prints why: leave it the time.
         time.sleep(_LAST_WORDS_S)

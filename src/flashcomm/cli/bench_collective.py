@@ -153,7 +153,7 @@ def _print_collectives(rows: list):
         )  # fmt: skip
         table.add_row(bytes_text(row.message_bytes), *names, *map(figure, figures))
     # A narrow terminal may break lines, but must not cut figures.
-    Console(width=max(stdout.width, 130)).print(table)
+    Console(width=max(stdout.width, 130), markup=False).print(table)
     others = ["mpi"] if any(row.backend != first.backend for row in rows) else []
     for note in (first.ceiling, *others):
         stdout.print(_NOTES[note], style="dim", highlight=False, soft_wrap=True)

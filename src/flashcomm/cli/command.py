@@ -21,7 +21,7 @@ from flashcomm.cli import (
     tune,
     tune_policy,
 )
-from flashcomm.cli.base import stderr
+from flashcomm.cli.base import print_error, stderr
 from flashcomm.errors import SettingError
 from flashcomm.lab.launch import Interrupted, RankError
 
@@ -67,9 +67,11 @@ def main():
     except RankError as error:
         # The other ranks of a launcher may never have come.
         stderr.quiet = False
-        interrupted = isinstance(error, Interrupted)
-        stderr.print(str(error) if interrupted else f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        sys.exit(130 if interrupted else 1)
+        if isinstance(error, Interrupted):
+            stderr.print(str(error), highlight=False, soft_wrap=True)
+            sys.exit(130)
+        print_error(str(error))
+        sys.exit(1)
     except SettingError as error:
-        stderr.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        print_error(str(error))
         sys.exit(2)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from flashcomm.cli.base import (
     DEMO_PROMPT,
@@ -104,15 +105,15 @@ def demo(
         table.add_row(
             row.codec, f"{row.bits_per_value:.2f}", f"{row.wire_bytes_per_token:,.0f}", f"{row.ttft_ms:.0f}",
             f"{row.ttft_vs_plain:.2f}x", f"{100 * row.perplexity_change:+.3f}%", f"{row.kl:.1e}",
-            f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else "[red]NO[/red]",
+            f"{100 * row.top1:.2f}%", "yes" if row.ranks_identical else Text("NO", "red"),
         )  # fmt: skip
     stdout.print(table)
     if overlap:
         _print_overlap(rows)
     stdout.print(report.link(facts), style="dim", highlight=False, soft_wrap=True)
     for written, writers in report.by_text(rows).items():
-        stdout.print(f"\n[bold]{', '.join(writers)}[/bold] continue [italic]{prompt!r}[/italic] with")
-        stdout.print(written, markup=False, highlight=False)
+        stdout.print(Text.assemble("\n", (", ".join(writers), "bold"), " continue ", (repr(prompt), "italic"), " with"))
+        stdout.print(written, highlight=False)
     document = {**facts, "rows": [asdict(row) for row in rows]}
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.html").write_text(report.render(rows, facts))

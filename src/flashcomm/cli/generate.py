@@ -54,7 +54,8 @@ def generate(
     stats = result["stats"]
     saved = f", {stats['wire_bytes']:,} bytes sent instead of {stats['plain_bytes']:,}" if tp > 1 else ""
     rate = f", {result['tokens_per_second']:.1f} tokens/s" if result["tokens_per_second"] else ""
-    stderr.print(f"[dim]{spec}, {tp} ranks: first token after {result['ttft_ms']:.0f} ms{rate}{saved} by rank 0[/dim]")
+    said = f"{spec}, {tp} ranks: first token after {result['ttft_ms']:.0f} ms{rate}{saved} by rank 0"
+    stderr.print(said, style="dim")
     for reason, count in stats["plain"].items():
-        stderr.print(f"[dim]{count} of the all-reduces ran uncompressed: {reason}[/dim]")
+        stderr.print(f"{count} of the all-reduces ran uncompressed: {reason}", style="dim")
     write_json(json_file, result)

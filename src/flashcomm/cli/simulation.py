@@ -50,11 +50,12 @@ def setup(
     out: Path,
 ) -> "Setup":
     """The model, text and ranks that the options name, checked."""
+    need("transformers", "transformers")
+    need("matplotlib", "plot")
     from flashcomm.accuracy.setup import Setup
 
     directory = model_directory(bundled_or(model), tp)
     check_dtype(dtype)
-    need("matplotlib", "plot")
     if hosts and tp % hosts:
         fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
     for spec in specs:

@@ -67,9 +67,9 @@ def tune_policy(
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
     for line in policy.read_text().split("\n\n")[0].splitlines():
-        stdout.print(line, markup=False, highlight=False, soft_wrap=True)
+        stdout.print(line, highlight=False, soft_wrap=True)
     write_json(json_file, document)
-    stdout.print(f"{policy}: {tuned.policy}", markup=False, highlight=False, soft_wrap=True)
+    stdout.print(f"{policy}: {tuned.policy}", highlight=False, soft_wrap=True)
 
 
 def _tune(

@@ -78,10 +78,13 @@ def _overlaps(x: torch.Tensor) -> bool:
     return len(places.unique()) < x.numel()
 
 
+CUTS_THE_GRADIENT = "flashcomm is for inference and would cut the gradient: call it under torch.no_grad()"
+
+
 def check_grad(x: torch.Tensor):
     """Refuse a tensor that requires a gradient where gradients are recorded."""
     if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("flashcomm is for inference and would cut the gradient: call it under torch.no_grad()")
+        raise ValueError(CUTS_THE_GRADIENT)
 
 
 def fitting(codec: "str | Codec", x: torch.Tensor) -> Codec:

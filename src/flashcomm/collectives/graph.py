@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch._higher_order_ops import effects
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
+from torch.fx.node import has_side_effect
 
 from flashcomm import codecs, planner
 from flashcomm.codecs import Codec
@@ -51,7 +52,7 @@ def all_reduce(
     if async_op:
         options = {"strict": strict, "batch_invariant": batch_invariant}
         return _between_graphs(ALL_REDUCE, x, codec, group, algorithm=algorithm, out=out, **options)
-    arguments.check_grad(x)
+    _check_grad(x)
     name, of = name_of(codec), _name_of(group)
     return into(out, torch.ops.flashcomm.all_reduce(x, name, of, algorithm, strict, batch_invariant))
 
@@ -67,7 +68,7 @@ def reduce_scatter(
     """`flashcomm.reduce_scatter` in a graph."""
     if async_op:
         return _between_graphs(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out)
-    arguments.check_grad(x)
+    _check_grad(x)
     return into(out, torch.ops.flashcomm.reduce_scatter(x, name_of(codec), _name_of(group), algorithm))
 
 
@@ -82,7 +83,7 @@ def all_gather(
     """`flashcomm.all_gather` in a graph."""
     if async_op:
         return _between_graphs(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out)
-    arguments.check_grad(x)
+    _check_grad(x)
     return into(out, torch.ops.flashcomm.all_gather(x, name_of(codec), _name_of(group), algorithm))
 
 
@@ -100,7 +101,7 @@ def all_to_all(
     if async_op:
         splits = input_split_sizes, output_split_sizes
         return _between_graphs(ALL_TO_ALL, x, codec, group, algorithm=algorithm, out=out, splits=splits)
-    arguments.check_grad(x)
+    _check_grad(x)
     name, of = name_of(codec), _name_of(group)
     return into(out, torch.ops.flashcomm.all_to_all(x, name, of, output_split_sizes, input_split_sizes, algorithm))
 
@@ -112,6 +113,15 @@ def async_op_needs_a_graph_break(verb: Verb, *args: Any, **options: Any) -> Any:
 
 # With ``fullgraph=True`` torch refuses it by its name.
 _between_graphs: Any = torch.compiler.disable(async_op_needs_a_graph_break)
+
+
+def _check_grad(x: torch.Tensor):
+    if x.requires_grad and torch.is_grad_enabled():
+        _refuse_gradient(x)
+
+
+# With ``fullgraph=True`` torch gives the reason; before torch 2.11 it does not tell what an error inside a graph says.
+_refuse_gradient: Any = torch.compiler.disable(arguments.check_grad, reason=arguments.CUTS_THE_GRADIENT)
 
 
 def _name_of(group: AnyGroup) -> str:
@@ -235,3 +245,7 @@ def _(
 
 for _verb in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
     effects._register_effectful_op(getattr(torch.ops.flashcomm, _verb).default, effects._EffectType.ORDERED)
+
+# What collects the last effect of a graph. Before torch 2.11 inductor takes it for dead code, and with it the calls at
+# the end of the graph whose results nobody uses.
+has_side_effect(torch.ops.prims._sink_tokens.default)

@@ -96,7 +96,10 @@ def _family(codec: str) -> str:
     if ":" in codec:
         return "one format per step"
     found = [name for suffix, name in wrappers.items() if suffix in codec]
-    return found[-1] if found else "integers" if codec.startswith("int") else "block floats"
+    if found:
+        return found[-1]
+    kinds = {"int": "integers", "ec": "entropy-coded", "lossless": "without loss"}
+    return next((kind for start, kind in kinds.items() if codec.startswith(start)), "block floats")
 
 
 def best(rows: Sequence[DemoRow]) -> list[DemoRow]:

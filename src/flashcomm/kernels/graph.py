@@ -16,7 +16,24 @@ from flashcomm.codecs import Codec
 from flashcomm.kernels import eager
 from flashcomm.kernels.arguments import check_payloads, check_values
 
-name_of = torch.compiler.assume_constant_result(codecs.name_of)
+
+def _name_in_graphs(self: Codec) -> str:
+    return codecs.name_of(self)
+
+
+# A function whose result is a constant of the graph takes strings. Before torch 2.13 only a method of an object that is
+# no tensor can know that object, so this one is added to all codecs.
+_name_of_spelling: Any = torch.compiler.assume_constant_result(codecs.name_of)
+setattr(Codec, _name_in_graphs.__name__, torch.compiler.assume_constant_result(_name_in_graphs))
+
+
+def name_of(codec: "str | Codec") -> str:
+    """The string that stands for `codec` in the graph, see `codecs.name_of`."""
+    if isinstance(codec, str):
+        return _name_of_spelling(codec)
+    # The graph is for this object alone: without it, torch before 2.13 would go on with the codec that it met first.
+    id(codec)
+    return codec._name_in_graphs()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", out: torch.Tensor | None) -> torch.Tensor:

@@ -5,38 +5,59 @@ import importlib.util
 import logging
 import threading
 from functools import lru_cache
+from typing import Any
 
 import torch
 
-from flashcomm import codecs, settings
+from flashcomm import codecs, machine, settings
 from flashcomm.codecs import Cast, Codec, Plain
 
 _log = logging.getLogger("flashcomm.kernels")
 
+_LEAST_TRITON = (3, 4)
+"""The first Triton with `tl.gather` and the source of a kernel as `gpu` describes it."""
+
 
 @lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
-    """(backend, why): the implementation of `codec` on a kind of device, ``numba``, ``triton`` or ``torch``."""
+    """(backend, why): what serves `codec` on a kind of device, ``numba``, ``cuda``, ``triton`` or ``torch``."""
     if isinstance(codec, Plain):
         return "torch", "nothing to encode"
     if device_type == "cuda":
         if not settings.switched_on("FLASHCOMM_TRITON"):
             return "torch", "FLASHCOMM_TRITON=0"
-        if importlib.util.find_spec("triton") is None:
-            return "torch", "triton is not installed (pip install triton)"
+        if why := _without_triton():
+            return "torch", why
         from flashcomm.kernels import gpu
+        from flashcomm.kernels.gpu import cuda
 
+        if cuda.why_not(codec) is None:
+            return "cuda", "compiled for this GPU"
         refusal = gpu.why_not(codec)
         return ("torch", refusal) if refusal else ("triton", "compiled for this GPU")
     if device_type != "cpu":
         return "torch", f"no kernels for {device_type}: the torch specification runs on the device"
-    if importlib.util.find_spec("numba") is None:
-        return "torch", "numba is not installed (pip install numba)"
+    if why := machine.why_not_compiled():
+        return "torch", why
     from flashcomm.kernels import cpu
 
     if not cpu.supports(codec):
         return "torch", f"no CPU kernel for {codec}"
     return "numba", "compiled for this CPU"
+
+
+def _without_triton() -> str | None:
+    """Why Triton does not compile the kernels for GPUs; None if it does."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _LEAST_TRITON:
+        least = ".".join(map(str, _LEAST_TRITON))
+        return (
+            f"triton {triton.__version__} cannot compile the GPU kernels, {least} and later can (torch 2.8 brings it)"
+        )
+    return None
 
 
 def missing(codec: Codec, device_type: str) -> str | None:
@@ -54,17 +75,31 @@ def any_missing(codec: Codec, device_type: str) -> str | None:
 @lru_cache(maxsize=4096)
 def implementation(codec: Codec, device_type: str, cols: int):
     """The module that encodes and decodes rows of `cols` values in `codec`, or None for the specification."""
+    return next(iter(_implementations(codec, device_type, cols)), None)
+
+
+@lru_cache(maxsize=4096)
+def common_implementation(codec: Codec, out_codec: Codec, device_type: str, cols: int):
+    """The first module that serves both formats, so that a sum goes from one to the other in one pass; None if none."""
+    of_out = _implementations(out_codec, device_type, cols)
+    return next((module for module in _implementations(codec, device_type, cols) if module in of_out), None)
+
+
+def _implementations(codec: Codec, device_type: str, cols: int) -> list[Any]:
+    """The modules that serve `codec`, the best first."""
     backend, _ = route(codec, device_type)
+    if backend == "numba":
+        _load(codec)
+        from flashcomm.kernels import cpu
+
+        return [cpu]
     if backend == "torch":
-        return None
-    if backend == "triton":
-        from flashcomm.kernels import gpu
+        return []
+    from flashcomm.kernels import gpu
+    from flashcomm.kernels.gpu import cuda
 
-        return None if gpu.why_not(codec, cols) else gpu
-    _load(codec)
-    from flashcomm.kernels import cpu
-
-    return cpu
+    triton = [] if gpu.why_not(codec, cols) else [gpu]
+    return [cuda, *triton] if backend == "cuda" else triton
 
 
 def warm_up(codec: "str | Codec" = "int8g128"):

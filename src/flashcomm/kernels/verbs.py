@@ -18,7 +18,7 @@ from flashcomm import codecs, subnormals
 from flashcomm.codecs import Codec
 from flashcomm.kernels import eager
 from flashcomm.kernels.arguments import check_out, check_payloads, check_values
-from flashcomm.kernels.routes import implementation
+from flashcomm.kernels.routes import common_implementation, implementation
 
 
 def encode(x: torch.Tensor, codec: "str | Codec", *, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,8 +114,8 @@ def decode_sum_encode(
     shape = (payloads.shape[1], out_codec.payload_bytes(cols))
     if out is not None:
         check_out(out, shape, torch.uint8, payloads.device)
-    kernels, out_kernels = (implementation(c, payloads.device.type, cols) for c in (codec, out_codec))
-    if kernels is None or kernels is not out_kernels or payloads.numel() == 0:
+    kernels = common_implementation(codec, out_codec, payloads.device.type, cols)
+    if kernels is None or payloads.numel() == 0:
         return eager.encode(eager.decode_sum(payloads, codec, cols, torch.float32, None), out_codec, out)
     if payloads.stride(2) != 1:
         payloads = payloads.contiguous()
@@ -167,7 +167,7 @@ def decode_sum_add_norm(
             f"{residual.shape[0]} rows, not {weight.dtype} {list(weight.shape)} and {payloads.shape[1]} rows"
         )
     kernels: Any = implementation(codec, residual.device.type, cols)
-    if kernels is not None and residual.is_cuda and residual.numel() and cols <= kernels.LARGEST_TILE:
+    if residual.is_cuda and residual.numel() and cols <= getattr(kernels, "LARGEST_TILE", 0):
         if payloads.stride(2) != 1:
             payloads = payloads.contiguous()
         out, total = (torch.empty(residual.shape, dtype=residual.dtype, device=residual.device) for _ in range(2))

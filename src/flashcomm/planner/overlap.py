@@ -63,8 +63,9 @@ class Line:
     def through(cls, points: "Sequence[tuple[float, float, float]]") -> "Line":
         """Fit points of (tokens, pairs, seconds) without negative terms; if all pairs are 0, without the term of pairs.
 
-        >>> Line.through([(1, 0, 3.0), (2, 0, 5.0)])
-        Line(fixed_s=1.0, token_s=2.0, pair_s=0.0, least_s=0.0)
+        >>> line = Line.through([(1, 0, 3.0), (2, 0, 5.0)])
+        >>> round(line.fixed_s, 9), round(line.token_s, 9)
+        (1.0, 2.0)
         """
         seconds = np.array([point[2] for point in points])
         # Relative errors, so that the small part of a prompt counts as much as the large one.

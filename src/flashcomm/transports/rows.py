@@ -12,16 +12,17 @@ Source: our own.
 """
 
 import ctypes
-import importlib.util
 
 import numpy as np
 import torch
+
+from flashcomm import machine
 
 LENGTH_BYTES = 4
 """Bytes of the length with which a row begins; they count too."""
 
 _move, _compile = ctypes.memmove, lambda function: function
-if importlib.util.find_spec("numba"):
+if not machine.why_not_compiled():
     from numba import njit, types
 
     from flashcomm.kernels.cpu.ops import compiled

@@ -8,7 +8,7 @@ from functools import cache
 import numpy as np
 
 from flashcomm.codecs import bits as planes
-from flashcomm.codecs.entropy import (
+from flashcomm.codecs.entropy_layout import (
     BEYOND,
     EDGES_ALL,
     LADDER,

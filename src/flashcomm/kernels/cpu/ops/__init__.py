@@ -36,7 +36,9 @@ from flashcomm.kernels.cpu.ops.blocks import (
     scales_fp32,
 )
 from flashcomm.kernels.cpu.ops.calibrated import lengthen, mark_nan, pick_table, put_back, take_out, unmark_nan
-from flashcomm.kernels.cpu.ops.entropy import plan_row, read_codes, read_row, write_row
+from flashcomm.kernels.cpu.ops.entropy_plan import plan_row
+from flashcomm.kernels.cpu.ops.entropy_read import read_codes, read_row
+from flashcomm.kernels.cpu.ops.entropy_write import write_row
 from flashcomm.kernels.cpu.ops.lossless import pack_row, unpack_row
 from flashcomm.kernels.cpu.ops.peaks import level_codes, level_scale, level_values, put_peaks, take_peaks
 from flashcomm.kernels.cpu.ops.planes import pack, pack_rest, unpack, unpack_rest

@@ -40,6 +40,16 @@ def clean(v):
     return simd.as_lanes(simd.words_where_less(simd.splat_words(0x7F800000), bits & MAGNITUDE, nan, bits))
 
 
+@inline
+def move(src, n, dst):
+    """Copy n bytes."""
+    full = n & ~63
+    for i in range(0, full, 64):
+        simd.store_octets(dst + i, simd.load_octets(src + i))
+    for i in range(full, n):
+        simd.store_byte(dst + i, simd.load_byte(src + i))
+
+
 class Op:
     """A function of int64 operands that becomes machine code when its address is first asked for."""
 

@@ -8,19 +8,10 @@ Rows are worked on 64 values at a time. Where that does not divide a row, it is 
 
 from flashcomm.codecs.lossless import CODE_BITS, ESCAPE, HEADER_BYTES, LENGTH_BYTES, TOP_BITS
 from flashcomm.kernels.cpu import simd
-from flashcomm.kernels.cpu.ops.base import AHEAD, Op, inline, part
+from flashcomm.kernels.cpu.ops.base import AHEAD, Op, inline, move, part
 from flashcomm.kernels.cpu.simd import field, long_max, long_min
 
 _SIGN, _TOP = 0x80, (1 << TOP_BITS) - 1
-
-
-@inline
-def _copy(src, n, dst):
-    full = n & ~63
-    for i in range(0, full, 64):
-        simd.store_octets(dst + i, simd.load_octets(src + i))
-    for i in range(full, n):
-        simd.store_byte(dst + i, simd.load_byte(src + i))
 
 
 @inline
@@ -75,7 +66,7 @@ def pack_row(src, n, mantissa, size, exponents, counts, values, payload, dst):
     """Write the payload of n values with so many bits of mantissa: `size` bytes, those behind its length 0."""
     row, out = src, dst
     if n & 63:
-        _copy(src, 2 * n, values)
+        move(src, 2 * n, values)
         _clear(128, values + 2 * n)
         row, out = values, payload
     rest = mantissa - TOP_BITS
@@ -96,7 +87,7 @@ def pack_row(src, n, mantissa, size, exponents, counts, values, payload, dst):
     elif length >= size:
         length = size
         simd.store_word(dst, length)
-        _copy(src, 2 * n, dst + LENGTH_BYTES)
+        move(src, 2 * n, dst + LENGTH_BYTES)
     else:
         simd.store_word(out, length)
         simd.store_byte(out + LENGTH_BYTES, base)
@@ -120,7 +111,7 @@ def pack_row(src, n, mantissa, size, exponents, counts, values, payload, dst):
                 escaped &= escaped - 1
                 escapes += 1
         if n & 63:
-            _copy(payload, length, dst)
+            move(payload, length, dst)
     _clear(size - length, dst + length)
 
 
@@ -132,11 +123,11 @@ def unpack_row(src, n, mantissa, size, exponents, payload, values, dst):
         _clear(2 * n, dst)
         return
     if length >= size:
-        _copy(src + LENGTH_BYTES, 2 * n, dst)
+        move(src + LENGTH_BYTES, 2 * n, dst)
         return
     row, out = src, dst
     if n & 63:
-        _copy(src, length, payload)
+        move(src, length, payload)
         row, out = payload, values
     rest = mantissa - TOP_BITS
     plane_bytes = (n + 7) >> 3
@@ -168,4 +159,4 @@ def unpack_row(src, n, mantissa, size, exponents, payload, values, dst):
         exponent = simd.load_octets(exponents + i) & 0x7FFF >> mantissa
         simd.store_halves_of_octets(out + i * 2, top & _SIGN, top & _TOP, rest, exponent, mantissa, low)
     if n & 63:
-        _copy(values, 2 * n, dst)
+        move(values, 2 * n, dst)

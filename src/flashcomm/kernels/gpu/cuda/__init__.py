@@ -1,0 +1,18 @@
+"""The hot formats on NVIDIA GPUs, in CUDA C++ (`codecs.cu`), compiled in the process by NVRTC.
+
+Beside Triton's kernels for half their instructions. **No GPU has run these kernels yet**: FLASHCOMM_CUDA=1 switches
+them on.
+"""
+
+from flashcomm.kernels.gpu.cuda.launch import (
+    LAYOUTS,
+    decode_sum,
+    decode_sum_encode,
+    encode,
+    macros,
+    spell,
+    unavailable,
+    why_not,
+)
+
+__all__ = ["LAYOUTS", "decode_sum", "decode_sum_encode", "encode", "macros", "spell", "unavailable", "why_not"]

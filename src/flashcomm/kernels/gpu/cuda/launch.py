@@ -1,0 +1,136 @@
+"""The verbs in CUDA C++: which formats it serves, how the source spells them, and launches.
+
+Left to Triton: all other formats, and pairs with one of them.
+"""
+
+import logging
+import sys
+from functools import lru_cache, reduce
+from operator import or_
+
+import torch
+
+from flashcomm import settings
+from flashcomm.codecs import Affine, Block, Codec, Hadamard
+from flashcomm.kernels.gpu.cuda import compiler
+from flashcomm.kernels.gpu.cuda.driver import Arguments, kernel, make_current
+
+_log = logging.getLogger("flashcomm.kernels")
+
+_VALUES = {torch.bfloat16: "Values<BF16>", torch.float16: "Values<FP16>", torch.float32: "Values<FP32>"}
+LAYOUTS = ("Wide<16>", "Wide<4>", "Thin")
+_PACK, _PACKS_PER_BLOCK = 128, {"Wide<16>": 32, "Wide<4>": 32, "Thin": 4}
+_MOST_BLOCKS = 1 << 20
+"""Blocks of one launch; where there are more packs, a block takes several."""
+
+
+@lru_cache(maxsize=1)
+def unavailable() -> str | None:
+    """Why CUDA C++ cannot be compiled here, said once in the log; None if it can."""
+    if torch.version.hip:
+        why = "CUDA C++ is for NVIDIA's GPUs"
+    elif sys.platform != "linux":
+        why = "CUDA C++ kernels are for Linux"
+    elif compiler.find() is None:
+        why = "NVRTC is not installed (it comes with a CUDA build of torch)"
+    else:
+        return None
+    _log.warning("FLASHCOMM_CUDA=1, but %s: Triton serves all formats", why)
+    return why
+
+
+def why_not(codec: Codec) -> str | None:
+    """Why the CUDA C++ kernels do not serve `codec`; None if they do."""
+    if not settings.switched_on("FLASHCOMM_CUDA"):
+        return "FLASHCOMM_CUDA is off"
+    return unavailable() or (None if spell(codec) else f"no CUDA C++ kernel for {codec}")
+
+
+@lru_cache(maxsize=4096)
+def spell(codec: Codec) -> str | None:
+    """A format as `codecs.cu` spells it, None for formats that it does not have.
+
+    >>> from flashcomm.codecs import parse
+    >>> spell(parse("mxfp4+hadamard"))
+    'Hadamard<Block<2, 1, 7, 32, E8M0>, 32>'
+    """
+    # Its type itself counts: a subclass may mean other bytes.
+    if type(codec) is Hadamard and not codec.adaptive:
+        base = spell(codec.base)
+        return base and f"Hadamard<{base}, {codec.group}>"
+    if type(codec) is Affine and codec.bits in (4, 8) and not codec.symmetric and codec.group in (32, 64, 128):
+        return f"Affine<{codec.bits}, {codec.group}>"
+    if type(codec) is Block and codec.element in ("fp4_e2m1", "fp8_e4m3") and codec.group in (32, 64, 128):
+        element, scale = codec.parts[0], {"e8m0": "E8M0", "fp32": "SCALE_FP32"}.get(codec.scale)
+        if scale:
+            return f"Block<{element.exponent}, {element.mantissa}, {element.last}, {codec.group}, {scale}>"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def macros(source: str, target: str, layout: str, sum_ranks: bool) -> tuple[tuple[str, str], ...]:
+    """Macros that the kernel is compiled for."""
+    return ("SOURCE", source), ("TARGET", target), ("LAYOUT", layout), ("SUM_RANKS", str(int(sum_ranks)))
+
+
+def encode(x: torch.Tensor, codec: Codec, out: torch.Tensor):
+    """x[T, H] -> out[T, P]."""
+    _move(x[None], _VALUES[x.dtype], out, spell(codec), x.shape[1])
+
+
+def decode_sum(payloads: torch.Tensor, codec: Codec, out: torch.Tensor):
+    """payloads[R, T, P] -> out[T, H]."""
+    _move(payloads, spell(codec), out, _VALUES[out.dtype], out.shape[1])
+
+
+def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int, out: torch.Tensor):
+    """payloads[R, T, P] -> out[T, P']."""
+    _move(payloads, spell(codec), out, spell(out_codec), cols)
+
+
+def layout_of(source: torch.Tensor, target: torch.Tensor, cols: int) -> str:
+    """The layout that suits rows of `cols` values: the widest whose accesses are all aligned.
+
+    `source` is [R, T, ...] and `target` [T, ...], each of values or of payloads (uint8).
+    """
+    if cols % _PACK:
+        return "Thin"
+    aligned = []
+    for rows in (source, target):
+        strides = [step for step, size in zip(rows.stride()[:-1], rows.shape, strict=False) if size > 1]
+        at = reduce(or_, (step * rows.element_size() for step in strides), rows.data_ptr())
+        aligned.append(at & -at)
+        if rows.dtype != torch.uint8 and aligned[-1] < 16:
+            return "Thin"
+    least = min(aligned)
+    return "Wide<16>" if least >= 16 else "Wide<4>" if least >= 4 else "Thin"
+
+
+def plan(
+    source: torch.Tensor, source_format: str, target: torch.Tensor, target_format: str, cols: int
+) -> tuple[str, Arguments, tuple[tuple[str, str], ...]]:
+    """Layout, arguments and macros of the kernel that fills target [T, ...] from source [R, T, ...]."""
+    layout, size = layout_of(source, target, cols), source.element_size()
+    arguments = Arguments(
+        source.data_ptr(),
+        source.stride(0) * size,
+        source.stride(1) * size,
+        target.data_ptr(),
+        target.stride(0) * target.element_size(),
+        target.shape[0],
+        source.shape[0],
+        cols,
+    )
+    return layout, arguments, macros(source_format, target_format, layout, source.shape[0] > 1)
+
+
+def _move(source: torch.Tensor, source_format: str | None, target: torch.Tensor, target_format: str | None, cols: int):
+    assert source_format and target_format
+    layout, arguments, kind = plan(source, source_format, target, target_format, cols)
+    packs = target.shape[0] * -(-cols // _PACK)
+    assert packs < 1 << 32, "more packs than memory holds"
+    blocks = min(-(-packs // _PACKS_PER_BLOCK[layout]), _MOST_BLOCKS)
+    with torch.cuda.device(source.device):
+        index = torch.cuda.current_device()
+        make_current(index)
+        kernel(kind, index)(blocks, torch.cuda.current_stream().cuda_stream, arguments)

@@ -1,0 +1,177 @@
+"""Test flashcomm with other versions of Python and of its dependencies: `make test-matrix`, `make test-smoke`.
+
+    python tools/versions.py                     all environments of constraints/versions.toml, and this one
+    python tools/versions.py oldest today        these
+    python tools/versions.py --smoke today       the shortest tests that tell about versions
+
+An environment is made in .venv-versions/NAME when it is first needed (five to seven GB: torch brings its CUDA), with
+the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran
+is kept in results/versions.json; `make docs` shows it in docs/versions.md.
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "versions.json"
+TODAY = "today"
+"""The environment that runs this file, which `make setup` makes from constraints.txt."""
+
+SMOKE = ("tests/test_versions.py", "tests/collectives/test_graph.py", "tests/codecs/test_spec.py")
+"""Tests of what has broken between versions."""
+
+TESTS = (
+    *SMOKE,
+    "tests/codecs",
+    "tests/kernels",
+    "tests/collectives/test_verbs.py",
+    "tests/collectives/test_meshes.py",
+    "tests/integrations",
+    "tests/bench/test_bench_gpu.py",
+    "tests/test_gpu_check.py",
+    "tests/test_package.py",
+)
+"""Codecs, kernels, collectives, compiled graphs, engines, and kernels for GPUs that are compiled ahead of time. The
+rest of the suite looks at sockets, processes and figures, where versions of packages hardly matter."""
+
+
+def table() -> dict:
+    """The environments, by name."""
+    return tomllib.loads((ROOT / "constraints" / "versions.toml").read_text())
+
+
+def interpreter(version: str) -> str:
+    """The command of a Python such as 3.12.
+
+    Raises:
+        SystemExit: there is none; the message says where it was looked for.
+    """
+    variable, name = "PYTHON" + version.replace(".", ""), f"python{version}"
+    if given := os.environ.get(variable):
+        return given
+    found = shutil.which(name)
+    # A shim of pyenv is there for versions that are not chosen, and then fails.
+    if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0:
+        return found
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions")
+    for folder in sorted(pyenv.glob(f"{version}*"), reverse=True):
+        return str(folder / "bin" / name)
+    if shutil.which("uv"):
+        found = subprocess.run(["uv", "python", "find", version], capture_output=True, text=True).stdout.strip()
+        if found:
+            return found
+    sys.exit(
+        f"no Python {version}: looked for {name} on PATH, in pyenv's {pyenv} and with uv. Install it, or set "
+        f"{variable} to its command"
+    )
+
+
+def environment(name: str, folder: Path) -> Path:
+    """The Python of an environment, which is made if it is not there as the table wants it."""
+    if name == TODAY:
+        return Path(sys.executable)
+    wanted = table()[name]
+    here, python = folder / name, folder / name / "bin" / "python"
+    packages = [*wanted["packages"], (ROOT / "pyproject.toml").read_text()]
+    digest = hashlib.blake2b("\n".join(packages).encode(), digest_size=8).hexdigest()
+    stamp = here / ".current"
+    if stamp.exists() and stamp.read_text() == digest:
+        return python
+    command = interpreter(wanted["python"])
+    print(f"installing {name} into {here} ({wanted['reason']}) ...", file=sys.stderr, flush=True)
+    subprocess.run([command, "-m", "venv", str(here)], check=True)
+    fixed = here / "constraints.txt"
+    fixed.write_text("\n".join(wanted["packages"]) + "\n")
+    pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+    subprocess.run([*pip, "--upgrade", "pip"], check=True)
+    subprocess.run([*pip, "-c", str(fixed), "-e", ".[gpu,transformers,test]"], check=True, cwd=ROOT)
+    stamp.write_text(digest)
+    return python
+
+
+def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
+    """Run the tests in an environment; returns the row of its results."""
+    tests = SMOKE if smoke else TESTS
+    report = python.parents[1] / "versions.xml"
+    report.unlink(missing_ok=True)
+    start = time.monotonic()
+    print(f"{name}: {' '.join(tests)}", file=sys.stderr, flush=True)
+    command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", *tests]
+    code = subprocess.run(command, cwd=ROOT, timeout=limit_s).returncode
+    if code not in (0, 1):
+        sys.exit(f"{name}: pytest ended with status {code}")
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    kinds = Counter(next((part.tag for part in case if part.tag in _KINDS), "passed") for case in cases)
+    reasons = Counter(part.get("message") for case in cases for part in case.iter("skipped"))
+    describe = "import json; from flashcomm import machine; print(json.dumps(machine.describe()))"
+    facts = json.loads(subprocess.run([python, "-c", describe], cwd=ROOT, capture_output=True, check=True).stdout)
+    return {
+        "environment": name,
+        "tests": "smoke" if smoke else "all",
+        **{package: facts["versions"].get(package) for package in PACKAGES},
+        "passed": kinds["passed"],
+        "failed": kinds["failure"] + kinds["error"],
+        "skipped": kinds["skipped"],
+        "seconds": round(time.monotonic() - start),
+        "date": datetime.date.today().isoformat(),
+        "commit": facts["commit"],
+        "skips": [[count, reason] for reason, count in sorted(reasons.items())],
+    }
+
+
+_KINDS = ("failure", "error", "skipped")
+PACKAGES = ("python", "torch", "triton", "numpy", "numba", "transformers")
+
+
+def keep(row: dict):
+    """Put a row in place of the one of its environment."""
+    from flashcomm import machine
+
+    kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    order = [*table(), TODAY]
+    rows = [row, *(other for other in kept if other["environment"] != row["environment"])]
+    rows.sort(key=lambda one: order.index(one["environment"]))
+    document = {"op": "versions", "machine": machine.describe(), "rows": rows}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> int:
+    """Run what the command line names; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"environments: {', '.join([*table(), TODAY])}")
+    parser.add_argument("--smoke", action="store_true", help="the shortest tests; nothing is kept")
+    parser.add_argument("--keep", action="store_true", help="keep it all the same")
+    parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where environments are made")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds that tests of one environment may take")
+    given = parser.parse_args()
+    names = given.names or [*table(), TODAY]
+    if unknown := [name for name in names if name not in (*table(), TODAY)]:
+        parser.error(f"no environment {unknown[0]!r}: {', '.join([*table(), TODAY])}")
+    failed = 0
+    for name in names:
+        python = environment(name, given.folder)
+        row = run(name, python, given.smoke, given.limit)
+        failed += row["failed"]
+        print(f"{name}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped, {row['seconds']} s")
+        if given.keep or not given.smoke:
+            keep(row)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
