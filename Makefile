@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke test-gpu bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -51,6 +51,9 @@ test-matrix: $(STAMP)  ## the tests that tell about versions, in all environment
 
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
 	$(BIN)/python tools/versions.py --smoke oldest today
+
+test-gpu: $(STAMP)  ## what only a GPU can tell, in ten minutes; DRY=1 runs the logic of it on a CPU
+	$(BIN)/python tools/gpu_check.py gpu-check
 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec

@@ -43,6 +43,7 @@ TESTS = (
     "tests/collectives/test_meshes.py",
     "tests/integrations",
     "tests/bench/test_bench_gpu.py",
+    "tests/test_gpu_check.py",
     "tests/test_package.py",
 )
 """Codecs, kernels, collectives, compiled graphs, engines, and kernels for GPUs that are compiled ahead of time. The
