@@ -4,6 +4,7 @@ No processes: the transport is `loopback`, so that every codec, world size and w
 """
 
 import json
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -191,3 +192,26 @@ def test_the_loopback_notices_another_length_and_ranks_that_wait_for_each_other(
         Loopback(3).run(
             lambda rank, messages: rank == 1 or messages.link.receive(torch.zeros(1, dtype=torch.uint8), 1).wait()
         )
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_a_backend_needs_three_kernels_for_two_steps(world_size, monkeypatch):
+    """And two for one: on a GPU each launch takes the host as long as a small sum takes the device."""
+    counts = Counter()
+    for verb in ("encode", "decode", "decode_sum", "decode_sum_encode"):
+        whole = getattr(kernels, verb)
+        monkeypatch.setattr(
+            kernels, verb, lambda *a, _verb=verb, _whole=whole, **k: counts.update([_verb]) or _whole(*a, **k)
+        )
+    loop, codec = Loopback(world_size, bulk=True), parse("int8g128")
+    # Rows that do not divide among the ranks, one that is cut, and more ranks than rows.
+    for rows in (4 * world_size, 4 * world_size - 1, 1):
+        xs = [promises.tensor(rank, (rows, 1024)) for rank in range(world_size)]
+        for name, want in (
+            ("two_step", {"encode": 1, "decode_sum_encode": 1, "decode": 1}),
+            ("one_step", {"encode": 1, "decode_sum": 1}),
+        ):
+            counts.clear()
+            got = all_reduce(loop, xs, [codec] * world_size, name)
+            assert counts == {verb: count * world_size for verb, count in want.items()}, (name, rows)
+            assert promises.same(got, flashcomm.simulate.all_reduce(xs, codec, name))

@@ -140,6 +140,13 @@ class Scatter(Protocol):
         """Payload rows [rows, P] to write for `rank`, before `send`."""
         ...
 
+    def whole(self) -> torch.Tensor | None:
+        """Payload rows [R * n, P] of all ranks, n of the longest, to write before one `send` of this rank's own.
+
+        None where they are written in parts. On a GPU, each part is a kernel more.
+        """
+        ...
+
     def send(self, rank: int, piece: slice, rows: int):
         """Send what lies in that place. This rank's own comes last, in every piece."""
 
@@ -170,6 +177,10 @@ class Gather(Protocol):
 
     def wait_gone(self, piece: slice):
         """Block until this rank's rows of `piece`, and all that it sent before, have left."""
+
+    def whole(self) -> torch.Tensor | None:
+        """Block until all has arrived; return it as [R * n, P], n of the longest, or None if it is read in parts."""
+        ...
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Yield (rank, piece, payload rows) of all ranks, this one's first, then roughly as they arrive."""

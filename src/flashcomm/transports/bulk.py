@@ -57,6 +57,10 @@ class BulkScatter:
         """See `base.Scatter`."""
         return self._sent[piece][rank, :rows]
 
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Scatter`. Parts of several pieces do not lie in the order of ranks."""
+        return self._sent[self.pieces[0]].flatten(0, 1) if len(self.pieces) == 1 else None
+
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
         if rank == self._ranks.rank:
@@ -106,6 +110,10 @@ class BulkGather:
         if work := self._works.pop(piece.start, None):
             work.wait()
         return self._payloads[piece]
+
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Gather`."""
+        return self.wait(self.pieces[0]).flatten(0, 1) if len(self.pieces) == 1 else None
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""

@@ -133,6 +133,10 @@ class DirectScatter(_Pending):
         payloads = self._received if rank == self._ranks.rank else self._sent
         return payloads[piece][rank, :rows]
 
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Scatter`. Messages of the first ranks leave while those of the last are encoded."""
+        return None
+
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
         if rank != self._ranks.rank:
@@ -195,6 +199,10 @@ class DirectGather(_Pending):
         """See `base.Gather`."""
         self._wait_for_all(piece)
         return self._payloads[piece]
+
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Gather`."""
+        return None
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""
