@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(
 # Where there is a GPU nothing is interpreted, and these launches would be real ones on CPU memory.
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(),
-    reason="kernels are interpreted without a GPU; tests/collectives/test_gpu.py has the GPU's",
+    reason="interpreted without a GPU; tests/collectives/test_gpu.py has the launches on GPUs",
 )
 
 SIZE_BYTES = 1 << 18
