@@ -79,6 +79,20 @@ def test_machines_are_kept_beside_each_other(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["tuning.json"]
 
 
+def device_over(backend):
+    real = tune.backend_of, torch.cuda.current_device
+    tune.backend_of, torch.cuda.current_device = lambda group, device: backend, lambda: 3
+    try:
+        return str(tune._device())
+    finally:
+        tune.backend_of, torch.cuda.current_device = real
+
+
+@pytest.mark.parametrize(("backend", "device"), [("nccl", "cuda:3"), ("gloo", "cpu"), ("none", "cpu")])
+def test_tensors_are_where_the_backend_wants_them(backend, device):
+    assert ranks.shared(2).run(device_over, backend) == [device] * 2
+
+
 def test_one_rank_has_nothing_to_measure():
     with pytest.raises(ranks.RankFailed, match="one rank has no link to measure: give 2 or more"):
         ranks.shared(1).run(tune.measure)

@@ -66,16 +66,17 @@ def test_auto_compresses_from_a_size_that_suits_the_link(link, gate):
 def met_as_if_on_gpus(one_host):
     """Meet for CUDA tensors, with made-up GPUs on one host or on one for each rank; the facts of both devices."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    home, real = group_of(new_group()), (gpus.name_of, gpus.reach, lanes._site)
+    home, real = group_of(new_group()), (gpus.name_of, gpus.reach, lanes._site, gpus.kind_of)
     gpus.name_of = lambda device: f"{rank}" if device.type == "cuda" else ""
     gpus.reach = lambda device: {f"{r}": gpus.NVLINK for r in range(size)} if device.type == "cuda" else {}
+    gpus.kind_of = lambda device: "NVIDIA L4" if device.type == "cuda" else ""
     if not one_host:
         lanes._site = lambda device: real[2](device)._replace(host=f"host {rank}")
     try:
         on_cpu = home.meet(CPU) and home.facts
         meeting = home.meet(CUDA)
     finally:
-        gpus.name_of, gpus.reach, lanes._site = real
+        gpus.name_of, gpus.reach, lanes._site, gpus.kind_of = real
     assert isinstance(meeting.lane.messages, Bulk)
     return on_cpu, home.facts, home.facts_for(CUDA), home.name_for(CUDA)
 
@@ -93,7 +94,8 @@ def test_ranks_of_cuda_tensors_learn_their_hosts():
         assert (facts.hosts, facts.link) == (2, gpus.NETWORK)
         # The format for the link between hosts, not the one inside.
         assert str(planner.choose(8 * MIB, facts, codecs.parse("bf16/int4g128")).codec) == "int4g128"
-        assert name.count("1 on ") == 2
+        # Measured costs are kept by ranks, hosts and GPUs.
+        assert (name.count("1 on "), name.count(" with NVIDIA L4")) == (2, 2)
 
 
 def planned_by_engines():

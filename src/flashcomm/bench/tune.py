@@ -20,6 +20,7 @@ from flashcomm.codecs import Cast, Codec, Levels, Lossless, parse
 from flashcomm.collectives.group import group_of
 from flashcomm.collectives.routes import run_of
 from flashcomm.planner import Algorithm, Cost, LinkCosts
+from flashcomm.transports.backend import backend_of
 from flashcomm.transports.base import Run, Task
 
 _ROW = 4096
@@ -35,7 +36,7 @@ _LEAST_PIECE_BYTES = 1 << 20
 def measure(
     repeats: int = 5, sizes: Sequence[int] = SIZES, progress: Callable[[str], object] = lambda text: None
 ) -> planner.Facts:
-    """Measure the default group, on all ranks together.
+    """Measure the default group, on all ranks together: with CUDA tensors over NCCL, else with those of the CPU.
 
     Args:
         repeats: timed rounds for each size.
@@ -50,19 +51,19 @@ def measure(
     """
     if dist.get_world_size() == 1:
         raise ValueError("one rank has no link to measure: give 2 or more")
-    group = group_of(None)
-    group.meet(torch.device("cpu"))
-    specs = [*CODECS, "bf16"]
-    if not group.facts.shared and not any(group.ranks.tell(kernels.any_missing(parse("lossless"), "cpu"))):
+    group, device = group_of(None), _device()
+    group.meet(device)
+    facts, specs = group.facts_for(device), [*CODECS, "bf16"]
+    if not facts.shared and not any(group.ranks.tell(kernels.any_missing(parse("lossless"), device.type))):
         specs.append("lossless")
-    variants = [(way, codec) for way in _ways(group.facts) for codec in map(parse, specs)]
+    variants = [(way, codec) for way in _ways(facts) for codec in map(parse, specs)]
     # Pieces only help where the cores have work to do.
     variants = [(way, codec) for way, codec in variants if way.pieces == 1 or not isinstance(codec, Cast)]
     samples: dict[tuple[Algorithm | None, str], list[tuple[int, float, float]]] = {}
     for size in sizes:
         progress(f"messages of {size >> 10} KiB")
         fit = [(way, codec) for way, codec in variants if size >= way.pieces * _LEAST_PIECE_BYTES or way.pieces == 1]
-        times = _times(size, fit, repeats if size < _LARGE_BYTES else min(repeats, _LARGE_REPEATS))
+        times = _times(size, device, fit, repeats if size < _LARGE_BYTES else min(repeats, _LARGE_REPEATS))
         for (way, codec), seconds in times.items():
             bits = codec.bits_per_value(_ROW) if codec else 16.0
             samples.setdefault((way, _kind(codec)), []).append((size, bits, seconds))
@@ -78,13 +79,21 @@ def measure(
     costs = {key: Cost.measured(points) for key, points in samples.items()}
     of_kind = lambda kind: {way: cost for (way, its), cost in costs.items() if way and its == kind}  # noqa: E731
     measured = LinkCosts(
-        name=group.name,
+        name=group.name_for(device),
         plain=costs[None, "uncompressed"],
         compressed=of_kind("compressed"),
         uncompressed=of_kind("uncompressed"),
         lossless=of_kind("lossless"),
     )
-    return replace(group.facts, costs=LinkCosts.from_dict(group.ranks.tell(measured.as_dict())[0]))
+    return replace(facts, costs=LinkCosts.from_dict(group.ranks.tell(measured.as_dict())[0]))
+
+
+def _device() -> torch.device:
+    """The device of the tensors that the default group's backend is for."""
+    cuda = torch.device("cuda")
+    if backend_of(group_of(None).backend.group, cuda) != "nccl":
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _kind(codec: Codec | None) -> str:
@@ -114,7 +123,7 @@ def _run(way: Algorithm, x: torch.Tensor, codec: Codec) -> Run:
 
 
 def _times(
-    size: int, variants: Sequence[tuple[Algorithm, Codec]], repeats: int
+    size: int, device: torch.device, variants: Sequence[tuple[Algorithm, Codec]], repeats: int
 ) -> dict[tuple[Algorithm | None, Codec | None], float]:
     """Seconds of each variant and of the backend's own all-reduce, on the slowest rank."""
     values = size // 2
@@ -124,7 +133,7 @@ def _times(
         generator=torch.Generator().manual_seed(0),
         dtype=torch.float32,
         device="cpu",
-    ).bfloat16()
+    ).to(device, torch.bfloat16)
     out = torch.empty_like(x)
     calls = 20 if size <= 64 << 10 else 1
     timed: dict[tuple[Algorithm | None, Codec | None], Callable[[], object]] = {
@@ -133,7 +142,8 @@ def _times(
     for way, codec in variants:
         timed[way, codec] = partial(_run(way, x, codec), x, out)
     repeated = {str(n): lambda call=call: [call() for _ in range(calls)] for n, call in enumerate(timed.values())}
-    times = interleaved(repeated, repeats=repeats, warmup=1, before=dist.barrier)
-    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64, device="cpu")
+    done = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    times = interleaved(repeated, repeats=repeats, warmup=1, before=dist.barrier, after=done)
+    medians = torch.tensor([times[name].p50_ms / 1e3 / calls for name in repeated], dtype=torch.float64, device=device)
     dist.all_reduce(medians, dist.ReduceOp.MAX)
     return dict(zip(timed, medians.tolist(), strict=True))

@@ -23,6 +23,11 @@ def name_of(device: torch.device) -> str:
     return str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
 
 
+def kind_of(device: torch.device) -> str:
+    """The model of a GPU, such as ``NVIDIA L4``; "" of another device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+
+
 def reach(device: torch.device) -> dict[str, str]:
     """The link from a GPU to each one that this process sees, itself too, by `name_of`; empty for another device."""
     if device.type != "cuda":

@@ -41,7 +41,7 @@ class Site(NamedTuple):
     host: str
     """The same for ranks that can share memory, and for no others."""
     label: str
-    """The host's name, and the rate of its link where that is known."""
+    """The host's name, the rate of its link where that is known, and the model of its GPU."""
     threads: int
     """Threads that torch may use."""
     why_not_shared: str
@@ -217,6 +217,7 @@ def _site(device: torch.device) -> Site:
     settings.check()
     gpu, reach = gpus.name_of(device), gpus.reach(device)
     label = socket.gethostname() + (f"@{rate}" if (rate := settings.text("FLASHCOMM_LAB_RATE")) else "")
+    label += f" with {kind}" if (kind := gpus.kind_of(device)) else ""
     fused = "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
     try:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
