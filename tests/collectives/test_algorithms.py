@@ -134,6 +134,38 @@ def test_bits_do_not_depend_on_pieces(world_size, bulk):
                     assert promises.same(got, want), (name, spec, shape, pieces)
 
 
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("two_step", ["encode", "decode_sum_encode", "decode"]),
+        ("one_step", ["encode", "decode_sum"]),
+        ("reduce_scatter", ["encode", "decode_sum"]),
+        ("all_gather", ["encode", "decode"]),
+    ],
+)
+def test_kernels_do_not_grow_with_ranks_over_a_backend(monkeypatch, name, want, world_size):
+    """On GPUs each is a launch; also where stripes are uneven, and the last ranks have no rows."""
+    loop, codec = Loopback(world_size, bulk=True), parse("int8g128")
+    called: list[str] = []
+    for verb in ("encode", "decode", "decode_sum", "decode_sum_encode"):
+
+        def counted(*args, run=getattr(kernels, verb), verb=verb, **kwargs):
+            called.append(verb)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(algorithms.kernels, verb, counted)
+    for rows in (world_size, 5 * world_size) if name == "reduce_scatter" else (world_size + 1, 37, 40):
+        size = {"reduce_scatter": rows // world_size, "all_gather": rows * world_size}.get(name, rows)
+        called.clear()
+        loop.run(
+            lambda rank, messages, rows=rows, size=size: algorithms.ALGORITHMS[name](
+                promises.tensor(rank, (rows, 384)), torch.empty(size, 384, dtype=torch.bfloat16), codec, messages
+            )
+        )
+        assert sorted(called) == sorted(want * world_size), rows
+
+
 @BULK
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_halves_of_a_sum(world_size, bulk):

@@ -135,6 +135,8 @@ class Scatter(Protocol):
     """One message to each rank: its stripe, in pieces. This rank receives its own stripe from every rank."""
 
     pieces: list[slice]
+    run: torch.Tensor | None
+    """The places of all ranks as payload rows [T, P] one behind the other; None where they do not lie so."""
 
     def place(self, rank: int, piece: slice, rows: int) -> torch.Tensor:
         """Payload rows [rows, P] to write for `rank`, before `send`."""
@@ -166,6 +168,10 @@ class Gather(Protocol):
 
     def wait(self, piece: slice) -> torch.Tensor:
         """Block until every rank's rows of `piece` have arrived; return them as [R, n, P]."""
+        ...
+
+    def wait_run(self) -> torch.Tensor | None:
+        """Block until every rank's rows have arrived; return them as [T, P], or at once None if they are no one run."""
         ...
 
     def wait_gone(self, piece: slice):

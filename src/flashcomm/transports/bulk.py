@@ -41,6 +41,17 @@ class Bulk:
         """See `base.Messages`. The backend knows what failed."""
 
 
+def _run_of(payloads: Payloads, pieces: list[slice], sizes: list[int]) -> torch.Tensor | None:
+    """The rows of all ranks one behind the other: in one piece, a rank with fewer than the first is the last with any.
+
+    A GPU then takes one launch for all ranks, where one for each would cost more than the bytes that they save.
+    """
+    used = [size for size in sizes if size]
+    if len(pieces) > 1 or sizes[: len(used)] != used or any(size < sizes[0] for size in used[:-1]):
+        return None
+    return payloads[pieces[0]].flatten(0, 1)[: sum(sizes)]
+
+
 class BulkScatter:
     """See `base.Scatter`. A piece starts when its last part, this rank's own, lies in its place."""
 
@@ -50,6 +61,7 @@ class BulkScatter:
         count = self._ranks.world_size
         self._sent = Payloads(messages.buffers, "sent", max(sizes), width, count, device)
         self._received = Payloads(messages.buffers, "received", max(sizes), width, count, device)
+        self.run = _run_of(self._sent, self.pieces, sizes)
         self._works: dict[int, Any] = {}
         self._sent_bytes = 0
 
@@ -106,6 +118,13 @@ class BulkGather:
         if work := self._works.pop(piece.start, None):
             work.wait()
         return self._payloads[piece]
+
+    def wait_run(self) -> torch.Tensor | None:
+        """See `base.Gather`."""
+        run = _run_of(self._payloads, self.pieces, self._sizes)
+        if run is not None:
+            self.wait(self.pieces[0])
+        return run
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""

@@ -118,6 +118,8 @@ class _Pending:
 class DirectScatter(_Pending):
     """See `base.Scatter`. This rank's own stripe is written where it stays."""
 
+    run = None
+
     def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool):
         super().__init__(messages.link, messages.ranks, varies)
         self._mine, self.pieces = sizes[self._ranks.rank], cut_into(max(sizes), pieces)
@@ -195,6 +197,10 @@ class DirectGather(_Pending):
         """See `base.Gather`."""
         self._wait_for_all(piece)
         return self._payloads[piece]
+
+    def wait_run(self) -> torch.Tensor | None:
+        """See `base.Gather`. Rows are decoded as they arrive."""
+        return None
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""
