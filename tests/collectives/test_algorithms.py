@@ -166,6 +166,19 @@ def test_kernels_do_not_grow_with_ranks_over_a_backend(monkeypatch, name, want, 
         assert sorted(called) == sorted(want * world_size), rows
 
 
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_prompts_of_any_length_share_the_rows_of_a_gpu(world_size):
+    """A length of rows is a constant of its kernels, and each takes a second to compile while a server waits."""
+    for spec, cols in (("int8g128", 5120), ("int4g32", 4096), ("nvfp4", 2880), ("bf16", 896)):
+        codec = parse(spec)
+        for pieces in (1, 3):
+            parts = world_size * pieces
+            lengths = {algorithms.cut(rows, cols, codec, parts, "cuda")[1] for rows in range(parts, 2049)}
+            assert lengths == {cols}, spec
+            few = {algorithms.cut(rows, cols, codec, parts, "cuda")[1] for rows in range(1, parts)}
+            assert len(few) < parts
+
+
 @BULK
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_halves_of_a_sum(world_size, bulk):

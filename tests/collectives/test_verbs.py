@@ -14,7 +14,11 @@ import values
 from calls import hear, meeting, tell
 from flashcomm import kernels
 from flashcomm.codecs import Codec
+from flashcomm.collectives.call import _contract, _without_rows
+from flashcomm.collectives.group import group_of
+from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE
 from flashcomm.errors import RanksDisagree
+from loopback import Loopback
 
 
 def decoded(x, spec):
@@ -354,6 +358,38 @@ def test_ranks_that_disagree_all_raise_and_name_both_sides(case):
         assert "ranks disagree about this collective: rank 0 calls op=" in message
         assert "; rank 1 calls op=" in message
         assert total == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_gpu_compares_calls_once_whatever_their_rows(device):
+    """A comparison makes the host wait for a GPU, for which another device than the CPU stands here."""
+    loop = Loopback(2)
+
+    def run(rank, _):
+        group, compared = group_of(loop.groups[rank]), []
+        gather = group.backend.all_gather
+        group.backend.all_gather = lambda x, out: (compared.append(1), gather(x, out))
+        for rows in (1, 7, 300):
+            for verb, strict in ((ALL_REDUCE, ""), (ALL_GATHER, ""), (ALL_REDUCE, ", strict=yes")):
+                x = torch.empty(rows, 128, dtype=torch.bfloat16, device=device)
+                contract = _contract(verb, "two_step", flashcomm.codec("int8g128"), x) + strict
+                known_as = _without_rows(contract, verb, x)
+                assert verb.name in known_as
+                assert known_as.endswith(strict)
+                group.agree(contract, torch.device("cpu"), known_as=known_as)
+        return len(compared)
+
+    assert loop.run(run) == [9 if device == "cpu" else 3] * 2
+
+
+def test_the_first_of_such_calls_is_compared_with_its_rows():
+    loop = Loopback(2)
+
+    def run(rank, _):
+        with pytest.raises(RanksDisagree, match="rank 0 calls shape=3x128; rank 1 calls shape=4x128"):
+            group_of(loop.groups[rank]).agree(f"shape={3 + rank}x128", torch.device("cpu"), known_as="shape=*x128")
+
+    loop.run(run)
 
 
 def stall():

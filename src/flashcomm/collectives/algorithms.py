@@ -31,7 +31,7 @@ _BALANCE = 0.9
 
 def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
-    rows, cols = cut(x.shape[0], x.shape[1], codec, pieces)
+    rows, cols = cut(x.shape[0], x.shape[1], codec, pieces, x.device.type)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     width = codec.payload_bytes(cols, x.dtype)
     gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device, codec.varies)
@@ -46,7 +46,7 @@ def one_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
 def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
     """Sum every rank's x[T, H] into out[T, H]; return the bytes that this rank sent."""
     first, second = codec.formats
-    rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces)
+    rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces, x.device.type)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     stripes = Stripes(rows, messages.ranks.world_size)
     # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
@@ -137,15 +137,20 @@ def encode_stripes(scatter: Scatter, rows_of: Callable[[int, slice], torch.Tenso
             scatter.send(rank, piece, len(rows))
 
 
-def cut(rows: int, cols: int, codec: Codec, ranks: int) -> tuple[int, int]:
+def cut(rows: int, cols: int, codec: Codec, ranks: int, device: str = "cpu") -> tuple[int, int]:
     """[rows, cols] as more and shorter rows, so that few rows spread evenly over ranks and no decoded bit changes.
 
+    Kernels of GPUs are compiled for a length of rows, which takes a second or so, and a server's prompts have all
+    lengths. So on `device` other than the CPU there is one length for all prompts of at least `ranks` tokens.
+
     >>> from flashcomm.codecs import parse
-    >>> cut(1, 4096, parse("int8g128"), ranks=4)
-    (4, 1024)
+    >>> cut(1, 4096, parse("int8g128"), ranks=4), cut(5, 4096, parse("int8g128"), ranks=4)
+    ((4, 1024), (20, 1024))
+    >>> cut(1, 4096, parse("int8g128"), ranks=4, device="cuda"), cut(5, 4096, parse("int8g128"), ranks=4, device="cuda")
+    ((4, 1024), (5, 4096))
     """
     unit = codec.unit(cols)
-    if rows == 0 or cols == 0 or cols % unit:
+    if rows == 0 or cols == 0 or cols % unit or (device != "cpu" and rows >= ranks):
         return rows, cols
     best = (0.0, 1)
     for pieces in range(1, min(cols // unit, ranks) + 1):

@@ -278,7 +278,8 @@ def _decide(
         home.agree(f"codec={plan.codec.identity}", x.device)
     moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
     task = _task(verb, plan, rows, x) if moves and plan.algorithm != "plain" else None
-    home.agree(contract, x.device, partial(routes.load, task, home) if task else lambda: None)
+    load = partial(routes.load, task, home) if task else lambda: None
+    home.agree(contract, x.device, load, known_as=_without_rows(contract, verb, x))
     return Call(
         verb=verb,
         ranks=ranks,
@@ -362,6 +363,19 @@ def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor) -> str:
     shape = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
     dtype, size = str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar"
     return f"op={verb.name}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
+
+
+def _without_rows(contract: str, verb: Verb, x: torch.Tensor) -> str:
+    """The contract under which later calls are known to be agreed on.
+
+    A comparison makes the host wait for all that a GPU has still to do, and a server's prompts have all lengths. So on
+    GPUs only the first of calls that differ in nothing but their number of rows is compared, its number, too.
+    """
+    if x.device.type == "cpu" or x.dim() < 2 or verb is ALL_TO_ALL:
+        return contract
+    call, _, shape = contract.rpartition("shape=")
+    _, strict, refusal = shape.partition(", strict=")
+    return f"{call}shape=*x{x.shape[-1]}{strict}{refusal}"
 
 
 class _Local:

@@ -119,20 +119,28 @@ class Group:
             self.calls.clear()
         self.calls[key] = call
 
-    def agree(self, contract: str, device: torch.device, load: Callable[[], object] = lambda: None):
+    def agree(
+        self,
+        contract: str,
+        device: torch.device,
+        load: Callable[[], object] = lambda: None,
+        known_as: str | None = None,
+    ):
         """Compare `contract` with every rank's, the first time that this rank meets it.
 
         Args:
             contract: of the call.
             device: of its tensors.
             load: loads what this rank needs to keep the contract.
+            known_as: shared by contracts of which only the first is compared; the contract itself if not given.
 
         Raises:
             CollectiveError: `load` failed on some rank; raised on all ranks.
             RanksDisagree: some rank is about to do something else; raised on all ranks, naming two sides.
             PeerLost, TimedOut: some rank does not come.
         """
-        if contract in self._contracts or self.ranks.world_size == 1:
+        known_as = known_as or contract
+        if known_as in self._contracts or self.ranks.world_size == 1:
             load()
             return
         loaded, cause = self.ranks.alone(Step.KERNELS, load)
@@ -163,7 +171,7 @@ class Group:
             # A remembered call must have an agreed contract: ranks that remember different spellings of one codec
             # would otherwise differ in whether they compare it again.
             self.calls.clear()
-        self._contracts.add(contract)
+        self._contracts.add(known_as)
 
 
 def _tell(backend: Backend, fact: Any) -> list:

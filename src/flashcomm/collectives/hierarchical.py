@@ -54,7 +54,7 @@ def hierarchical(
     """
     assert isinstance(codec, Levels)
     ranks, hosts = inside.world_size, between.ranks.world_size
-    rows, cols = cut(x.shape[0], x.shape[1], codec, ranks * hosts * pieces)
+    rows, cols = cut(x.shape[0], x.shape[1], codec, ranks * hosts * pieces, x.device.type)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
     missing = -rows % ranks
     if missing:

@@ -61,7 +61,8 @@ def _over_levels(task: Task, inside: Lane, between: Lane, finish: Callable[[], o
     if task.rows and task.cols:
         # Room in memory is made now, on the caller's thread, because all ranks make it together.
         hosts = between.messages.ranks.world_size
-        _, cols = cut(task.rows, task.cols, task.codec, ranks.world_size * hosts * task.pieces)
+        each = ranks.world_size * hosts * task.pieces
+        _, cols = cut(task.rows, task.cols, task.codec, each, task.device.type)
         parts = inside_tasks(task.codec, ranks.world_size, cols, task.dtype, task.device)
         for memory in inside.memories:
             ranks.each(Step.KERNELS, lambda: [memory.load(part) for part in parts])  # noqa: B023
