@@ -6,7 +6,7 @@ ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke test-gpu bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -46,11 +46,14 @@ test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an 
 	$(ENGINES)/bin/pytest -rs tests/engines
 
 test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
-	$(BIN)/python tools/test_versions.py
+	$(BIN)/python tools/versions.py
 	$(BIN)/python tools/make_docs.py
 
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
-	$(BIN)/python tools/test_versions.py --smoke oldest today
+	$(BIN)/python tools/versions.py --smoke oldest today
+
+test-gpu: $(STAMP)  ## what only a GPU can tell, in ten minutes; DRY=1 runs the logic of it on a CPU
+	$(BIN)/python tools/gpu_check.py gpu-check
 
 bench: $(STAMP)  ## the figures of results/, on this machine
 	$(BIN)/flashcomm bench codec

@@ -53,7 +53,14 @@ class Kernels:
         source = Path(compiler.__file__).with_name("codecs.cu")
         text = _FRAME.format(header=_HEADER, source=source)
         text += "".join(_ONE.format(name=_name(kind), **dict(kind)) for kind in kinds)
-        options = ["-std=c++17", "-O0", "-fPIC", "-shared", "-ffp-contract=off", f"-DE4M3_BY_HARDWARE={int(e4m3_by_hardware)}"]
+        options = [
+            "-std=c++17",
+            "-O0",
+            "-fPIC",
+            "-shared",
+            "-ffp-contract=off",
+            f"-DE4M3_BY_HARDWARE={int(e4m3_by_hardware)}",
+        ]
         key = hashlib.sha256(repr((text, options, source.read_text(), _HEADER.read_text())).encode()).hexdigest()[:16]
         folder = Path(tempfile.gettempdir()) / f"flashcomm-cuda-on-cpu-{os.getuid()}"
         folder.mkdir(exist_ok=True)
@@ -67,7 +74,9 @@ class Kernels:
                 os.replace(made, library)
         self.library = ctypes.CDLL(str(library))
 
-    def move(self, source: torch.Tensor, source_format: str, target: torch.Tensor, target_format: str, cols: int) -> str:
+    def move(
+        self, source: torch.Tensor, source_format: str, target: torch.Tensor, target_format: str, cols: int
+    ) -> str:
         """Fill `target` [T, ...] from `source` [R, T, ...] as `launch._move` does on a GPU; returns the layout."""
         layout, arguments, macros = launch.plan(source, source_format, target, target_format, cols)
         function = getattr(self.library, _name(macros))

@@ -50,7 +50,7 @@ def test_parts_are_loaded_when_named():
 
 def modules():
     for info in pkgutil.walk_packages(flashcomm.__path__, "flashcomm."):
-        if not info.name.endswith(".simd"):
+        if ".simd" not in info.name:
             yield info.name
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,7 +133,7 @@ from flashcomm import codecs, kernels, lab, machine, simulate
 from flashcomm.lab import hosts
 from flashcomm.transports import lanes, pages
 xs = [torch.randn(4, 256, generator=torch.Generator().manual_seed(r)).bfloat16() for r in range(2)]
-for spec in ("int8g128", "int4g32+hadamard", "lossless", "mxfp4"):
+for spec in ("int8g128", "lossless"):
     codec = codecs.parse(spec)
     payload = flashcomm.encode(xs[0], codec)
     assert torch.equal(payload, codec.encode(xs[0])), spec

@@ -27,6 +27,7 @@ import urllib.request
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -227,44 +228,60 @@ def real_model(codecs: list[str], dtype: str) -> list[dict]:
     from test_vllm import greedy, lengths, lose_a_worker  # pyright: ignore[reportMissingImports]
     from transformers import AutoTokenizer
 
+    from events import wait_for  # pyright: ignore[reportMissingImports]
+
     made.main()
     ids = AutoTokenizer.from_pretrained(made.MODEL)(made.BOOK.read_text(), verbose=False)["input_ids"]
     asked = [ids[400 * n : 400 * n + length] for n, length in enumerate(lengths())]
-    ways, answers, rows = ["none", "none", *codecs], [], []
+    rows: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name:
         policy = Path(name, "policy.toml")
         policy.write_text(f'codec = "{codecs[0]}"\nphase = "all"\nmin_bytes = 0\nalgorithm = "two_step"\n')
         env = {"FLASHCOMM_POLICY": str(policy)}
         with Server(Path(name, "log"), "--enforce-eager", model=made.MODEL, ranks=3, dtype=dtype, env=env) as server:
-            for codec in ways:
+
+            def row(codec: str, texts: int, same: int, start: float, counts: dict) -> dict:
+                return {
+                    "op": "vllm_real",
+                    "model": made.MODEL.name,
+                    "dtype": dtype,
+                    "ranks": 3,
+                    "codec": codec,
+                    "texts": texts,
+                    "same": same,
+                    "compressed_sums": sum(counts["calls"].values()),
+                    "plain_sums": sum(counts["plain"].values()),
+                    "wire_bytes": counts["wire_bytes"],
+                    "plain_bytes": counts["plain_bytes"],
+                    "seconds": time.perf_counter() - start,
+                }
+
+            plain: list[str] = []
+            for codec in ("none", "none", "fp32", *codecs):
                 server.on_workers("flashcomm_use", codec)
                 server.on_workers("flashcomm_stats")
                 start = time.perf_counter()
-                answers.append(greedy(server, asked))
-                stats = server.on_workers("flashcomm_stats")
-                rows.append(
-                    {
-                        "op": "vllm_real",
-                        "model": "SmolLM2-135M-Instruct",
-                        "dtype": dtype,
-                        "ranks": len(stats),
-                        "codec": codec,
-                        "texts": len(asked),
-                        "same": sum(one == other for one, other in zip(answers[-1], answers[0], strict=True)),
-                        "calls": stats[0]["calls"],
-                        "plain": stats[0]["plain"],
-                        "wire_bytes": stats[0]["wire_bytes"],
-                        "plain_bytes": stats[0]["plain_bytes"],
-                        "ranks_agree": all(one["calls"] == stats[0]["calls"] for one in stats),
-                        "seconds": time.perf_counter() - start,
-                    }
-                )
+                texts = greedy(server, asked)
+                plain = plain or texts
+                same = sum(one == other for one, other in zip(texts, plain, strict=True))
+                metric = "flashcomm_plain_total" if codec == "none" else "flashcomm_calls_total"
+                # Workers write their counts once a second.
+                wait_for(partial(_equal_counts, server, metric, codec), 60)
+                first, *others = server.on_workers("flashcomm_stats")
+                if any(other["calls"] != first["calls"] for other in others):
+                    raise SystemExit(f"ranks differ in {codec}: {first['calls']}, {others}")
+                rows.append(row(codec, len(asked), same, start, first))
                 print(rows[-1], flush=True)
-            counted = sorted(line for line in server.ask("/metrics").splitlines() if line.startswith("flashcomm_calls"))
             start = time.perf_counter()
             lose_a_worker(server)
-            rows.append({**rows[0], "codec": "a killed rank", "seconds": time.perf_counter() - start, "calls": counted})
+            rows.append(row("a killed rank", 0, 0, start, {**first, "calls": {}, "plain": {}}))
     return rows
+
+
+def _equal_counts(server: Any, metric: str, codec: str) -> bool:
+    """Whether /metrics shows the same number of sums in `codec` for each of three ranks."""
+    found = [value for labels, value in server.metrics(metric).items() if f'{codec}"' in labels]
+    return len(found) == 3 and len(set(found)) == 1 and found[0] > 0
 
 
 class Node:

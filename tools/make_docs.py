@@ -312,7 +312,8 @@ def versions_claim() -> str:
         for row in version_rows()
         if not row["failed"]
     ]
-    return f"Linux. Tested with {', '.join(tested)}: [docs/versions.md](docs/versions.md)."
+    said = f"Tested with {', '.join(tested)}" if tested else "Python 3.10, torch 2.8 and later"
+    return f"Linux. {said}: [docs/versions.md](docs/versions.md)."
 
 
 def with_tables(page: Path, **tables: Callable[[], str]) -> str:

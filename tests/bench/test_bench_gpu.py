@@ -1,8 +1,10 @@
 """`flashcomm bench gpu`: every kernel compiles for every kind of GPU, and spills hardly a register to memory."""
 
 import json
+import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +120,26 @@ def test_wrong_arguments_are_refused_before_anything_is_compiled(arguments, mess
     done = command(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
+
+
+def assembly_of_a_copy() -> str:
+    """PTX of the function that moves payloads to other GPUs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from flashcomm.transports.symmetric import exchange
+
+    signature = {"target_ptr": "*u8", "source_ptr": "*u8", "width": "i64", "WORDS": "constexpr"}
+    aligned: Any = {(place,): [["tt.divisibility", 16]] for place in range(3)}
+    source = triton.compiler.ASTSource(
+        fn=exchange._copy, signature=signature, constexprs={"WORDS": 2048}, attrs=aligned
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+def test_payloads_travel_in_words_of_16_bytes():
+    with ProcessPoolExecutor(1, get_context("spawn"), ranks.forget, ("TRITON_INTERPRET",)) as pool:
+        ptx = pool.submit(assembly_of_a_copy).result()
+    moves = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    assert moves
+    assert all(".v4.b32" in move for move in moves), moves

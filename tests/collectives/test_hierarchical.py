@@ -57,7 +57,7 @@ def hierarchical_on_ranks() -> list[str]:
 
 def more_than_the_kernel_keeps() -> bool:
     torch.set_num_threads(1)
-    between = group_of(None).levels()[1]
+    between = group_of(None).levels(torch.device("cpu"))[1]
     for line in between.meet(torch.device("cpu")).lane.messages.link._sockets.values():
         line.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)

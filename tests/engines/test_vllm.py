@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from server import Server
+from server import START_S, Server
 from transformers import AutoTokenizer
 from vllm.config.compilation import PassConfig
 
@@ -242,8 +242,10 @@ def test_a_wrong_policy_ends_the_command_before_weights_are_loaded(tmp_path):
     (tmp_path / "policy.toml").write_text('codec = "int8g128"\nmin_byte = 5\n')
     server = Server(tmp_path / "log", "--enforce-eager", env={"FLASHCOMM_POLICY": str(tmp_path / "policy.toml")})
     server.start()
-    assert server.process.wait(60) != 0
-    server.stop()
+    try:
+        assert server.process.wait(START_S) != 0
+    finally:
+        server.stop()
     assert "unknown key min_byte. Did you mean min_bytes?" in server.printed()
     assert "Loading" not in server.printed()
 

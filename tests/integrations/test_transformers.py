@@ -13,11 +13,13 @@ import flashcomm
 import promises
 import ranks
 from flashcomm.demo import MODEL
+from flashcomm.integrations.loaded import tensor_parallel_argument
 from flashcomm.integrations.transformers import compress, compressed, compression_of
 from flashcomm.policy import Policy, Rule
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
 _PLAIN = dist.all_reduce
+OUTSIDE = "outside of the plan: made by no module that is compressed"
 
 
 def newest():
@@ -335,6 +337,179 @@ def adapters(folder):
         assert len(inside) == len(model.model.layers), handle.modules
         assert set(handle.calls.values()) == {1}
         assert flashcomm.stats()["calls"] == {"all_reduce/two_step/fp32": len(handle.modules)}
+        assert flashcomm.stats()["plain"] == {OUTSIDE: len(inside)}
+
+
+def outside_of_the_plan(folder):
+    """Sums over the model's ranks that no compressed module makes are counted, and keep their bits."""
+    model, _ = loaded(tiny("biased", folder))
+    others = len([name for name in sums_of(model) if "o_proj" not in name])
+    with compressed(model, "int8g128", algorithm="two_step", modules="o_proj") as handle:
+        flashcomm.reset_stats()
+        logits(model)
+        assert flashcomm.stats()["plain"] == {OUTSIDE: others}
+        dist.all_reduce(torch.ones(3))
+        functional_collectives.all_reduce(torch.ones(3), "sum", handle.group)
+        work = dist.all_reduce(torch.ones(3), async_op=True)
+        work.wait()
+        assert flashcomm.stats()["plain"] == {OUTSIDE: others + 3}
+        # Of another group, another operation, no sum of activations, and one that flashcomm counts itself.
+        dist.all_reduce(torch.ones(3), group=dist.new_group([dist.get_rank()], use_local_synchronization=True))
+        dist.all_reduce(torch.ones(3), dist.ReduceOp.MAX)
+        dist.all_reduce(torch.ones(3, dtype=torch.long))
+        flashcomm.all_reduce(torch.ones(3), "none")
+        flashcomm.all_reduce(torch.ones(3), "none", async_op=True).wait()
+        assert flashcomm.stats()["plain"][OUTSIDE] == others + 3
+    flashcomm.reset_stats()
+    dist.all_reduce(torch.ones(3))
+    assert flashcomm.stats()["plain"] == {}
+
+
+def sums_of(model) -> list[str]:
+    with compressed(model, "none") as handle:
+        return list(handle.modules)
+
+
+def wrapped_inside(folder):
+    """Parts of a model that torch.compile or a checkpoint wraps are found under the plan's names."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    torch._dynamo.reset()
+    path = tiny("biased", folder)
+    plain_model, _ = loaded(path)
+    plain, names = logits(plain_model), sums_of(plain_model)
+    for wrap in (lambda part: torch.compile(part, backend="eager"), checkpoint_wrapper):
+        model, _ = loaded(path)
+        layers = model.model.layers
+        layers[0] = wrap(layers[0])
+        layers[1].mlp.down_proj = wrap(layers[1].mlp.down_proj)
+        with compressed(model, "fp32", algorithm="two_step") as handle:
+            assert len(handle.modules) == len(names), handle.modules
+            flashcomm.reset_stats()
+            assert promises.same(logits(model), plain)
+            assert set(handle.calls.values()) == {1}
+            assert flashcomm.stats()["plain"] == {}
+    model, _ = loaded(path)
+    model.model = torch.compile(model.model, backend="eager")
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        assert promises.same(logits(model), plain)
+        assert list(handle.calls.values()) == [1] * len(names)
+
+
+def with_peft(folder):
+    """A model in PEFT's adapters: all sums of the plan are compressed, and the adapters' own are counted."""
+    import peft
+
+    path, low = tiny("biased", folder), dict(r=4, init_lora_weights=False)
+    names = sums_of(loaded(path)[0])
+    ways = {
+        "q_proj": (peft.LoraConfig(target_modules=["q_proj", "v_proj"], **low), 0),
+        "o_proj": (peft.LoraConfig(target_modules=["q_proj", "o_proj"], **low), 2),
+        "all": (peft.LoraConfig(target_modules="all-linear", **low), 4),
+        "saved": (peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["down_proj"], **low), 0),
+        "prompt": (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), 0),
+    }
+    for way, (config, adapters) in ways.items():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(loaded(path)[0], config).eval()
+        plain = logits(model)
+        with compressed(model, "fp32", algorithm="two_step") as handle:
+            assert compression_of(model.get_base_model()) is handle
+            flashcomm.reset_stats()
+            assert promises.same(logits(model), plain), way
+            assert sum(handle.calls.values()) == len(names), (way, handle.calls)
+            assert flashcomm.stats()["calls"] == {"all_reduce/two_step/fp32": len(names)}, way
+            assert flashcomm.stats()["plain"] == ({OUTSIDE: adapters} if adapters else {}), way
+        assert promises.same(logits(model), plain), way
+
+
+def with_accelerate(folder):
+    """A model that accelerate has prepared."""
+    import accelerate
+
+    model, _ = loaded(tiny("biased", folder))
+    plain = logits(model)
+    prepared = accelerate.Accelerator().prepare_model(model, evaluation_mode=True)
+    with compressed(prepared, "fp32", algorithm="two_step") as handle:
+        flashcomm.reset_stats()
+        assert promises.same(logits(prepared), plain)
+        assert set(handle.calls.values()) == {1}
+        assert flashcomm.stats()["plain"] == {}
+
+
+def other_architectures(folder):
+    """Models with two stacks: a picture beside the text, and an encoder before the decoder."""
+    import transformers as hf
+
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=256, head_dim=16)
+    sizes |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=2)
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    vision = dict(depth=1, embed_dim=32, num_heads=2, hidden_size=64, mlp_ratio=2, patch_size=4)
+    module = hf.T5GemmaModuleConfig(**sizes)
+    models = {
+        "picture": hf.Qwen2VLForConditionalGeneration(
+            hf.Qwen2VLConfig(text_config={**sizes, "rope_parameters": rope}, vision_config=vision, image_token_id=5)
+        ),
+        "encoder": hf.T5GemmaForConditionalGeneration(hf.T5GemmaConfig(encoder=module, decoder=module, vocab_size=256)),
+    }
+    picture = ids(1).index_fill(1, torch.arange(3, 7), 5)
+    patches = torch.randn(16, 96, generator=torch.Generator().manual_seed(0))
+    inputs = {
+        "picture": dict(
+            input_ids=picture,
+            pixel_values=patches,
+            image_grid_thw=torch.tensor([[1, 4, 4]]),
+            mm_token_type_ids=(picture == 5).int(),
+        ),
+        "encoder": dict(input_ids=ids(), decoder_input_ids=ids(tokens=5)),
+    }
+    for name, model in models.items():
+        path = Path(folder) / name
+        if dist.get_rank() == 0:
+            model.save_pretrained(path)
+        dist.barrier()
+        sharded = type(model).from_pretrained(path, **tensor_parallel_argument()).eval()
+        with torch.inference_mode():
+            plain = sharded(**inputs[name], use_cache=False).logits.clone()
+            with compressed(sharded, "fp32", algorithm="two_step") as handle:
+                flashcomm.reset_stats()
+                assert promises.same(sharded(**inputs[name], use_cache=False).logits, plain), name
+                assert set(handle.calls.values()) == {1}, (name, handle.calls)
+                assert len(handle.calls) == (5 if name == "picture" else 10), (name, handle.modules)
+                assert flashcomm.stats()["plain"] == {}, name
+
+
+def quantised_weights(folder):
+    """The sums of a model whose weights torchao keeps in 8 bits."""
+    import transformers as hf
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    quantization = hf.TorchAoConfig(Int8WeightOnlyConfig())
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        tiny("biased", folder), quantization_config=quantization, **tensor_parallel_argument()
+    ).eval()
+    assert "Int8" in type(model.model.layers[0].mlp.down_proj.weight).__name__
+    plain = logits(model)
+    with compressed(model, "fp32", algorithm="two_step") as handle:
+        flashcomm.reset_stats()
+        assert promises.same(logits(model), plain)
+        assert set(handle.calls.values()) == {1}
+        assert flashcomm.stats()["plain"] == {}
+
+
+def lost_weights(folder):
+    """Weights of bitsandbytes, which transformers cannot run tensor parallel, are refused by name."""
+    import transformers as hf
+
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        tiny("biased", folder),
+        quantization_config=hf.BitsAndBytesConfig(load_in_8bit=True),
+        **tensor_parallel_argument(),
+    )
+    with pytest.raises(AttributeError):
+        logits(model)
+    with pytest.raises(ValueError, match="bitsandbytes' Linear8bitLt cannot run tensor parallel: .* torchao"):
+        compress(model)
 
 
 def not_tensor_parallel():
@@ -387,6 +562,39 @@ def test_other_functions_compile_in_one_graph(tmp_path):
 @both
 def test_adapters_may_be_inside(release, tmp_path):
     release().run(adapters, str(tmp_path))
+
+
+@both
+def test_sums_outside_of_the_plan_are_counted(release, tmp_path):
+    release().run(outside_of_the_plan, str(tmp_path))
+
+
+@both
+def test_wrappers_may_be_inside(release, tmp_path):
+    release().run(wrapped_inside, str(tmp_path))
+
+
+def test_peft_around_a_model(tmp_path):
+    pytest.importorskip("peft", reason="pip install 'flashcomm[dev]'")
+    newest().run(with_peft, str(tmp_path))
+
+
+def test_accelerate_around_a_model(tmp_path):
+    newest().run(with_accelerate, str(tmp_path))
+
+
+def test_pictures_and_encoders(tmp_path):
+    newest().run(other_architectures, str(tmp_path))
+
+
+def test_weights_in_8_bits(tmp_path):
+    pytest.importorskip("torchao", reason="pip install 'flashcomm[dev]'")
+    newest().run(quantised_weights, str(tmp_path))
+
+
+def test_weights_of_bitsandbytes(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
+    newest().run(lost_weights, str(tmp_path))
 
 
 @both

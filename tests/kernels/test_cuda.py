@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels give the specification's bytes: their source runs on the CPU, and on a GPU where there is one."""
+"""The CUDA C++ kernels give the specification's bytes: their source runs on the CPU."""
 
 import pytest
 import torch
@@ -45,8 +45,10 @@ def with_stride(shape, dtype, stride_bytes, offset_bytes=0, fill=0xAA):
     count, cols = shape
     storage = torch.full((count * stride_bytes + offset_bytes + 64,), fill, dtype=torch.uint8)
     storage = storage[-storage.data_ptr() % 16 :]
-    return storage[offset_bytes : offset_bytes + count * stride_bytes].view(dtype).as_strided(
-        (count, cols), (stride_bytes // width, 1), storage[offset_bytes:].storage_offset() // width
+    return (
+        storage[offset_bytes : offset_bytes + count * stride_bytes]
+        .view(dtype)
+        .as_strided((count, cols), (stride_bytes // width, 1), storage[offset_bytes:].storage_offset() // width)
     )
 
 
@@ -124,7 +126,12 @@ def test_strided_rows_and_nothing_beyond_them(spec):
     width = on_cpu.codec.payload_bytes(cols)
     x = rows(torch.bfloat16, cols)
     wide, narrow, odd = (width + 16 + (step - width) % 16 for step in (16, 4, 3))
-    for stride, x_offset, layout in ((wide, 0, "Wide<16>"), (narrow, 0, "Wide<4>"), (odd, 0, "Thin"), (wide, 2, "Thin")):
+    for stride, x_offset, layout in (
+        (wide, 0, "Wide<16>"),
+        (narrow, 0, "Wide<4>"),
+        (odd, 0, "Thin"),
+        (wide, 2, "Thin"),
+    ):
         source = with_stride(x.shape, x.dtype, 2 * cols + 32, x_offset).copy_(x)
         out = with_stride((4, width), torch.uint8, stride)
         _, used = on_cpu.encode(source, out)

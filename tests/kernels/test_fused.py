@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
+import formats
 import promises
 import ranks
 from events import dawdle
@@ -14,6 +15,7 @@ from flashcomm import codecs
 
 pytest.importorskip("triton")
 import interpreter
+from flashcomm.kernels import gpu
 
 interpreter.hasten()
 
@@ -149,8 +151,10 @@ def one_rank_stays_away(folder):
     return message
 
 
-def test_a_rank_that_stays_away_is_an_error_of_the_next_call(tmp_path):
-    message, _ = ranks.shared(2).run(one_rank_stays_away, str(tmp_path))
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_rank_that_stays_away_is_an_error_of_the_next_call(world_size, tmp_path):
+    """It names the one that was waited for, not one that was not there either when nobody waited any more."""
+    message, *_ = ranks.shared(world_size).run(one_rank_stays_away, str(tmp_path))
     assert message == "rank 1 did not come while rank 0 waited for it in an earlier call"
 
 
@@ -168,6 +172,99 @@ def test_rows_are_cut_into_tiles(cols, spec, length):
     from flashcomm.transports.symmetric import launch as fused
 
     assert fused.row_length(cols, codecs.parse(spec)) == length
+
+
+HIDDEN = (64, 96, 576, 768, 1024, 1536, 2048, 2560, 2880, 3072, 4096, 5120, 6144, 7168, 8192, 12288, 16384)
+
+
+@pytest.mark.parametrize("spec", [*formats.SPECS, "int4g128:int8g128", "nvfp4:fp8g128", "bf16", "fp32:mxfp4"])
+def test_a_tile_covers_its_row(spec):
+    """A column beyond the tile would be neither sent nor written."""
+    from flashcomm.transports.symmetric import launch as fused
+
+    codec = codecs.parse(spec)
+    if any(gpu.why_not(single) for single in codec.formats):
+        pytest.skip("no kernel for it, so no launch")
+    lengths = [length for cols in HIDDEN if (length := fused.row_length(cols, codec))]
+    assert lengths
+    assert all(fused.tile_of(codec, length) >= length for length in lengths)
+
+
+def wide_rows(folder):
+    """Rows for which the tile that suits the codec's kernels is too short."""
+    import warnings
+
+    from flashcomm.transports.symmetric import launch as fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "wide", size_bytes=1 << 19)
+    for spec, shape in (("nvfp4", (2, 4096)), ("int8g128", (2, 2880))):
+        xs = [promises.tensor(rank, shape) for rank in range(dist.get_world_size())]
+        out = torch.full_like(xs[0], 7.0)
+        fused.all_reduce(xs[peers.rank], codecs.parse(spec), peers, out, "two_step")
+        assert promises.same(out, flashcomm.simulate.all_reduce(xs, spec, "two_step")), spec
+    del memory
+
+
+def test_all_columns_of_wide_rows_are_summed(tmp_path):
+    ranks.shared(2).run(wide_rows, str(tmp_path))
+
+
+def a_replay_after_a_loss(folder):
+    """A graph replays launches, and no host looks at what they found."""
+    import warnings
+
+    from flashcomm.transports.symmetric import launch as fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "replay", blocks=1)
+    if dist.get_rank() == 0:
+        peers.lost[0] = 2
+        x, check = torch.ones(2, 128), fused.check
+        fused.check = lambda _: None
+        try:
+            fused.all_reduce(x, codecs.parse("int8g128"), peers, torch.empty_like(x), "two_step")
+        finally:
+            fused.check = check
+        with pytest.raises(RuntimeError, match="rank 1 did not come"):
+            fused.check(peers)
+    dist.barrier()
+    del memory
+
+
+def test_a_replay_does_not_wait_for_a_rank_that_is_lost(tmp_path):
+    """With the patience of minutes."""
+    ranks.shared(2).run(a_replay_after_a_loss, str(tmp_path))
+
+
+def launches(folder) -> list[str]:
+    """Devices that were made current for launches."""
+    import warnings
+    from contextlib import nullcontext
+
+    from flashcomm.kernels.gpu import launch
+    from flashcomm.transports.symmetric import launch as fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "device", blocks=1)
+    seen, kept = [], launch.on_device
+    launch.on_device = gpu.on_device = lambda x: seen.append(str(x.device)) or nullcontext()
+    try:
+        x = torch.ones(2, 128)
+        fused.all_reduce(x, codecs.parse("int8g128"), peers, torch.empty_like(x), "two_step")
+        payload = torch.empty(2, 132, dtype=torch.uint8)
+        gpu.encode(x, codecs.parse("int8g128"), payload)
+        gpu.decode_sum_add_norm(
+            payload[None], codecs.parse("int8g128"), x, torch.ones(128), 1e-6, torch.empty_like(x), torch.empty_like(x)
+        )
+    finally:
+        launch.on_device = gpu.on_device = kept
+    del memory
+    return seen
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(tmp_path):
+    assert ranks.shared(2).run(launches, str(tmp_path)) == [["cpu"] * 3] * 2
 
 
 def test_rows_that_do_not_fit_into_a_tile_have_no_length():

@@ -167,3 +167,15 @@ def test_prompts_of_any_length_share_a_kernel():
         _, specialization, _ = bind(*call, **constants, **gpu.options(constants["V"]))
         seen.add(str(specialization))
     assert len(seen) == 1, seen
+
+
+def test_payloads_of_ranks_may_lie_far_apart():
+    """More than 2 GiB between the first and the last, of which little is touched."""
+    codec, cols, apart = codecs.parse("int8g128"), 256, (4 << 30) // 5 // 16 * 16
+    width = codec.payload_bytes(cols)
+    payloads = torch.empty(3 * apart + 2 * width, dtype=torch.uint8).as_strided((4, 2, width), (apart, width, 1))
+    for rank in range(4):
+        payloads[rank] = codec.encode(rows(torch.float32, cols)[:2] + rank)
+    out = torch.empty(2, cols)
+    gpu.decode_sum(payloads, codec, out)
+    assert same(out, codecs.decode_sum(payloads, codec, cols, torch.float32))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,43 @@ def test_a_step_that_fails_on_one_rank_fails_on_all_and_is_tried_again(step, who
     ranks.shared(2, by="connections" if step in (Step.LISTEN, Step.CONNECT) else "memory").run(
         a_step_that_raises, step, who
     )
+
+
+SYMMETRIC = "torch.distributed._symmetric_memory"
+
+
+class NoMemory:
+    """torch's symmetric memory on a machine where rank 1 has none left."""
+
+    def empty(self, *shape, dtype, device):
+        if dist.get_rank() == 1:
+            raise RuntimeError("out of memory")
+        return torch.empty(16, dtype=dtype)
+
+    def rendezvous(self, memory, group):
+        raise AssertionError("ranks must not wait for each other here")
+
+
+def one_rank_has_no_gpu_memory() -> str:
+    from flashcomm.collectives.group import group_of
+    from flashcomm.transports.symmetric.memory import SymmetricMemory
+
+    kept, synchronize = sys.modules.get(SYMMETRIC), torch.cuda.synchronize
+    sys.modules[SYMMETRIC] = dist._symmetric_memory = NoMemory()
+    torch.cuda.synchronize = lambda device: None
+    try:
+        opened, why = SymmetricMemory.open(group_of(None).ranks, dist.group.WORLD, torch.device("cpu"))
+    finally:
+        torch.cuda.synchronize = synchronize
+        sys.modules[SYMMETRIC] = dist._symmetric_memory = kept
+    assert opened is None
+    return why
+
+
+def test_ranks_map_the_memory_of_gpus_only_if_all_have_some():
+    pytest.importorskip(SYMMETRIC)
+    whys = ranks.shared(3).run(one_rank_has_no_gpu_memory)
+    assert whys == ["rank 1: no symmetric memory: out of memory"] * 3
 
 
 def test_no_step_is_told_but_through_the_guard():

@@ -308,7 +308,7 @@ def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
         "V": max(_COLS, gpu.least_tile(form)),
         "EDGE": gpu.edge(_COLS, max(_COLS, gpu.least_tile(form))),
     }
-    size = gpu.tile(short, cols=length)
+    size = launch.tile_of(codec, length)
     of_tile = {
         "R": _RANKS,
         "VALUES": values,

@@ -53,11 +53,11 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     width, sum_width = first.payload_bytes(cols, x.dtype), second.payload_bytes(cols, x.dtype)
     scatter = messages.scatter(stripes.sizes, width, pieces, x.device, first.varies)
     gather = messages.gather(stripes.sizes, sum_width, pieces, x.device, second.varies)
-    encode_rows(scatter, x, stripes, first, messages)
+    _scatter_rows(x, stripes, scatter, first, messages)
     for piece in gather.pieces:
         kernels.decode_sum_encode(scatter.wait(piece), first, second, cols=cols, out=gather.place(piece))
         gather.send(piece)
-    _decode_rows(gather, second, into, stripes.part)
+    _decode_all(gather, stripes, second, into)
     return scatter.finish() + gather.finish()
 
 
@@ -65,7 +65,7 @@ def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: M
     """Sum every rank's x[R * S, H] rows of this rank's stripe into out[S, H]; return the bytes sent."""
     cols, stripes = x.shape[1], Stripes(x.shape[0], messages.ranks.world_size)
     scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device, codec.varies)
-    encode_rows(scatter, x, stripes, codec, messages)
+    _scatter_rows(x, stripes, scatter, codec, messages)
     for piece in scatter.pieces:
         kernels.decode_sum(scatter.wait(piece), codec, cols=cols, dtype=out.dtype, out=out[piece])
     return scatter.finish()
@@ -79,7 +79,8 @@ def all_gather(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messa
     for piece in gather.pieces:
         kernels.encode(x[piece], codec, out=gather.place(piece))
         gather.send(piece)
-    _decode_rows(gather, codec, out, lambda rank, piece: slice(rank * rows + piece.start, rank * rows + piece.stop))
+    stripes = Stripes(messages.ranks.world_size * rows, messages.ranks.world_size)
+    _decode_all(gather, stripes, codec, out)
     return gather.finish()
 
 
@@ -104,25 +105,24 @@ ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": redu
 """Algorithms over messages of one level, by the name of their task."""
 
 
-def encode_rows(scatter: Scatter, x: torch.Tensor, stripes: "Stripes", codec: Codec, messages: Messages):
-    """Encode and send every rank's stripe of x[T, H], by one kernel where the stripes travel as one run."""
-    if scatter.run is None:
+def _scatter_rows(x: torch.Tensor, stripes: "Stripes", scatter: Scatter, codec: Codec, messages: Messages):
+    """Encode and send x[T, H], each rank its stripe."""
+    whole = scatter.whole()
+    if whole is None:
         encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], codec, messages)
-        return
-    kernels.encode(x, codec, out=scatter.run)
-    (piece,) = scatter.pieces
-    for rank in (*messages.ranks.peers, messages.ranks.rank):
-        scatter.send(rank, piece, stripes.sizes[rank])
+    else:
+        kernels.encode(x, codec, out=whole[: len(x)])
+        scatter.send(messages.ranks.rank, scatter.pieces[0], stripes.sizes[messages.ranks.rank])
 
 
-def _decode_rows(gather: Gather, codec: Codec, out: torch.Tensor, rows_of: Callable[[int, slice], slice]):
-    """Decode what all ranks sent to its rows of `out`, by one kernel where it arrives as one run."""
-    run = gather.wait_run()
-    if run is not None:
-        kernels.decode(run, codec, cols=out.shape[1], dtype=out.dtype, out=out)
+def _decode_all(gather: Gather, stripes: "Stripes", codec: Codec, out: torch.Tensor):
+    """Decode every rank's stripe into out[T, H]."""
+    (rows, cols), whole = out.shape, gather.whole()
+    if whole is not None:
+        kernels.decode(whole[:rows], codec, cols=cols, dtype=out.dtype, out=out)
         return
     for rank, piece, payload in gather.arrivals():
-        kernels.decode(payload, codec, cols=out.shape[1], dtype=out.dtype, out=out[rows_of(rank, piece)])
+        kernels.decode(payload, codec, cols=cols, dtype=out.dtype, out=out[stripes.part(rank, piece)])
 
 
 def encode_stripes(scatter: Scatter, rows_of: Callable[[int, slice], torch.Tensor], codec: Codec, messages: Messages):

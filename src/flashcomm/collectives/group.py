@@ -30,6 +30,7 @@ _MAX_CONTRACTS = 4096
 _MAX_CALLS = 4096
 # Keeps our messages apart from a caller's own point-to-point messages, whose tag is 0 unless they choose one.
 _TAG = 0xFC
+_CPU = torch.device("cpu")
 
 
 class Group:
@@ -67,11 +68,11 @@ class Group:
         """Decided calls, by their arguments."""
         self._contracts: set[str] = set()
         self._meetings: dict[torch.device, lanes.Meeting] = {}
-        self.facts = planner.Facts(
+        self._unmet = planner.Facts(
             ranks=self.ranks.world_size, hosts=topology.num_hosts(hosts or [0] * self.ranks.world_size)
         )
-        self.name = ""
-        """Key of this group's measured costs."""
+        self._facts: dict[str, planner.Facts] = {}
+        self._names: dict[str, str] = {}
 
     def meet(self, device: torch.device) -> lanes.Meeting:
         """On the first call for a device: learn who shares a host, and open the transports.
@@ -83,32 +84,52 @@ class Group:
         if meeting is None:
             group = self.backend.group
             meeting = lanes.meet(self.ranks, group, self._tag, device, self._hosts)
-            if device.type == "cpu":
-                self._learn(meeting, backend_of(group, device))
+            self._learn(meeting, backend_of(group, device), device)
             self._meetings[device] = meeting
         return meeting
 
-    def _learn(self, meeting: lanes.Meeting, backend: str):
+    def _learn(self, meeting: lanes.Meeting, backend: str, device: torch.device):
         carrier = "" if meeting.carrier == backend else meeting.carrier
-        self.name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier)
+        name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier)
         # Only rank 0 reads the file, so that all ranks plan with the same figures.
-        costs = self.ranks.each(Step.COSTS, lambda: measured.load(self.name) if self.ranks.rank == 0 else None)[0]
-        self.facts = planner.Facts(
+        costs = self.ranks.each(Step.COSTS, lambda: measured.load(name) if self.ranks.rank == 0 else None)[0]
+        self._names[device.type] = name
+        self._facts[device.type] = planner.Facts(
             ranks=self.ranks.world_size,
             hosts=topology.num_hosts(meeting.hosts),
             shared=meeting.shared,
             connected=meeting.connected,
             costs=costs,
+            device=device.type,
+            link=meeting.link,
         )
+
+    @property
+    def facts(self) -> planner.Facts:
+        """The facts that a plan for tensors on the CPU depends on."""
+        return self.facts_for(_CPU)
+
+    @facts.setter
+    def facts(self, facts: planner.Facts):
+        self._facts["cpu"] = facts
+
+    @property
+    def name(self) -> str:
+        """Key of this group's measured costs on the CPU; "" before the ranks have met."""
+        return self.name_for(_CPU)
 
     def facts_for(self, device: torch.device) -> planner.Facts:
         """The facts that a plan for tensors on `device` depends on."""
-        return self.facts if device.type == "cpu" else replace(self.facts, device=device.type)
+        return self._facts.get(device.type) or replace(self._unmet, device=device.type)
 
-    def levels(self) -> "tuple[Group, Group]":
+    def name_for(self, device: torch.device) -> str:
+        """Key of this group's measured costs for tensors on `device`; "" before the ranks have met."""
+        return self._names.get(device.type, "")
+
+    def levels(self, device: torch.device) -> "tuple[Group, Group]":
         """The ranks of this host, and those with this one's place on every host: a mesh's groups, or two made once."""
         if self._levels is None:
-            hosts = self._hosts or self.meet(torch.device("cpu")).hosts
+            hosts = self._hosts or self.meet(device).hosts
             inside, between = topology.new_levels(self.backend.group, hosts)
             self._levels = Group(inside, self._tag, keep=True), Group(between, self._tag, keep=True)
         return self._levels

@@ -34,7 +34,7 @@ def run_of(task: Task, group: Group) -> Run:
     lane = group.meet(task.device).lane
     if task.name != "hierarchical":
         return route(task, lane, lane.finish)
-    inside, between = (level.meet(task.device).lane for level in group.levels())
+    inside, between = (level.meet(task.device).lane for level in group.levels(task.device))
     return _over_levels(task, inside, between, lane.finish)
 
 

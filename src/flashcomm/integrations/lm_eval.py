@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import codecs, collectives
-from flashcomm.integrations.transformers import compress, tensor_parallel_argument
+from flashcomm.integrations.loaded import tensor_parallel_argument
+from flashcomm.integrations.transformers import compress
 
 
 def model_class() -> Any:

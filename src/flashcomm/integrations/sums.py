@@ -159,7 +159,7 @@ class Sums:
             return choice.declined("captured in a CUDA graph")
         key = message_bytes, codec, choice.algorithm
         if key not in self._declined:
-            plan = self._plan(message_bytes, codec)
+            plan = self._plan(message_bytes, codec, x.device)
             self._declined[key] = plan.reason if plan.declined else None
             if plan.declined:
                 warn_declined(str(codec), plan.reason)
@@ -170,7 +170,7 @@ class Sums:
         """Learn how the ranks reach each other, and log what will be done; before the first sum, on all ranks."""
         meeting = self._group.meet(device)
         # On all ranks, because it refuses an algorithm that this group cannot serve.
-        plan = self._plan(_LARGE_BYTES, self.policy.codecs[0])
+        plan = self._plan(_LARGE_BYTES, self.policy.codecs[0], device)
         ranks = self._group.ranks
         if ranks.rank:
             return
@@ -179,5 +179,6 @@ class Sums:
             "flashcomm compresses %s; %d ranks over %s%s", self.policy, ranks.world_size, meeting.carrier, but
         )
 
-    def _plan(self, message_bytes: int, codec: Codec) -> planner.Plan:
-        return planner.choose(message_bytes, self._group.facts, codec, algorithm=self.policy.algorithm)
+    def _plan(self, message_bytes: int, codec: Codec, device: torch.device) -> planner.Plan:
+        facts = self._group.facts_for(device)
+        return planner.choose(message_bytes, facts, codec, algorithm=self.policy.algorithm)

@@ -1,4 +1,4 @@
-"""Compress the all-reduces of one transformers model that was loaded tensor parallel (``tp_plan="auto"``).
+"""Compress the all-reduces of one tensor-parallel transformers model (``DistributedConfig(tp_size=N)``).
 
     with flashcomm.integrations.transformers.compressed(model, "int8g128"):
         model.generate(...)
@@ -7,15 +7,10 @@ How: each module that reduces is marked, per thread or greenlet, while it runs; 
 over the model's own tensor-parallel group then becomes `flashcomm.all_reduce`. So transformers keeps doing the rest
 (biases are added once, after the sum), other models and groups are untouched, and `undo` takes the marks away.
 
-Marked are the modules whose style reduces: row-parallel linears, the row-wise embedding, MoE experts. Which those are
-is read from the loaded model, not from a version:
-
-    5.0 to 5.15   the style is noted on the module, the sum made in its forward hooks
-    5.16 and on   the plan is on the model, the module's forward replaced
-
+Marked are the modules that [`loaded`](loaded.py) finds: row-parallel linears, the row-wise embedding, MoE experts.
 All of them send the sum through `dist.all_reduce`, or through a DTensor, which ends in the functional collective; those
 two names are what is patched, and only while a model is compressed. A marked module that turns out to send no sum is
-counted in `flashcomm.stats()`.
+counted in `flashcomm.stats()`, and so is a sum over the model's ranks that no marked module makes.
 
 ``torch.compile(model)`` works, before or after. Marked modules run between the graphs, so ``fullgraph=True`` does not.
 """
@@ -26,7 +21,6 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +35,18 @@ from flashcomm.codecs import Codec, Features, Plain
 from flashcomm.collectives.call import start
 from flashcomm.collectives.rules import ALL_REDUCE
 from flashcomm.collectives.stats import record_plain
+from flashcomm.integrations import loaded
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import Policy
-
-# Styles of transformers' plans that shard a module but leave no sum to make after it.
-_NOT_REDUCING = re.compile(
-    "colwise|packed_|local|grouped_gemm|ep_router|megamoe|mla_|moe_identity|replicate|sequence_parallel|embedding_colwise"
-)
+from flashcomm.transports.backend import is_plain
 
 # Entries are of one context, so threads, and greenlets that take turns on one, do not see each other's.
 _running: "contextvars.ContextVar[tuple]" = contextvars.ContextVar("running", default=())
 _handles: "list[Compression]" = []
+
+_OUTSIDE = "outside of the plan: made by no module that is compressed"
+"""Reason for a sum over the ranks of a compressed model that stays plain."""
 _patch_lock = threading.Lock()
 _patches = Patches(__name__)
 
@@ -70,8 +64,9 @@ def compress(
     """Send the all-reduces of `model` in `codec`, until ``undo()`` of the returned handle.
 
     Args:
-        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``, or a wrapper
-            around one, such as what `torch.compile` returns.
+        model: a transformers model, loaded under torchrun with ``from_pretrained(...,
+            distributed_config=DistributedConfig(tp_size=N))``, or a wrapper around one, such as what `torch.compile` or
+            PEFT's `get_peft_model` returns. Releases before 5.15 take ``tp_plan="auto"`` instead.
         codec: of all sums, or a `Policy`: then its ``min_bytes``, its ``phase`` and, unless another is given, its
             ``algorithm`` count too.
         modules: regular expression; only modules in whose name it is found are compressed, all that reduce if empty.
@@ -82,8 +77,8 @@ def compress(
         A `Compression`.
 
     Raises:
-        ValueError: unknown codec, or one that lacks its calibration, or a model that is not tensor parallel, or is
-            compressed already.
+        ValueError: unknown codec, or one that lacks its calibration, or a model that is not tensor parallel, is
+            compressed already, or has weights that transformers cannot split.
 
     Example::
 
@@ -184,21 +179,22 @@ class Compression:
         **options: Any,
     ):
         self.codec, self.algorithm, self.calibration, self._options = codec, algorithm, calibration, options
-        model = _loaded(model)
-        self.group = tensor_parallel_group(model)
+        model = loaded.unwrapped(model)
+        self.group = loaded.tensor_parallel_group(model)
         self._bound: dict[tuple[Codec, str], Codec] = {}
         self._decoding = False
         self._observe: Callable[[str, torch.Tensor, torch.Tensor], None] | None = None
         self.wait = None
         if compression_of(model):
             raise ValueError("this model is compressed already: undo() the first compression, or assign to its .codec")
-        reducing = {name: (module, style) for name, module, style in _reducing_modules(model)}
+        reducing = {name: (module, style) for name, module, style in loaded.reducing_modules(model)}
         if modules:
             reducing = {name: found for name, found in reducing.items() if re.search(modules, name)}
         if not reducing:
             raise ValueError(
                 f"no module to compress: no module of this model that reduces over ranks matches {modules!r}"
             )
+        loaded.refuse_lost_weights(module for module, _ in reducing.values())
         refuse_unbound(map(self._codec_of, reducing))
         self.modules = {name: style for name, (_, style) in reducing.items()}
         self.calls = dict.fromkeys(reducing, 0)
@@ -300,72 +296,26 @@ def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
 
 def compression_of(model: Any) -> "Compression | None":
     """Find the compression of `model`; None if it is not compressed."""
-    loaded = _loaded(model)
-    return next((handle for handle in _handles if handle._model is loaded), None)
+    within = loaded.unwrapped(model)
+    return next((handle for handle in _handles if handle._model is within), None)
 
 
-def _loaded(model: Any) -> Any:
-    """Find the model that `from_pretrained` returned inside of a wrapper, such as torch.compile's."""
-    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
-    return next((part for part in parts if vars(part).get("_device_mesh") is not None), model)
+def _kind_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, bool, Any]:
+    """Whether an all-reduce with these arguments is a sum, whether the caller waits for it, and its group."""
+    return op == dist.ReduceOp.SUM, not async_op, group
 
 
-def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
-    """Find the process group over which a loaded model is tensor parallel.
-
-    Raises:
-        ValueError: the model is not tensor parallel, or over one rank only.
-    """
-    mesh = getattr(model, "_device_mesh", None)
-    names = getattr(mesh, "mesh_dim_names", None) or ()
-    if mesh is not None and mesh.ndim > 1:
-        mesh = mesh["tp"] if "tp" in names else None
-    if mesh is None or mesh.size() < 2:
-        raise ValueError(
-            "this model is not tensor parallel over two or more ranks: start the script with "
-            'torchrun --nproc-per-node N, load it with from_pretrained(..., tp_plan="auto"), and give the object '
-            "that from_pretrained returned"
-        )
-    return mesh.get_group()
-
-
-def tensor_parallel_argument() -> dict[str, Any]:
-    """Make the arguments that load a model over all ranks: ``tp_plan``, or a config in later releases.
-
-    Returns:
-        Keyword arguments of `from_pretrained`.
-    """
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
-        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
-    return {"tp_plan": "auto"}
-
-
-def _reducing_modules(model: Any):
-    """Yield (name, module, style) of every module whose output transformers sums over ranks."""
-    plan = {**(getattr(model, "_ep_plan", None) or {}), **(getattr(model, "_tp_plan", None) or {})}
-    for name, module in model.named_modules():
-        style = getattr(module, "_hf_tp_plan", None)
-        if style is None and "forward" in vars(module):
-            # The layer inside of an adapter is in the plan under the name that it had before.
-            style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removesuffix(".base_layer")))
-        if style is not None and not _NOT_REDUCING.match(style):
-            yield name, module, style
-
-
-def _sum_and_group(op: Any = dist.ReduceOp.SUM, group: Any = None, async_op: bool = False) -> tuple[bool, Any]:
-    """Whether an all-reduce with these arguments is a sum that the caller waits for, and its group."""
-    return op == dist.ReduceOp.SUM and not async_op, group
-
-
-def _marked(x: torch.Tensor, is_sum: bool, group: Any) -> "tuple[Compression, str] | None":
-    """Find the compression and the module of this all-reduce; None if it is not part of a compressed model."""
-    running = _running.get()
-    if not is_sum or not running or running[-1] is None or x.dtype not in codecs.FLOAT_DTYPES:
+def _marked(x: torch.Tensor, is_sum: bool, waits: bool, group: Any) -> "tuple[Compression, str] | None":
+    """Find the compression and the module of this all-reduce; None if it stays plain."""
+    # Sums of flashcomm itself pass through.
+    if not is_sum or not x.is_floating_point() or is_plain():
         return None
-    handle, name, _ = running[-1]
-    return (handle, name) if _resolve(group) == handle.group else None
+    group, running = _resolve(group), _running.get()
+    if running and waits and x.dtype in codecs.FLOAT_DTYPES and running[-1][0].group == group:
+        return running[-1][:2]
+    if any(handle.group == group for handle in _handles):
+        record_plain("all_reduce", _OUTSIDE)
+    return None
 
 
 @torch.compiler.disable
@@ -373,11 +323,7 @@ def _compressed_sum(marked: "tuple[Compression, str]", x: torch.Tensor, out: tor
     handle, name = marked
     if type(x) is not torch.Tensor:
         x = functional.wait_tensor(x)  # the unfinished result of a functional collective
-    before = _running.set((*_running.get(), None))  # Sums of flashcomm itself pass through.
-    try:
-        return handle.reduce(name, x, out)
-    finally:
-        _running.reset(before)
+    return handle.reduce(name, x, out)
 
 
 def _patch():
@@ -395,7 +341,7 @@ def _patch():
         def all_reduce(tensor, *args, **kwargs):
             if compiling():
                 return plain(tensor, *args, **kwargs)
-            marked = _marked(tensor, *_sum_and_group(*args, **kwargs))
+            marked = _marked(tensor, *_kind_and_group(*args, **kwargs))
             if marked is None:
                 return plain(tensor, *args, **kwargs)
             _compressed_sum(marked, tensor, tensor)  # pyright: ignore[reportCallIssue]
@@ -405,7 +351,7 @@ def _patch():
         def functional_all_reduce(self, reduceOp, group, tag=""):  # noqa: N803
             if compiling():
                 return plain_functional(self, reduceOp, group, tag)
-            marked = _marked(self, reduceOp.lower() == "sum", group)
+            marked = _marked(self, reduceOp.lower() == "sum", True, group)
             if marked is None:
                 return plain_functional(self, reduceOp, group, tag)
             return _compressed_sum(marked, self, None)  # pyright: ignore[reportCallIssue]

@@ -20,7 +20,7 @@ _LEAST_TRITON = (3, 4)
 
 @lru_cache(maxsize=4096)
 def route(codec: Codec, device_type: str) -> tuple[str, str]:
-    """(backend, why): the implementation of `codec` on a kind of device, ``numba``, ``cuda``, ``triton`` or ``torch``."""
+    """(backend, why): what serves `codec` on a kind of device, ``numba``, ``cuda``, ``triton`` or ``torch``."""
     if isinstance(codec, Plain):
         return "torch", "nothing to encode"
     if device_type == "cuda":

@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm.integrations.transformers import Compression, tensor_parallel_argument
+from flashcomm.integrations.loaded import tensor_parallel_argument
+from flashcomm.integrations.transformers import Compression
 from flashcomm.models import heads
 
 _PACKAGE = "flashcomm_demo_model"

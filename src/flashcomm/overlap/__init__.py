@@ -1,6 +1,6 @@
 """Overlap within one prompt: one part computes while the sums of another are on the wire.
 
-with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded with tp_plan="auto"
+with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded tensor parallel
 model.generate(**inputs)
 """
 

@@ -1,6 +1,6 @@
 """Run a model's prompts in parts: one part computes while the sums of another are on the wire.
 
-    with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded with tp_plan="auto"
+    with flashcomm.overlap.prefill(model, codec="int8g128"):  # a model loaded tensor parallel
         model.generate(**inputs)
 
 The model is not changed and needs no schedule: its decoder runs once for each part, and the runs take turns where they
@@ -41,7 +41,7 @@ def prefill(model: Any, parts: "int | str | Sequence[int]" = "auto", codec: str 
     """Overlap the prefill of `model` for the length of a ``with`` block; yields the `Overlap`.
 
     Args:
-        model: a transformers model, loaded under torchrun with ``from_pretrained(..., tp_plan="auto")``.
+        model: a transformers model, loaded tensor parallel, as for `flashcomm.integrations.transformers.compress`.
         parts: ``auto`` to let `flashcomm.planner.overlap` choose, from times taken of the first prompt of 256 tokens or
             more, whose parts run one after the other; or a number of parts of about equal size, 1 for no overlap; or
             shares of the tokens, such as ``(3, 2)``.

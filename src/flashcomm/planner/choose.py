@@ -18,6 +18,10 @@ ALGORITHMS = (*policy.ALGORITHMS, "plain")
 # 2 cores, 2026-11-20, results/all_reduce_cpu.md.
 MIN_COMPRESSED_BYTES = 64 << 10
 """Smallest message that is compressed; for smaller ones, encoding costs more than the bytes that it saves."""
+GPU_COMPRESSED_BYTES = {"NVLink": 8 << 20, "PCIe": 256 << 10, "PCIe through the host": 256 << 10, "network": 64 << 10}
+"""The same on GPUs, by the slowest link between two of them; not measured. FlashInfer's quantized sums lose to NCCL's below
+2 to 8 MiB on NVLink, and vLLM takes them from 4 to 16 MiB on (vllm#39783). A link that is not known counts as NVLink,
+where compressing too early costs most."""
 MAX_ONE_STEP_BYTES = 256 << 10
 """Largest message that more than two ranks send in one step: one transfer of more bytes beats two of fewer."""
 MAX_EXACT_ONE_STEP_BYTES = 64 << 10
@@ -50,6 +54,15 @@ class Facts:
     """Costs that `flashcomm tune` measured on this group; None if it was not run."""
     device: str = "cpu"
     """Type of the device that holds the tensors; it decides how fast the codecs are."""
+    link: str = ""
+    """On GPUs, the slowest link between two of them, of `GPU_COMPRESSED_BYTES`; "" if it is not known."""
+
+    @property
+    def compressed_bytes(self) -> int:
+        """Smallest message that is compressed on a link that was not measured."""
+        if self.device == "cpu":
+            return MIN_COMPRESSED_BYTES
+        return GPU_COMPRESSED_BYTES.get(self.link, GPU_COMPRESSED_BYTES["NVLink"])
 
     @property
     def has_levels(self) -> bool:
@@ -170,8 +183,10 @@ def _by_rule(message_bytes: int, facts: Facts, codec: Codec, batch_invariant: bo
     if not batch_invariant:
         if facts.shared:
             return _uncompressed(message_bytes, facts, codec, exact, "compression does not pay in shared memory")
-        if message_bytes < MIN_COMPRESSED_BYTES:
-            reason = f"message under {MIN_COMPRESSED_BYTES >> 10} KiB"
+        if message_bytes < facts.compressed_bytes:
+            reason = f"message under {bytes_text(facts.compressed_bytes)}"
+            if facts.device != "cpu":
+                reason += f" over {facts.link or 'a link that is not known'}"
             return _uncompressed(message_bytes, facts, codec, exact, reason)
     algorithm, reason = "two_step", "fewest bytes"
     if facts.has_levels:

@@ -135,11 +135,16 @@ class Scatter(Protocol):
     """One message to each rank: its stripe, in pieces. This rank receives its own stripe from every rank."""
 
     pieces: list[slice]
-    run: torch.Tensor | None
-    """The places of all ranks as payload rows [T, P] one behind the other; None where they do not lie so."""
 
     def place(self, rank: int, piece: slice, rows: int) -> torch.Tensor:
         """Payload rows [rows, P] to write for `rank`, before `send`."""
+        ...
+
+    def whole(self) -> torch.Tensor | None:
+        """Payload rows [R * n, P] of all ranks, n of the longest, to write before one `send` of this rank's own.
+
+        None where they are written in parts. On a GPU, each part is a kernel more.
+        """
         ...
 
     def send(self, rank: int, piece: slice, rows: int):
@@ -170,12 +175,12 @@ class Gather(Protocol):
         """Block until every rank's rows of `piece` have arrived; return them as [R, n, P]."""
         ...
 
-    def wait_run(self) -> torch.Tensor | None:
-        """Block until every rank's rows have arrived; return them as [T, P], or at once None if they are no one run."""
-        ...
-
     def wait_gone(self, piece: slice):
         """Block until this rank's rows of `piece`, and all that it sent before, have left."""
+
+    def whole(self) -> torch.Tensor | None:
+        """Block until all has arrived; return it as [R * n, P], n of the longest, or None if it is read in parts."""
+        ...
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """Yield (rank, piece, payload rows) of all ranks, this one's first, then roughly as they arrive."""

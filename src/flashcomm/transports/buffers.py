@@ -12,6 +12,8 @@ class Buffers:
 
     def __init__(self):
         self._held: dict[tuple, torch.Tensor] = {}
+        self._captured: dict[int, torch.Tensor] = {}
+        """By their addresses, buffers that a CUDA graph holds: its replays write there as long as the program runs."""
 
     def take(self, name: str, device: torch.device, *shape: int) -> torch.Tensor:
         """An uninitialised uint8 tensor of `shape`; valid until the next `take` of the same name."""
@@ -27,7 +29,14 @@ class Buffers:
                 else:
                     held = torch.empty(size, dtype=torch.uint8, device=device)
             self._held[name, device, stream] = held
+        if capturing(device):
+            self._captured[held.data_ptr()] = held
         return held[:size].view(shape)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether calls on `device` become part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Payloads:

@@ -41,17 +41,6 @@ class Bulk:
         """See `base.Messages`. The backend knows what failed."""
 
 
-def _run_of(payloads: Payloads, pieces: list[slice], sizes: list[int]) -> torch.Tensor | None:
-    """The rows of all ranks one behind the other: in one piece, a rank with fewer than the first is the last with any.
-
-    A GPU then takes one launch for all ranks, where one for each would cost more than the bytes that they save.
-    """
-    used = [size for size in sizes if size]
-    if len(pieces) > 1 or sizes[: len(used)] != used or any(size < sizes[0] for size in used[:-1]):
-        return None
-    return payloads[pieces[0]].flatten(0, 1)[: sum(sizes)]
-
-
 class BulkScatter:
     """See `base.Scatter`. A piece starts when its last part, this rank's own, lies in its place."""
 
@@ -61,13 +50,16 @@ class BulkScatter:
         count = self._ranks.world_size
         self._sent = Payloads(messages.buffers, "sent", max(sizes), width, count, device)
         self._received = Payloads(messages.buffers, "received", max(sizes), width, count, device)
-        self.run = _run_of(self._sent, self.pieces, sizes)
         self._works: dict[int, Any] = {}
         self._sent_bytes = 0
 
     def place(self, rank: int, piece: slice, rows: int) -> torch.Tensor:
         """See `base.Scatter`."""
         return self._sent[piece][rank, :rows]
+
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Scatter`. Parts of several pieces do not lie in the order of ranks."""
+        return self._sent[self.pieces[0]].flatten(0, 1) if len(self.pieces) == 1 else None
 
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
@@ -119,12 +111,9 @@ class BulkGather:
             work.wait()
         return self._payloads[piece]
 
-    def wait_run(self) -> torch.Tensor | None:
+    def whole(self) -> torch.Tensor | None:
         """See `base.Gather`."""
-        run = _run_of(self._payloads, self.pieces, self._sizes)
-        if run is not None:
-            self.wait(self.pieces[0])
-        return run
+        return self.wait(self.pieces[0]).flatten(0, 1) if len(self.pieces) == 1 else None
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""

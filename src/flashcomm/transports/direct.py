@@ -118,8 +118,6 @@ class _Pending:
 class DirectScatter(_Pending):
     """See `base.Scatter`. This rank's own stripe is written where it stays."""
 
-    run = None
-
     def __init__(self, messages: Direct, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool):
         super().__init__(messages.link, messages.ranks, varies)
         self._mine, self.pieces = sizes[self._ranks.rank], cut_into(max(sizes), pieces)
@@ -134,6 +132,10 @@ class DirectScatter(_Pending):
         """See `base.Scatter`."""
         payloads = self._received if rank == self._ranks.rank else self._sent
         return payloads[piece][rank, :rows]
+
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Scatter`. Messages of the first ranks leave while those of the last are encoded."""
+        return None
 
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
@@ -198,8 +200,8 @@ class DirectGather(_Pending):
         self._wait_for_all(piece)
         return self._payloads[piece]
 
-    def wait_run(self) -> torch.Tensor | None:
-        """See `base.Gather`. Rows are decoded as they arrive."""
+    def whole(self) -> torch.Tensor | None:
+        """See `base.Gather`."""
         return None
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:

@@ -15,12 +15,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from flashcomm import machine, settings
+from flashcomm.transports import gpus
 from flashcomm.transports.backend import Backend, BackendLink, backend_of
 from flashcomm.transports.base import Memory, Messages, Ranks, Step
 from flashcomm.transports.buffers import Buffers
@@ -46,6 +48,10 @@ class Site(NamedTuple):
     """The reason why this process cannot share memory; "" if it can."""
     why_not_symmetric: str
     """The same for memory of GPUs."""
+    gpu: str = ""
+    """The GPU of the tensors, by `gpus.name_of`."""
+    reach: dict[str, str] | None = None
+    """Links from that GPU, by `gpus.reach`."""
 
 
 class Lane:
@@ -89,7 +95,8 @@ class Lane:
     def stream(self, device: torch.device) -> torch.cuda.Stream:
         """The CUDA stream of asynchronous calls on `device`."""
         if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
+            # Under a matrix product, kernels of normal priority would wait until whole waves of it have ended.
+            self._streams[device] = torch.cuda.Stream(device, priority=-1)
         return self._streams[device]
 
     def abandon(self, why: str):
@@ -116,6 +123,8 @@ class Meeting:
     """The fastest transport that opened: ``shared memory``, ``symmetric memory``, ``connections``, or the backend."""
     why_not: dict[str, str]
     """The reason why a transport did not open, by its name."""
+    link: str = ""
+    """The slowest link between the GPUs of two ranks, of `gpus.LINKS`; "" if it is not known, or there are no GPUs."""
 
     @property
     def shared(self) -> bool:
@@ -143,7 +152,7 @@ def meet(
     Raises:
         ValueError, CollectiveError: a step failed on some rank; raised on all ranks.
     """
-    sites = ranks.each(Step.SITE, _site)
+    sites = ranks.each(Step.SITE, partial(_site, device))
     places = hosts or tuple(site.host for site in sites)
     names = list(dict.fromkeys(places))
     why_not: dict[str, str] = {}
@@ -155,6 +164,9 @@ def meet(
         lane=lane,
         carrier=memory or (backend_of(group, device) if why_not[Connections.name] else Connections.name),
         why_not={name: why for name, why in why_not.items() if why},
+        link=""
+        if device.type != "cuda"
+        else gpus.slowest(places, [site.gpu for site in sites], [site.reach or {} for site in sites]),
     )
 
 
@@ -201,17 +213,18 @@ def _why_not(serves: bool, num_hosts: int, refusals: list[str]) -> str:
     return next((f"rank {rank}: {why}" for rank, why in enumerate(refusals) if why), "")
 
 
-def _site() -> Site:
+def _site(device: torch.device) -> Site:
     settings.check()
+    gpu, reach = gpus.name_of(device), gpus.reach(device)
     label = socket.gethostname() + (f"@{rate}" if (rate := settings.text("FLASHCOMM_LAB_RATE")) else "")
     fused = "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
     try:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused)
+        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, gpu, reach)
     on = settings.switched_on("FLASHCOMM_SHARED_MEMORY")
     why = machine.why_not_compiled() if on else "FLASHCOMM_SHARED_MEMORY=0"
-    return Site(host, label, torch.get_num_threads(), why, fused)
+    return Site(host, label, torch.get_num_threads(), why, fused, gpu, reach)
 
 
 def why_not_shared() -> str:
@@ -220,4 +233,4 @@ def why_not_shared() -> str:
     Raises:
         SettingError: a ``FLASHCOMM_`` switch has a value that is neither on nor off.
     """
-    return _site().why_not_shared
+    return _site(torch.device("cpu")).why_not_shared

@@ -2,6 +2,7 @@
 
     ops       functions that work on one row, sixteen lanes at a time (`simd`)
     program   tables of ops and their operands
+    steps     those that several formats share
     formats   each wire format as steps of a program
     run       the loop over rows, its threads, and the verbs
 

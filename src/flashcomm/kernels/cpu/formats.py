@@ -10,8 +10,6 @@ Source: our own.
 
 from dataclasses import replace
 from functools import lru_cache, singledispatch
-from struct import pack as to_struct
-from struct import unpack as from_struct
 
 import numpy as np
 import torch
@@ -24,132 +22,13 @@ from flashcomm.codecs.blocks import Block
 from flashcomm.codecs.calibrated import Features, Keep, Static
 from flashcomm.codecs.cast import Cast
 from flashcomm.codecs.entropy import Entropy
-from flashcomm.codecs.hadamard import Hadamard, blocks_of
+from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import LAYOUTS, Lossless
 from flashcomm.codecs.peaks import BLOCK, Peaks, levels, reach, table
 from flashcomm.codecs.spike import Spike
-from flashcomm.kernels.cpu import huffman, ops
+from flashcomm.kernels.cpu import huffman, ops, steps
 from flashcomm.kernels.cpu.ops import BF16, FP16, FP32, PAIRS
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
-
-
-def _bits(value: float) -> int:
-    """The pattern of an fp32, as steps take it."""
-    return from_struct("<i", to_struct("<f", value))[0]
-
-
-def _readable(p: Program, x: Row, group: int) -> Row:
-    """Let steps read `x` in place if they can, otherwise widened to fp32."""
-    in_pairs = x.kind == BF16 and p.cols % 32 == 0 and (group % 32 == 0 or group in (8, 16))
-    if in_pairs and p.cols % group and x.roomy and group <= ROOM:
-        p.add(ops.lengthen, x.at, p.cols, groups.count(p.cols, group) * group)
-        return x
-    if (in_pairs and p.cols % group == 0) or (x.kind == FP32 and (x.roomy or p.cols % 16 == 0)):
-        return x
-    return _wide(p, x)
-
-
-def _wide(p: Program, x: Row) -> Row:
-    """Widen `x` to fp32 in scratch memory, unless it is there already."""
-    if x.roomy and x.kind == FP32:
-        return x
-    row = p.row()
-    p.add(ops.widen, x.at, x.kind, p.cols, row.at)
-    return row
-
-
-def _writable(p: Program, y: Row, group: int) -> Row:
-    """Let steps write `y` in place if they can, otherwise a scratch row that `_deliver` brings there."""
-    in_pairs = y.kind == BF16 and p.cols % 32 == group % 2 == 0
-    return y if in_pairs or (y.kind == FP32 and (y.roomy or p.cols % 16 == 0)) else p.row()
-
-
-def _workplace(p: Program, y: Row) -> Row:
-    """Let steps work in `y` if it is fp32 scratch memory without sums in it, otherwise in a row for `_deliver`."""
-    return y if y.roomy and y.kind == FP32 and y.at != SUMS else p.row()
-
-
-def _deliver(p: Program, row: Row, y: Row, clean: bool = False):
-    """Add `row` to the sums if `y` is them, otherwise narrow it into `y`; `clean` if its NaN may have any pattern."""
-    if row is y:
-        return
-    if y.at == SUMS:
-        p.add(ops.accumulate, row.at, p.cols, ADDING, y.at)
-    else:
-        p.add(ops.narrow, row.at, p.cols, y.at, y.kind, clean)
-
-
-def _spread(p: Program, kind: int, group: int, *arrays: Operand) -> tuple[int, list[Operand]]:
-    """Repeat numbers per group so that they are one per unit of a step; returns the unit and the numbers."""
-    wide, narrow = (32, 2) if kind == BF16 else (16, 1)
-    unit = wide if group % wide == 0 else narrow
-    if group == unit:
-        return unit, list(arrays)
-    spread = [p.array() for _ in arrays]
-    for per_group, out in zip(arrays, spread, strict=True):
-        p.add(ops.spread, per_group, group // unit, -(-p.cols // unit), out)
-    return unit, spread
-
-
-def _pack(p: Program, codes: Operand, n: int, bits: int, target: Operand):
-    """Pack `n` codes, a byte each, into bit planes at `target`."""
-    full, rest = n // 128 * 128, n % 128
-    if bits == 8:
-        p.add(ops.copy_bytes, codes, n, target)
-        return
-    if full:
-        p.add(ops.pack, codes, full, bits, target)
-    target, shift = target + full * bits // 8, 0
-    for width in planes.PLANES[bits] if rest else ():
-        p.add(ops.pack_rest, codes + full, rest, width, shift, target)
-        target, shift = target + (rest * width + 7) // 8, shift + width
-
-
-def _unpack(p: Program, source: Operand, n: int, bits: int) -> Operand:
-    """Unpack `n` codes to a byte each; returns their address."""
-    codes = p.array()
-    full, rest = n // 128 * 128, n % 128
-    if bits == 8:
-        if n % 16 == 0:
-            return source
-        p.add(ops.copy_bytes, source, n, codes)
-        return codes
-    if full:
-        p.add(ops.unpack, source, full, bits, codes)
-    source, shift = source + full * bits // 8, 0
-    for width in planes.PLANES[bits] if rest else ():
-        p.add(ops.unpack_rest, source, rest, width, shift, codes + full)
-        source, shift = source + (rest * width + 7) // 8, shift + width
-    return codes
-
-
-def _ranges(p: Program, x: Row, group: int) -> tuple[Operand, Operand]:
-    """Find the smallest and the largest value of each group."""
-    if x.ranges:
-        return x.ranges
-    low, high = p.array(), p.array()
-    if x.kind == BF16:
-        least, most, count = p.array(), p.array(), groups.count(p.cols, group)
-        p.add(ops.shrink_bf16, x.at, count * group, group, least, most)
-        p.add(ops.ranges_bf16, least, most, count, 0, low, high)
-    else:
-        least, most = p.array(), p.array()
-        if group % 16 == 0 and p.cols >= group:
-            p.add(ops.shrink_fp32, x.at, p.cols, group, least, most)
-        p.add(ops.ranges_fp32, least, most, x.at, p.cols, group, low, high)
-    return low, high
-
-
-def _magnitudes(p: Program, x: Row, group: int) -> Operand:
-    """Find the largest magnitude of each group."""
-    amax = p.array()
-    if x.kind == BF16:
-        most, count = p.array(), groups.count(p.cols, group)
-        p.add(ops.shrink_magnitudes, x.at, count * group, group, most)
-        p.add(ops.magnitudes_bf16, most, count, amax)
-    else:
-        p.add(ops.magnitudes_fp32, x.at, p.cols, group, amax)
-    return amax
 
 
 @singledispatch
@@ -169,46 +48,33 @@ def _encode_cast(codec: Cast, p: Program, x: Row, target: Operand):
     if x.kind == BF16 and codec.wire == torch.bfloat16 and p.cols % 32 == 0:
         p.add(ops.clean_bf16, x.at, p.cols, target)
         return
-    row = x if x.kind == FP32 else _wide(p, x)
+    row = x if x.kind == FP32 else steps.wide(p, x)
     p.add(ops.narrow, row.at, p.cols, target, KINDS[codec.wire], 1)
 
 
 @append_decode.register
 def _decode_cast(codec: Cast, p: Program, source: Operand, y: Row):
-    _convert(p, source, KINDS[codec.wire], y)
-
-
-def _convert(p: Program, values: Operand, kind: int, y: Row):
-    """Bring values of `kind` to `y`, with one quiet NaN, or add them to it if it is the sums."""
-    if y.plus and kind == BF16:
-        p.add(ops.add_bf16, values, p.cols, y.plus, y.at)
-        return
-    if y.at == SUMS:
-        p.add(ops.add_wide, values, kind, p.cols, ADDING, y.at)
-        return
-    row = _workplace(p, y)
-    p.add(ops.widen, values, kind, p.cols, row.at)
-    _deliver(p, row, y, clean=True)
+    steps.convert(p, source, KINDS[codec.wire], y)
 
 
 @append_encode.register
 def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
-    x = x if x.kind == PAIRS else _readable(p, x, group)
-    low, high = _ranges(p, x, group)
+    x = x if x.kind == PAIRS else steps.readable(p, x, group)
+    low, high = steps.ranges(p, x, group)
     zero, inverse, flag, meta = (p.array() for _ in range(4))
-    last, meta_bytes = _bits(codec.last), (2 if codec.symmetric else 4) * count
+    last, meta_bytes = steps.bits(codec.last), (2 if codec.symmetric else 4) * count
     p.add(ops.affine_scales, low, high, count, codec.symmetric, last, zero, inverse, flag, meta)
     p.add(ops.copy_bytes, meta, meta_bytes, target + planes.code_bytes(p.cols, codec.bits))
     if x.kind == PAIRS:
         p.add(ops.quantise_pairs, x.at, p.cols, group, zero, inverse, codec.bits, x.ahead, target)
         return
-    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
+    unit, (zeros, inverses) = steps.spread(p, x.kind, group, zero, inverse)
     codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
     p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
-        _pack(p, codes, p.cols, codec.bits, target)
+        steps.pack(p, codes, p.cols, codec.bits, target)
 
 
 @append_decode.register
@@ -216,24 +82,24 @@ def _decode_affine(codec: Affine, p: Program, source: Operand, y: Row):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     meta, zero, scale = (p.array() for _ in range(3))
     p.add(ops.copy_bytes, source + planes.code_bytes(p.cols, codec.bits), (2 if codec.symmetric else 4) * count, meta)
-    p.add(ops.affine_meta, meta, count, codec.symmetric, _bits(codec.last), zero, scale)
-    codes = _unpack(p, source, p.cols, codec.bits)
-    row = _writable(p, y, group)
-    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    p.add(ops.affine_meta, meta, count, codec.symmetric, steps.bits(codec.last), zero, scale)
+    codes = steps.unpack(p, source, p.cols, codec.bits)
+    row = steps.writable(p, y, group)
+    unit, (scales, zeros) = steps.spread(p, row.kind, group, scale, zero)
     adding = ADDING if row.at == SUMS else y.plus
     p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, adding, row.at, row.kind)
-    _deliver(p, row, y)
+    steps.deliver(p, row, y)
 
 
 @append_encode.register
 def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     element, _ = codec.parts
-    x = _readable(p, x, group)
-    amax = _magnitudes(p, x, group)
+    x = steps.readable(p, x, group)
+    amax = steps.magnitudes(p, x, group)
     inverse, flag, meta = (p.array() for _ in range(3))
     behind = target + planes.code_bytes(p.cols, element.bits)
-    operands = (amax, count, _bits(codec.limit), inverse, flag, meta)
+    operands = (amax, count, steps.bits(codec.limit), inverse, flag, meta)
     if codec.scale == "e8m0":
         p.add(ops.scales_e8m0, *operands)
         p.add(ops.copy_bytes, meta, count, behind)
@@ -245,14 +111,14 @@ def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
         p.add(ops.copy_bytes, meta, count, behind)
     else:
         p.add(ops.scales_e5m0, *operands, behind + planes.code_bytes(count, 5))
-        _pack(p, meta, count, 5, behind)
-    unit, (inverses,) = _spread(p, x.kind, group, inverse)
+        steps.pack(p, meta, count, 5, behind)
+    unit, (inverses,) = steps.spread(p, x.kind, group, inverse)
     codes = target if element.bits == 8 and p.cols % 16 == 0 else p.array()
     form = (element.bits, element.mantissa, element.lowest, element.last)
     p.add(ops.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
-        _pack(p, codes, p.cols, element.bits, target)
+        steps.pack(p, codes, p.cols, element.bits, target)
 
 
 @append_decode.register
@@ -262,7 +128,7 @@ def _decode_block(codec: Block, p: Program, source: Operand, y: Row):
     behind = source + planes.code_bytes(p.cols, element.bits)
     meta, scale = p.array(), p.array()
     if codec.scale == "e5m0":
-        below = _unpack(p, behind, count, 5)
+        below = steps.unpack(p, behind, count, 5)
         p.add(ops.meta_e5m0, below, behind + planes.code_bytes(count, 5), count, scale)
     elif codec.scale == "fp32":
         p.add(ops.copy_bytes, behind, 4 * count, scale)
@@ -272,12 +138,12 @@ def _decode_block(codec: Block, p: Program, source: Operand, y: Row):
             p.add(ops.meta_e8m0, meta, count, scale)
         else:
             p.add(ops.meta_e4m3, meta, behind + count, count, scale)
-    codes = _unpack(p, source, p.cols, element.bits)
-    row = _writable(p, y, group)
-    unit, (scales,) = _spread(p, row.kind, group, scale)
+    codes = steps.unpack(p, source, p.cols, element.bits)
+    row = steps.writable(p, y, group)
+    unit, (scales,) = steps.spread(p, row.kind, group, scale)
     form = (element.bits, element.mantissa, element.lowest, ADDING if row.at == SUMS else 0)
     p.add(ops.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
-    _deliver(p, row, y)
+    steps.deliver(p, row, y)
 
 
 @append_encode.register
@@ -285,12 +151,12 @@ def _encode_spike(codec: Spike, p: Program, x: Row, target: Operand):
     base, group, count = codec.base, min(codec.group, p.cols), groups.count(p.cols, codec.group)
     places, zero, inverse, flag, spikes, meta, codes = (p.array() for _ in range(7))
     if x.kind == BF16 and group % 32 == p.cols % group == 0:
-        low, high = _ranges(p, x, group)
+        low, high = steps.ranges(p, x, group)
         a, b, least, most = (p.array() for _ in range(4))
         p.add(ops.find_spikes_bf16, x.at, p.cols, group, places, low, high, least, most)
         p.add(ops.ranges_bf16, least, most, count, 1, a, b)
     else:
-        x = _wide(p, x)
+        x = steps.wide(p, x)
         low, high, a, b = (p.array() for _ in range(4))
         if group % 16 == 0:
             p.add(ops.shrink_spikes, x.at, p.cols, group, low, a, high, b)
@@ -299,15 +165,15 @@ def _encode_spike(codec: Spike, p: Program, x: Row, target: Operand):
         p.add(ops.find_spikes, x.at, p.cols, group, places, low, high, a, b)
     form = (count, base.bits, base.symmetric)
     p.add(ops.spike_scales, low, high, a, b, *form, zero, inverse, flag, spikes, meta)
-    unit, (zeros, inverses) = _spread(p, x.kind, group, zero, inverse)
-    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, _bits(base.last), codes)
+    unit, (zeros, inverses) = steps.spread(p, x.kind, group, zero, inverse)
+    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, steps.bits(base.last), codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     sections = codec.sections(p.cols)
-    _pack(p, codes, p.cols, base.bits, target)
+    steps.pack(p, codes, p.cols, base.bits, target)
     p.add(ops.copy_bytes, spikes, sections[1], target + sections[0])
     p.add(ops.copy_bytes, meta, sections[2], target + sum(sections[:2]))
     p.add(ops.copy_bytes, meta + count + 16, sections[3], target + sum(sections[:3]))
-    _pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
+    steps.pack(p, places, 2 * count, codec.place_bits, target + sum(sections[:4]))
 
 
 @append_decode.register
@@ -319,28 +185,14 @@ def _decode_spike(codec: Spike, p: Program, source: Operand, y: Row):
         p.add(ops.copy_bytes, source + sum(sections[:i]), sections[i], array)
     form = (count, base.bits, base.symmetric)
     p.add(ops.spike_meta, spikes, scale_codes, centres, *form, zero, scale, low, high)
-    codes = _unpack(p, source, p.cols, base.bits)
+    codes = steps.unpack(p, source, p.cols, base.bits)
     # Spikes replace values, so they must be in place before anything is added to a sum.
-    row = p.row() if y.at == SUMS else _writable(p, y, group)
-    unit, (scales, zeros) = _spread(p, row.kind, group, scale, zero)
+    row = p.row() if y.at == SUMS else steps.writable(p, y, group)
+    unit, (scales, zeros) = steps.spread(p, row.kind, group, scale, zero)
     p.add(ops.dequantise, codes, p.cols, unit, scales, zeros, 0, row.at, row.kind)
-    places = _unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
+    places = steps.unpack(p, source + sum(sections[:4]), 2 * count, codec.place_bits)
     p.add(ops.put_spikes, places, low, high, p.cols, group, row.at, row.kind)
-    _deliver(p, row, y)
-
-
-def _transform(
-    p: Program, row: Row, group: int, factors: "Operand | int", ahead: "Operand | int", *, forward: bool, first: int = 0
-):
-    """Transform the groups of `row` from `first` on in place.
-
-    `ahead` is the address to prefetch: the next row to read, or the one to write.
-    """
-    full, rest = p.cols // group, p.cols % group
-    for n, start, blocks in ((group, first, full - first), (rest, full, 1)):
-        for place, size in blocks_of(n) if blocks else ():
-            at, own = row.at + (start * group + place) * 4, factors if isinstance(factors, int) else factors + start * 4
-            p.add(ops.hadamard, at, blocks, size, n, _bits(1.0 / size if forward else 1.0), own, ahead)
+    steps.deliver(p, row, y)
 
 
 def _in_registers(codec: Hadamard, cols: int) -> int:
@@ -355,15 +207,15 @@ def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
     if done == p.cols and x.kind == BF16 and isinstance(codec.base, Affine):
         # Two bf16 share a word, so even and odd values are apart at no cost, and stay so until codes are packed.
         least, most = p.array(), p.array()
-        p.add(ops.hadamard_pairs, x.at, p.cols, codec.group, _bits(1.0 / codec.group), row.at, least, most)
+        p.add(ops.hadamard_pairs, x.at, p.cols, codec.group, steps.bits(1.0 / codec.group), row.at, least, most)
         p.add(ops.ranges_fp32, least, most, row.at, p.cols, codec.group, low, high)
         pairs = replace(row, kind=PAIRS, ranges=(low, high), ahead=ahead + p.cols * 3 // 2)
         append_encode(codec.base, p, pairs, target)
         return
     if done:
-        x = _wide(p, x) if x.kind == FP16 else x
+        x = steps.wide(p, x) if x.kind == FP16 else x
         least, most, width = p.array(), p.array(), 2 if x.kind == BF16 else 4
-        p.add(ops.hadamard_ranges, x.at, x.kind, done, codec.group, _bits(1.0 / codec.group), row.at, least, most)
+        p.add(ops.hadamard_ranges, x.at, x.kind, done, codec.group, steps.bits(1.0 / codec.group), row.at, least, most)
         p.add(ops.ranges_fp32, least, most, row.at, done, codec.group, low, high)
         row = replace(row, ranges=(low, high))
     if done < p.cols:
@@ -373,7 +225,7 @@ def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
         p.add(ops.adapt, row.at, p.cols, codec.group, alpha)
         p.add(ops.copy_bytes, alpha, 4 * count, target + codec.base.payload_bytes(p.cols))
     if done < p.cols:
-        _transform(p, row, codec.group, alpha, ahead, forward=True, first=done // codec.group)
+        steps.transform(p, row, codec.group, alpha, ahead, forward=True, first=done // codec.group)
     if 0 < done < p.cols:
         first, least, most = row.at + done * 4, p.array(), p.array()
         if p.cols - done >= codec.group:
@@ -386,7 +238,7 @@ def _encode_hadamard(codec: Hadamard, p: Program, x: Row, target: Operand):
 @append_decode.register
 def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
     count, alpha, done = groups.count(p.cols, codec.group), 0, _in_registers(codec, p.cols)
-    row = _workplace(p, y)
+    row = steps.workplace(p, y)
     append_decode(codec.base, p, source, row)
     if done == p.cols and y.kind == BF16:
         p.add(ops.hadamard_to_bf16, row.at, p.cols, codec.group, y.at)
@@ -395,14 +247,14 @@ def _decode_hadamard(codec: Hadamard, p: Program, source: Operand, y: Row):
         alpha = p.array()
         p.add(ops.copy_bytes, source + codec.base.payload_bytes(p.cols), 4 * count, alpha)
         p.add(ops.invert, alpha, count)
-    _transform(p, row, codec.group, alpha, 0 if y.at == SUMS else y.at, forward=False)
-    _deliver(p, row, y, clean=True)
+    steps.transform(p, row, codec.group, alpha, 0 if y.at == SUMS else y.at, forward=False)
+    steps.deliver(p, row, y, clean=True)
 
 
 @append_encode.register
 def _encode_keep(codec: Keep, p: Program, x: Row, target: Operand):
     codec.check(p.cols)
-    x = x if x.kind == BF16 else _wide(p, x)
+    x = x if x.kind == BF16 else steps.wide(p, x)
     rest, features = Row(p.array(), x.kind, True), np.array(codec.kept, np.int64)
     sent = target + codec.base.payload_bytes(p.cols - len(features))
     p.add(ops.take_out, x.at, x.kind, p.cols, p.constant(features), len(features), rest.at, sent)
@@ -413,13 +265,13 @@ def _encode_keep(codec: Keep, p: Program, x: Row, target: Operand):
 @append_decode.register
 def _decode_keep(codec: Keep, p: Program, source: Operand, y: Row):
     codec.check(p.cols)
-    row = y if y.kind == BF16 else _workplace(p, y)
+    row = y if y.kind == BF16 else steps.workplace(p, y)
     rest, features = Row(p.array(), row.kind, True), np.array(codec.kept, np.int64)
     with p.shortened(len(features)):
         append_decode(codec.base, p, source, rest)
     sent = source + codec.base.payload_bytes(p.cols - len(features))
     p.add(ops.put_back, rest.at, sent, p.constant(features), len(features), p.cols, row.at, row.kind)
-    _deliver(p, row, y)
+    steps.deliver(p, row, y)
 
 
 @lru_cache(maxsize=4096)
@@ -436,14 +288,14 @@ def _features(codec: Static) -> Features:
 @append_encode.register
 def _encode_static(codec: Static, p: Program, x: Row, target: Operand):
     codec.check(p.cols)
-    x, codes = _wide(p, x), p.array()
+    x, codes = steps.wide(p, x), p.array()
     scale = _tables(_features(codec), codec.bits)[codec.table]
     with np.errstate(divide="ignore"):
         inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
     operands = p.constant(scale * np.float32(-codec.last / 2)), p.constant(inverse)
-    p.add(ops.quantise, x.at, FP32, p.cols, 1, *operands, _bits(codec.last), codes)
+    p.add(ops.quantise, x.at, FP32, p.cols, 1, *operands, steps.bits(codec.last), codes)
     p.add(ops.mark_nan, x.at, p.cols, int(codec.last) + 1, codes)
-    _pack(p, codes, p.cols, codec.bits, target)
+    steps.pack(p, codes, p.cols, codec.bits, target)
     p.add(ops.put_byte, codec.table, target + planes.code_bytes(p.cols, codec.bits))
 
 
@@ -452,13 +304,13 @@ def _decode_static(codec: Static, p: Program, source: Operand, y: Row):
     codec.check(p.cols)
     tables, scale, zero = _tables(_features(codec), codec.bits), p.array(), p.array()
     number = source + planes.code_bytes(p.cols, codec.bits)
-    factor = _bits(-codec.last / 2)
+    factor = steps.bits(-codec.last / 2)
     p.add(ops.pick_table, number, p.constant(tables), len(tables), tables.strides[0], factor, p.cols, scale, zero)
-    codes = _unpack(p, source, p.cols, codec.bits)
-    row = _workplace(p, y)
+    codes = steps.unpack(p, source, p.cols, codec.bits)
+    row = steps.workplace(p, y)
     p.add(ops.dequantise, codes, p.cols, 1, scale, zero, 0, row.at, FP32)
     p.add(ops.unmark_nan, codes, p.cols, int(codec.last) + 1, row.at)
-    _deliver(p, row, y)
+    steps.deliver(p, row, y)
 
 
 @append_encode.register
@@ -475,17 +327,17 @@ def _decode_entropy(codec: Entropy, p: Program, source: Operand, y: Row):
     shape, book = p.constant(huffman.shape(p.cols, codec.payload_bytes(p.cols))), huffman.book()
     copy, numbers, lowest, state, escapes, _ = (p.array() for _ in range(6))
     p.add(ops.read_row, source, shape, book, copy, numbers, lowest, state)
-    row = _writable(p, y, 32)
+    row = steps.writable(p, y, 32)
     adding = ADDING if row.at == SUMS else y.plus
     p.add(ops.read_codes, shape, book, copy, numbers, lowest, state, escapes, adding, row.at, row.kind)
-    _deliver(p, row, y)
+    steps.deliver(p, row, y)
 
 
 @append_encode.register
 def _encode_lossless(codec: Lossless, p: Program, x: Row, target: Operand):
     kind, at = KINDS[codec.wire], x.at
     if x.kind != kind:
-        row, at = _wide(p, x), p.array()
+        row, at = steps.wide(p, x), p.array()
         p.add(ops.narrow, row.at, p.cols, at, kind, 1)
     sizes = p.cols, LAYOUTS[codec.wire].mantissa, codec.payload_bytes(p.cols)
     p.add(ops.pack_row, at, *sizes, *(p.array() for _ in range(4)), target)
@@ -498,7 +350,7 @@ def _decode_lossless(codec: Lossless, p: Program, source: Operand, y: Row):
     sizes = p.cols, LAYOUTS[codec.wire].mantissa, codec.payload_bytes(p.cols)
     p.add(ops.unpack_row, source, *sizes, *(p.array() for _ in range(3)), at)
     if at is not y.at:
-        _convert(p, at, kind, y)
+        steps.convert(p, at, kind, y)
 
 
 @append_encode.register
@@ -511,16 +363,16 @@ def _encode_peaks(codec: Peaks, p: Program, x: Row, target: Operand):
     p.add(ops.take_peaks, row.at, p.cols, count, work, best, flag, scale + 2, places, stride)
     whole = p.cols // 128 * 128
     if whole:
-        p.add(ops.hadamard_ranges, row.at, FP32, whole, BLOCK, _bits(1 / BLOCK), row.at, least, most)
+        p.add(ops.hadamard_ranges, row.at, FP32, whole, BLOCK, steps.bits(1 / BLOCK), row.at, least, most)
     if whole < p.cols:
-        _transform(p, row, BLOCK, 0, 0, forward=True, first=whole // BLOCK)
-    p.add(ops.level_scale, row.at, p.cols, _bits(reach(codec.bits)), flag, inverse, scale)
+        steps.transform(p, row, BLOCK, 0, 0, forward=True, first=whole // BLOCK)
+    p.add(ops.level_scale, row.at, p.cols, steps.bits(reach(codec.bits)), flag, inverse, scale)
     half = 2 ** (codec.bits - 1)
     known = p.constant(np.array([half + level for level in table(codec.bits)], np.int32))
     p.add(ops.level_codes, row.at, p.cols, inverse, known, codec.bits, flag, codes)
-    _pack(p, codes, p.cols, codec.bits, target)
+    steps.pack(p, codes, p.cols, codec.bits, target)
     for i, width in enumerate(codec.place_widths(p.cols)):
-        _pack(p, places + i * stride, count, width, behind)
+        steps.pack(p, places + i * stride, count, width, behind)
         behind = behind + planes.code_bytes(count, width)
 
 
@@ -530,18 +382,18 @@ def _decode_peaks(codec: Peaks, p: Program, source: Operand, y: Row):
     scale, behind, stride = source + sections[0], source + sum(sections[:3]), count + ROOM
     widths = codec.place_widths(p.cols)
     for i, width in enumerate(widths):
-        p.add(ops.copy_bytes, _unpack(p, behind, count, width), count, places + i * stride)
+        p.add(ops.copy_bytes, steps.unpack(p, behind, count, width), count, places + i * stride)
         behind = behind + planes.code_bytes(count, width)
-    codes, direct = _unpack(p, source, p.cols, codec.bits), y.kind == BF16 and p.cols % 128 == 0
-    row = p.row() if direct else _workplace(p, y)
+    codes, direct = steps.unpack(p, source, p.cols, codec.bits), y.kind == BF16 and p.cols % 128 == 0
+    row = p.row() if direct else steps.workplace(p, y)
     p.add(ops.level_values, codes, p.cols, p.constant(np.array(levels(codec.bits), np.float32)), scale, row.at)
     if direct:
         p.add(ops.hadamard_to_bf16, row.at, p.cols, BLOCK, y.at)
         row = y
     else:
-        _transform(p, row, BLOCK, 0, 0 if y.at == SUMS else y.at, forward=False)
+        steps.transform(p, row, BLOCK, 0, 0 if y.at == SUMS else y.at, forward=False)
     p.add(ops.put_peaks, scale + 2, count, places, stride, len(widths), p.cols, scale, row.at, row.kind)
-    _deliver(p, row, y, clean=True)
+    steps.deliver(p, row, y, clean=True)
 
 
 def supports(codec: Codec) -> bool:

@@ -12,6 +12,7 @@ from flashcomm.kernels.gpu.launch import (
     edge,
     encode,
     least_tile,
+    on_device,
     options,
     tile,
     typed,
@@ -21,5 +22,5 @@ from flashcomm.kernels.gpu.tiles.base import Format
 
 __all__ = [
     "Format", "LARGEST_TILE", "TILE", "VALUES", "constants_of", "decode_sum", "decode_sum_add_norm",
-    "decode_sum_encode", "describe", "edge", "encode", "least_tile", "options", "tile", "typed", "why_not",
+    "decode_sum_encode", "describe", "edge", "encode", "least_tile", "on_device", "options", "tile", "typed", "why_not",
 ]  # fmt: skip

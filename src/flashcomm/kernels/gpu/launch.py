@@ -8,6 +8,7 @@ Left to the specification: groups that are not a power of two (unless a row has 
 formats, and groups that do not fit into a tile.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -124,24 +125,25 @@ def decode_sum_add_norm(
     size = max(_power_of_two(max(cols, 128)), least_tile(source))
     payloads = typed(payloads, source)
     kernel: Any = add_norm
-    kernel[(residual.shape[0],)](
-        payloads,
-        payloads.stride(0),
-        payloads.stride(1),
-        payloads.shape[0],
-        typed(residual, values),
-        residual.stride(0),
-        typed(weight, values),
-        typed(out, values),
-        typed(total, values),
-        cols,
-        epsilon,
-        SOURCE=source,
-        VALUES=values,
-        V=size,
-        EDGE=edge(cols, size),
-        **options(size, source),
-    )
+    with on_device(residual):
+        kernel[(residual.shape[0],)](
+            payloads,
+            payloads.stride(0),
+            payloads.stride(1),
+            payloads.shape[0],
+            typed(residual, values),
+            residual.stride(0),
+            typed(weight, values),
+            typed(out, values),
+            typed(total, values),
+            cols,
+            epsilon,
+            SOURCE=source,
+            VALUES=values,
+            V=size,
+            EDGE=edge(cols, size),
+            **options(size, source),
+        )
 
 
 def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, target_format: Format, cols: int):
@@ -149,16 +151,22 @@ def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, tar
     constants = constants_of(source_format, target_format, cols)
     programs = target.shape[0] * (1 if constants["WHOLE_ROWS"] else -(-cols // constants["V"]))
     strides = source.stride(0), source.stride(1)
-    move[(programs,)](
-        source,
-        *strides,
-        source.shape[0],
-        target,
-        target.stride(0),
-        cols,
-        **constants,
-        **options(constants["V"], source_format, target_format),
-    )
+    with on_device(source):
+        move[(programs,)](
+            source,
+            *strides,
+            source.shape[0],
+            target,
+            target.stride(0),
+            cols,
+            **constants,
+            **options(constants["V"], source_format, target_format),
+        )
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager:
+    """Make the GPU of `x` the current one, on which Triton launches; in the interpreter, nothing."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def constants_of(source: Format, target: Format, cols: int) -> dict[str, Any]:

@@ -56,7 +56,8 @@ def _flag(buffers_ptr, rank, step, source, R: tl.constexpr):
 def _await(buffers_ptr, rank, step, peer, epoch, patience, lost_ptr, R: tl.constexpr, PTX: tl.constexpr):
     """Wait until a rank has signalled; return the patience left for others, which is none once one rank was lost."""
     come = wait(_flag(buffers_ptr, rank, step, peer, R), epoch, patience, PTX)
-    if not come:
+    # Once a rank was lost, others are not waited for, and may be late only.
+    if not come and tl.load(lost_ptr) == 0:
         tl.store(lost_ptr, peer + 1)
     return tl.where(come, patience, 0)
 
@@ -68,7 +69,9 @@ def _copy(target_ptr, source_ptr, width, WORDS: tl.constexpr):
     # By way of integers, as Triton's interpreter refuses to make one pointer of another.
     source = tl.multiple_of(source_ptr.to(tl.int64).to(tl.pointer_type(tl.int32)), 16) + word
     target = tl.multiple_of(target_ptr.to(tl.int64).to(tl.pointer_type(tl.int32)), 16) + word
-    tl.store(target, tl.load(source, mask=word * 4 < width), mask=word * 4 < width)
+    # Compared in words, so that Triton sees that the mask is the same for four of them, which travel at once.
+    inside = word < width // 4
+    tl.store(target, tl.load(source, mask=inside), mask=inside)
 
 
 @triton.jit
@@ -104,6 +107,8 @@ def one_step(
     """Sum every rank's x[T, H] into out[T, H]; each rank sends all of its payload to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs_ptr + block) + 1
+    # A graph that is replayed asks nobody whether a rank was lost, so its launches find out by themselves.
+    patience = tl.where(tl.load(lost_ptr) == 0, patience, 0)
     start = _half(epoch, half_bytes, R)
     line, width = _long(cols), _long(width)
     of_rank = rows * width
@@ -155,6 +160,8 @@ def two_step(
     """Sum every rank's x[T, H] into out[T, H]; each rank adds up its stripe and sends the sums to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     epoch = tl.load(epochs_ptr + block) + 1
+    # A graph that is replayed asks nobody whether a rank was lost, so its launches find out by themselves.
+    patience = tl.where(tl.load(lost_ptr) == 0, patience, 0)
     stripe = (rows + R - 1) // R
     line, width, sum_width = _long(cols), _long(width), _long(sum_width)
     of_rank, sums_of_rank = stripe * width, stripe * sum_width

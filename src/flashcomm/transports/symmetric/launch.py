@@ -15,6 +15,7 @@ from flashcomm import kernels
 from flashcomm.codecs import Codec
 from flashcomm.errors import PeerLost
 from flashcomm.kernels import gpu
+from flashcomm.kernels.gpu.tiles.base import Format
 from flashcomm.transports.base import OnRows, Task, nothing_to_abandon
 from flashcomm.transports.symmetric import exchange
 
@@ -73,6 +74,18 @@ def row_length(cols: int, codec: Codec) -> int | None:
     return max(short, key=lambda n: (n & -n == n and n >= gpu.TILE // 4, n)) if short else min(lengths, default=None)
 
 
+@lru_cache(maxsize=4096)
+def tile_of(codec: Codec, length: int) -> int:
+    """Values of the tile that holds a whole row of `length` values in all of the codec's formats.
+
+    >>> from flashcomm.codecs import parse
+    >>> tile_of(parse("int8g128"), 1440), tile_of(parse("nvfp4"), 5120)
+    (2048, 8192)
+    """
+    forms = [_form(single, length) for single in codec.formats]
+    return max(gpu.tile(*forms, cols=length), 1 << (length - 1).bit_length())
+
+
 def needed_bytes(algorithm: str, rows: int, cols: int, codec: Codec, ranks: int) -> int:
     """Bytes of half of a rank's memory that an all-reduce of x[rows, cols] uses; see `exchange`."""
     first, second = (padded(single.payload_bytes(cols)) for single in codec.formats)
@@ -106,10 +119,10 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
     assert length is not None
     ranks = len(peers.buffers)
     x, out = x.view(-1, length), out.view(-1, length)
-    forms = (gpu.describe(single, length) for single in codec.formats)
-    first, second = (form._replace(kind="cast") if form.kind == "values" else form for form in forms)
+    first, second = (_form(single, length) for single in codec.formats)
     widths = [padded(single.payload_bytes(length)) for single in codec.formats]
-    size = gpu.tile(first, second, cols=length)
+    # A row is one tile: columns beyond it would be neither sent nor written.
+    size = tile_of(codec, length)
     at_once = ranks * (peers.half_bytes // needed_bytes(algorithm, ranks, length, codec, ranks))
     if at_once == 0:
         raise ValueError(f"rows of {length} values in {codec} need more than {peers.size_bytes} bytes on each rank")
@@ -118,28 +131,35 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
     for start in range(0, len(x), at_once):
         part = slice(start, min(start + at_once, len(x)))
         check(peers)
-        kernel[(len(peers.epochs),)](
-            gpu.typed(x[part], values),
-            gpu.typed(out[part], values),
-            peers.buffers,
-            peers.epochs,
-            peers.lost,
-            peers.patience,
-            peers.rank,
-            part.stop - part.start,
-            length,
-            peers.half_bytes,
-            *widths[: 1 if algorithm == "one_step" else 2],
-            R=ranks,
-            VALUES=values,
-            FIRST=first,
-            SECOND=second,
-            V=size,
-            EDGE=gpu.edge(length, size),
-            WORDS=1 << (max(widths) // 4 - 1).bit_length(),
-            PTX=x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
-            **gpu.options(size, first, second),
-        )
+        with gpu.on_device(x):
+            kernel[(len(peers.epochs),)](
+                gpu.typed(x[part], values),
+                gpu.typed(out[part], values),
+                peers.buffers,
+                peers.epochs,
+                peers.lost,
+                peers.patience,
+                peers.rank,
+                part.stop - part.start,
+                length,
+                peers.half_bytes,
+                *widths[: 1 if algorithm == "one_step" else 2],
+                R=ranks,
+                VALUES=values,
+                FIRST=first,
+                SECOND=second,
+                V=size,
+                EDGE=gpu.edge(length, size),
+                WORDS=1 << (max(widths) // 4 - 1).bit_length(),
+                PTX=x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
+                **gpu.options(size, first, second),
+            )
+
+
+def _form(codec: Codec, length: int) -> Format:
+    """The constants of a format whose payloads lie in bytes, casts too."""
+    form = gpu.describe(codec, length)
+    return form._replace(kind="cast") if form.kind == "values" else form
 
 
 def check(peers: Peers):

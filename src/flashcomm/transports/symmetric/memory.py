@@ -34,19 +34,21 @@ class SymmetricMemory:
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
-        mapped: list[Any] = []
+        made: list[Any] = []
 
-        def map_it() -> str:
+        def attempt(step: Callable[[], Any]) -> str:
             try:
-                mapped.append(_map(ranks, group, device))
+                made.append(step())
             except (ImportError, RuntimeError) as error:
                 return f"no symmetric memory: {str(error).splitlines()[0]}"
             return ""
 
-        for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, map_it)):
-            if refusal:
-                return None, f"rank {rank}: {refusal}"
-        return cls(mapped[0]), ""
+        # Mapping is collective: a rank that could not allocate would leave the others waiting in it.
+        for step in (lambda: _allocate(device), lambda: _map(made[0], ranks, group, device)):
+            for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, lambda step=step: attempt(step))):
+                if refusal:
+                    return None, f"rank {rank}: {refusal}"
+        return cls(made[1]), ""
 
     def load(self, task: Task):
         """See `base.Memory`. Triton compiles for the values of a call, so there is nothing to load before."""
@@ -62,14 +64,20 @@ class SymmetricMemory:
         """See `base.Memory`. The other ranks find out by their patience."""
 
 
-def _map(ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> Any:
+def _allocate(device: torch.device) -> torch.Tensor:
     import torch.distributed._symmetric_memory as symmetric_memory
-
-    from flashcomm.transports.symmetric import launch
 
     memory = symmetric_memory.empty(SIZE_BYTES, dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)
+    return memory
+
+
+def _map(memory: torch.Tensor, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> Any:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    from flashcomm.transports.symmetric import launch
+
     handle = symmetric_memory.rendezvous(memory, group=group)
     return launch.Peers(
         rank=ranks.rank,

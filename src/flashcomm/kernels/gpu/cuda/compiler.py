@@ -77,7 +77,10 @@ def cubin(macros: dict[str, str], target: str) -> bytes:
         RuntimeError: NVRTC is missing, or refuses the source.
     """
     key = repr((version(), _OPTIONS, target, sorted(macros.items()), source()))
-    path = cache_folder() / (hashlib.sha256(key.encode()).hexdigest() + ".cubin")
+    try:
+        path = cache_folder() / (hashlib.sha256(key.encode()).hexdigest() + ".cubin")
+    except RuntimeError:  # there is no home folder
+        return compiled(macros, target)
     try:
         return path.read_bytes()
     except OSError:

@@ -33,11 +33,16 @@ class Arguments(ctypes.Structure):
 _BUFFER, _SIZE, _END = 1, 2, 0
 
 
-@lru_cache(maxsize=1)
-def _library() -> ctypes.CDLL:
-    cuda = ctypes.CDLL("libcuda.so.1")
+def open_library(name: str) -> ctypes.CDLL:
+    """Open the driver."""
+    cuda = ctypes.CDLL(name)
     cuda.cuLaunchKernel.argtypes = [ctypes.c_void_p] + 7 * [ctypes.c_uint] + 3 * [ctypes.c_void_p]
     return cuda
+
+
+@lru_cache(maxsize=1)
+def _library() -> ctypes.CDLL:
+    return open_library("libcuda.so.1")
 
 
 def _check(code: int):

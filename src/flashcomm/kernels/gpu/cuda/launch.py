@@ -69,7 +69,7 @@ def spell(codec: Codec) -> str | None:
 
 @lru_cache(maxsize=4096)
 def macros(source: str, target: str, layout: str, sum_ranks: bool) -> tuple[tuple[str, str], ...]:
-    """What the kernel is compiled for."""
+    """Macros that the kernel is compiled for."""
     return ("SOURCE", source), ("TARGET", target), ("LAYOUT", layout), ("SUM_RANKS", str(int(sum_ranks)))
 
 

@@ -43,8 +43,10 @@ def write(ptr, x, start, cols, largest, F: tl.constexpr, V: tl.constexpr, EDGE: 
 def read_sum(ptr, rank_stride, ranks, start, cols, F: tl.constexpr, V: tl.constexpr, EDGE: tl.constexpr):
     """[V] fp32: the sum of `read` over ranks, whose rows lie `rank_stride` apart, rank 0 first."""
     total = read(ptr, start, cols, F, V, EDGE)
+    # Payloads of several ranks may lie more than 2 GiB apart, and Triton takes small strides for 32-bit numbers.
+    far = tl.full([], 0, tl.int64) + rank_stride
     for rank in range(1, ranks):
-        total += read(ptr + rank * rank_stride, start, cols, F, V, EDGE)
+        total += read(ptr + rank * far, start, cols, F, V, EDGE)
     return total
 
 

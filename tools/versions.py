@@ -1,8 +1,8 @@
 """Test flashcomm with other versions of Python and of its dependencies: `make test-matrix`, `make test-smoke`.
 
-    python tools/test_versions.py                     all environments of constraints/versions.toml, and this one
-    python tools/test_versions.py oldest today        these
-    python tools/test_versions.py --smoke today       the shortest tests that tell about versions
+    python tools/versions.py                     all environments of constraints/versions.toml, and this one
+    python tools/versions.py oldest today        these
+    python tools/versions.py --smoke today       the shortest tests that tell about versions
 
 An environment is made in .venv-versions/NAME when it is first needed (five to seven GB: torch brings its CUDA), with
 the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran
@@ -25,7 +25,7 @@ from pathlib import Path
 if sys.version_info >= (3, 11):
     import tomllib
 else:
-    import tomli as tomllib
+    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "versions.json"
@@ -43,6 +43,7 @@ TESTS = (
     "tests/collectives/test_meshes.py",
     "tests/integrations",
     "tests/bench/test_bench_gpu.py",
+    "tests/test_gpu_check.py",
     "tests/test_package.py",
 )
 """Codecs, kernels, collectives, compiled graphs, engines, and kernels for GPUs that are compiled ahead of time. The
@@ -103,8 +104,9 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
-def run(name: str, python: Path, tests: list[str], limit_s: float) -> dict:
-    """Run tests in an environment; returns the row of its results."""
+def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
+    """Run the tests in an environment; returns the row of its results."""
+    tests = SMOKE if smoke else TESTS
     report = python.parents[1] / "versions.xml"
     report.unlink(missing_ok=True)
     start = time.monotonic()
@@ -120,6 +122,7 @@ def run(name: str, python: Path, tests: list[str], limit_s: float) -> dict:
     facts = json.loads(subprocess.run([python, "-c", describe], cwd=ROOT, capture_output=True, check=True).stdout)
     return {
         "environment": name,
+        "tests": "smoke" if smoke else "all",
         **{package: facts["versions"].get(package) for package in PACKAGES},
         "passed": kinds["passed"],
         "failed": kinds["failure"] + kinds["error"],
@@ -152,6 +155,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"environments: {', '.join([*table(), TODAY])}")
     parser.add_argument("--smoke", action="store_true", help="the shortest tests; nothing is kept")
+    parser.add_argument("--keep", action="store_true", help="keep it all the same")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where environments are made")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that tests of one environment may take")
     given = parser.parse_args()
@@ -161,10 +165,10 @@ def main() -> int:
     failed = 0
     for name in names:
         python = environment(name, given.folder)
-        row = run(name, python, [*(SMOKE if given.smoke else TESTS)], given.limit)
+        row = run(name, python, given.smoke, given.limit)
         failed += row["failed"]
         print(f"{name}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped, {row['seconds']} s")
-        if not given.smoke:
+        if given.keep or not given.smoke:
             keep(row)
     return bool(failed)
 
