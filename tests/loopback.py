@@ -13,9 +13,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import greenlet
+import pytest
 import torch
 import torch.distributed as dist
+
+pytest.importorskip("greenlet", reason="pip install greenlet")
+import greenlet
 
 from flashcomm import planner
 from flashcomm.collectives import group as groups

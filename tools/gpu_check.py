@@ -55,7 +55,7 @@ CHECKS = (
     Check("sanitizer", "launches", 160, dry=False),
     Check("compiled", "routes", 120),
 )
-"""What only a GPU can say comes first."""
+"""Checks in the order of their worth: those come first that only a GPU can answer."""
 _PARTS = (
     Check("few_kernels", "kernels", 60, dry=False),
     Check("few_launches", "launches", 60, dry=False),

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 import ranks
 from flashcomm.bench import ttft
 from flashcomm.demo import MODEL

@@ -1,10 +1,12 @@
 """Small floats, value by value, against implementations that others maintain."""
 
-import gfloat
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("gfloat", reason="pip install gfloat")
+import gfloat
 
 from flashcomm.codecs.elements import ELEMENTS
 

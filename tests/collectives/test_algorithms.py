@@ -4,7 +4,6 @@ No processes: the transport is `loopback`, so that every codec, world size and w
 """
 
 import json
-from collections import Counter
 from functools import partial
 
 import pytest
@@ -136,6 +135,38 @@ def test_bits_do_not_depend_on_pieces(world_size, bulk):
 
 
 @pytest.mark.parametrize("world_size", [2, 4, 8])
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [
+        ("two_step", ["encode", "decode_sum_encode", "decode"]),
+        ("one_step", ["encode", "decode_sum"]),
+        ("reduce_scatter", ["encode", "decode_sum"]),
+        ("all_gather", ["encode", "decode"]),
+    ],
+)
+def test_kernels_do_not_grow_with_ranks_over_a_backend(monkeypatch, name, want, world_size):
+    """On GPUs each is a launch; also where stripes are uneven, and the last ranks have no rows."""
+    loop, codec = Loopback(world_size, bulk=True), parse("int8g128")
+    called: list[str] = []
+    for verb in ("encode", "decode", "decode_sum", "decode_sum_encode"):
+
+        def counted(*args, run=getattr(kernels, verb), verb=verb, **kwargs):
+            called.append(verb)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(algorithms.kernels, verb, counted)
+    for rows in (world_size, 5 * world_size) if name == "reduce_scatter" else (world_size + 1, 37, 40):
+        size = {"reduce_scatter": rows // world_size, "all_gather": rows * world_size}.get(name, rows)
+        called.clear()
+        loop.run(
+            lambda rank, messages, rows=rows, size=size: algorithms.ALGORITHMS[name](
+                promises.tensor(rank, (rows, 384)), torch.empty(size, 384, dtype=torch.bfloat16), codec, messages
+            )
+        )
+        assert sorted(called) == sorted(want * world_size), rows
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_prompts_of_any_length_share_the_rows_of_a_gpu(world_size):
     """A length of rows is a constant of its kernels, and each takes a second to compile while a server waits."""
     for spec, cols in (("int8g128", 5120), ("int4g32", 4096), ("nvfp4", 2880), ("bf16", 896)):
@@ -205,26 +236,3 @@ def test_the_loopback_notices_another_length_and_ranks_that_wait_for_each_other(
         Loopback(3).run(
             lambda rank, messages: rank == 1 or messages.link.receive(torch.zeros(1, dtype=torch.uint8), 1).wait()
         )
-
-
-@pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_a_backend_needs_three_kernels_for_two_steps(world_size, monkeypatch):
-    """And two for one: on a GPU each launch takes the host as long as a small sum takes the device."""
-    counts = Counter()
-    for verb in ("encode", "decode", "decode_sum", "decode_sum_encode"):
-        whole = getattr(kernels, verb)
-        monkeypatch.setattr(
-            kernels, verb, lambda *a, _verb=verb, _whole=whole, **k: counts.update([_verb]) or _whole(*a, **k)
-        )
-    loop, codec = Loopback(world_size, bulk=True), parse("int8g128")
-    # Rows that do not divide among the ranks, one that is cut, and more ranks than rows.
-    for rows in (4 * world_size, 4 * world_size - 1, 1):
-        xs = [promises.tensor(rank, (rows, 1024)) for rank in range(world_size)]
-        for name, want in (
-            ("two_step", {"encode": 1, "decode_sum_encode": 1, "decode": 1}),
-            ("one_step", {"encode": 1, "decode_sum": 1}),
-        ):
-            counts.clear()
-            got = all_reduce(loop, xs, [codec] * world_size, name)
-            assert counts == {verb: count * world_size for verb, count in want.items()}, (name, rows)
-            assert promises.same(got, flashcomm.simulate.all_reduce(xs, codec, name))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 from flashcomm.demo.measure import _calibration_windows
 from flashcomm.models.windows import rest, windows
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 from flashcomm.demo import report
 
 

@@ -24,6 +24,12 @@ pytestmark = pytest.mark.skipif(
     reason="kernels are compiled for this GPU, and these ranks share CPU memory: set TRITON_INTERPRET=1",
 )
 
+# Where there is a GPU nothing is interpreted, and these launches would be real ones on CPU memory.
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(),
+    reason="interpreted without a GPU; tests/collectives/test_gpu.py has the launches on GPUs",
+)
+
 SIZE_BYTES = 1 << 18
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 import flashcomm
 import promises
 import ranks

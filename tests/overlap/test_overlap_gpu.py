@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 import flashcomm
 import promises
 from flashcomm.demo import MODEL

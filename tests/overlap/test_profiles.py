@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+pytest.importorskip("greenlet", reason="pip install greenlet")
 from flashcomm.machine import Seat
 from flashcomm.overlap import measuring
 from flashcomm.overlap.measuring import PartTimes, Rate, profile_of

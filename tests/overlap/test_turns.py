@@ -4,8 +4,10 @@ import contextvars
 import gc
 from itertools import count
 
-import greenlet
 import pytest
+
+pytest.importorskip("greenlet", reason="pip install greenlet")
+import greenlet
 
 from flashcomm.overlap import turns
 from flashcomm.overlap.prompts import cut

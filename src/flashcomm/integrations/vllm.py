@@ -18,7 +18,7 @@ Rules for layers: the class of row-parallel linears notes whose turn it is while
 becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
 that no such layer makes, of the embedding and of experts, get the policy's first codec.
 
-Tested with vLLM 0.32 and 0.27.1 on the CPU; no GPU has run this.
+Tested with vLLM 0.32, 0.30 and 0.27.1 on the CPU; no GPU has run this.
 
 Source: our own; the hook points are vLLM's documented ones but for the two methods.
 """

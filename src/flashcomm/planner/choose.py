@@ -19,8 +19,8 @@ ALGORITHMS = (*policy.ALGORITHMS, "plain")
 MIN_COMPRESSED_BYTES = 64 << 10
 """Smallest message that is compressed; for smaller ones, encoding costs more than the bytes that it saves."""
 GPU_COMPRESSED_BYTES = {"NVLink": 8 << 20, "PCIe": 256 << 10, "PCIe through the host": 256 << 10, "network": 64 << 10}
-"""The same on GPUs, by the slowest link between two of them; not measured. FlashInfer's quantized sums lose to NCCL's below
-2 to 8 MiB on NVLink, and vLLM takes them from 4 to 16 MiB on (vllm#39783). A link that is not known counts as NVLink,
+"""The same on GPUs, by the slowest link between two of them; not measured. On NVLink, FlashInfer's quantized sums lose
+to NCCL's below 2 to 8 MiB, and vllm#39783 takes them from 4 to 16 MiB on. A link that is not known counts as NVLink,
 where compressing too early costs most."""
 MAX_ONE_STEP_BYTES = 256 << 10
 """Largest message that more than two ranks send in one step: one transfer of more bytes beats two of fewer."""

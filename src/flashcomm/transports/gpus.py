@@ -60,7 +60,8 @@ def slowest(hosts: Sequence[object], gpus: Sequence[str], reaches: Sequence[Mapp
 def _nvlinks() -> Any:
     """Number of NVLinks between the GPUs that this process sees, [device][device]; None if torch cannot tell."""
     with contextlib.suppress(ImportError, AttributeError, RuntimeError):
-        from torch._C._distributed_c10d import _detect_dma_connectivity  # pyright: ignore[reportMissingImports]
+        from torch._C._autograd import DeviceType
+        from torch._C._distributed_c10d import _detect_dma_connectivity  # pyright: ignore[reportAttributeAccessIssue]
 
-        return _detect_dma_connectivity(torch._C._autograd.DeviceType.CUDA, "nvlink").matrix
+        return _detect_dma_connectivity(DeviceType.CUDA, "nvlink").matrix
     return None
