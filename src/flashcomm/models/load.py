@@ -1,6 +1,7 @@
 """Load a model from a directory, over the ranks of the current process group."""
 
 import json
+import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -57,6 +58,9 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
     Over more ranks than the model has key/value heads, several ranks hold a copy of the same one.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Where torchao is installed, transformers imports it, and on every rank it tells of libraries for other GPUs.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     import transformers
 
     transformers.logging.set_verbosity_error()
