@@ -11,6 +11,7 @@ from flashcomm.cli import (
     bench_codec,
     bench_collective,
     bench_gpu,
+    bench_kv,
     bench_ttft,
     calibrate,
     demo,
@@ -49,6 +50,7 @@ bench_app.command("gpu")(bench_gpu.bench_gpu)
 for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
     bench_app.command(op)(bench_collective.bench_collective(op))
 bench_app.command("ttft")(bench_ttft.bench_ttft)
+bench_app.command("kv")(bench_kv.bench_kv)
 
 
 @app.callback(invoke_without_command=True)
