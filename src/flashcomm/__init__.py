@@ -3,8 +3,8 @@
     x = flashcomm.all_reduce(x, codec="int8g128", group=tp)
 
 `codec` parses a wire format, `encode` and `decode` apply it, `pack` and `unpack` make bytes of it that describe
-themselves, the four collectives send it, `simulate` shows in one process what the ranks would get, `stats` tells what
-happened. `flashcomm.integrations` compresses whole models.
+themselves, the collectives and messages send it, `simulate` shows in one process what the ranks would get, `stats`
+tells what happened. `flashcomm.integrations` compresses whole models.
 """
 
 import importlib
@@ -13,7 +13,20 @@ from typing import TYPE_CHECKING
 from flashcomm import simulate
 from flashcomm.codecs import Codec
 from flashcomm.codecs import parse as codec
-from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
+from flashcomm.collectives import (
+    Work,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    broadcast,
+    irecv,
+    isend,
+    recv,
+    reduce_scatter,
+    reset_stats,
+    send,
+    stats,
+)
 from flashcomm.integrations.registration import register
 from flashcomm.kernels import decode, encode
 from flashcomm.packed import pack, unpack
@@ -43,12 +56,17 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "broadcast",
     "codec",
     "decode",
     "encode",
+    "irecv",
+    "isend",
     "pack",
+    "recv",
     "reduce_scatter",
     "reset_stats",
+    "send",
     "simulate",
     "stats",
     "unpack",

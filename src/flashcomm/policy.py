@@ -81,6 +81,11 @@ class Hops:
             _check(len(set(parse(codec).formats)) == 1, name, given, "a hop is one transfer: use one format")
             object.__setattr__(self, kind.name, codec)
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds that have a codec, such as ``pp``."""
+        return tuple(kind.name for kind in fields(self) if getattr(self, kind.name) != "none")
+
     def codec(self, kind: str) -> Codec:
         """The codec of one kind, such as ``pp``."""
         return parse(getattr(self, kind))
@@ -88,11 +93,10 @@ class Hops:
     @property
     def codecs(self) -> tuple[Codec, ...]:
         """All codecs, without `none`."""
-        return tuple(codec for kind in fields(self) if not isinstance(codec := self.codec(kind.name), Plain))
+        return tuple(map(self.codec, self.kinds))
 
     def __str__(self) -> str:
-        given = {kind.name: getattr(self, kind.name) for kind in fields(self)}
-        return ", ".join(f"{kind} hops in {codec}" for kind, codec in given.items() if codec != "none")
+        return ", ".join(f"{kind} hops in {self.codec(kind)}" for kind in self.kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -46,7 +46,7 @@ app.command("lab", context_settings={"allow_interspersed_args": False})(lab.run_
 app.command()(env.env)
 bench_app.command("codec")(bench_codec.bench_codec)
 bench_app.command("gpu")(bench_gpu.bench_gpu)
-for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"):
     bench_app.command(op)(bench_collective.bench_collective(op))
 bench_app.command("ttft")(bench_ttft.bench_ttft)
 
