@@ -15,6 +15,9 @@ codec = "none"
 [[layers]]
 match = "*.mlp.down_proj"
 codec = "int4g128:int8g128"
+
+[hops]
+pp = "int8"
 """
 
 
@@ -27,7 +30,7 @@ def test_first_match_wins():
     assert list(map(str, policy.codecs)) == ["int8g128", "int4g128:int8g128"]
     assert str(policy) == (
         "int8g128, none for model.layers.[0-3].mlp.*, int4g128:int8g128 for *.mlp.down_proj; "
-        "prefill and decode, from 4 KiB, two_step"
+        "prefill and decode, from 4 KiB, two_step; pp hops in int8g128"
     )
 
 
@@ -52,6 +55,10 @@ def test_file_survives_a_round_trip(tmp_path):
         ('[[layers]]\nmatch = "a"', "p.toml: layers[1].codec = None: give a text"),
         ('[[layers]]\nname = "a"', "p.toml: unknown key layers[1].name. Allowed: match, codec"),
         ('[[layers]]\nmatch = "a"\ncodec = "fp7"', "p.toml: codec of layers 'a' = 'fp7': unknown codec"),
+        ("hops = 3", "p.toml: hops = 3: use a table [hops]"),
+        ('[hops]\ntp = "int8"', "p.toml: unknown key hops.tp. Did you mean pp? Allowed: pp"),
+        ('[hops]\npp = "int9"', "p.toml: hops.pp = 'int9': unknown codec"),
+        ('[hops]\npp = "int4:int8"', "p.toml: hops.pp = 'int4:int8': a hop is one transfer: use one format"),
         ("codec = ", "p.toml: Invalid value"),
         ("int8", "p.toml: Expected '='"),
     ],

@@ -1,4 +1,4 @@
-"""A policy says which codec each sum of a model gets. It is a file that every integration reads.
+"""A policy says which codec each sum and each hop of a model gets. It is a file that every integration reads.
 
     codec = "int8g128"      # of the layers that no rule names; "none" for plain
     phase = "prefill"       # or "all"
@@ -8,6 +8,9 @@
     [[layers]]              # the first match wins
     match = "model.layers.[0-3].mlp.*"
     codec = "int4g128"
+
+    [hops]                  # from one rank to another; "none" if not given
+    pp = "lossless"         # between pipeline stages
 
 `Policy.from_environment` finds it, or a codec alone: ``FLASHCOMM_POLICY=policy.toml``, ``FLASHCOMM_CODEC=int8g128``.
 `Policy.choose` decides about one sum, by the same rules and in the same words for every engine.
@@ -19,7 +22,7 @@ import fnmatch
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from typing import Any
 import torch
 
 from flashcomm import settings
-from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain, parse
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Lossless, Plain, parse
 from flashcomm.errors import did_you_mean
 from flashcomm.units import bytes_text, kib_text
 
@@ -49,6 +52,41 @@ class Rule:
     match: str
     """Pattern of `fnmatch` for the whole name of a module; ``*`` matches dots too."""
     codec: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hops:
+    """Codecs of what travels from one rank to another, by its kind; ``none`` leaves a kind uncompressed.
+
+    A message is one transfer, so each codec has one format, and ``min_bytes`` of the policy alone decides which
+    messages are large enough: prompts, and large batches of decode steps.
+
+    >>> Hops(pp="lossless").codec("pp").varies
+    True
+    """
+
+    pp: str = "none"
+    """Hidden states and residual between pipeline stages."""
+
+    def __post_init__(self):
+        for kind in fields(self):
+            name, given = f"hops.{kind.name}", getattr(self, kind.name)
+            codec = _canonical(name, given)
+            _check(len(set(parse(codec).formats)) == 1, name, given, "a hop is one transfer: use one format")
+            object.__setattr__(self, kind.name, codec)
+
+    def codec(self, kind: str) -> Codec:
+        """The codec of one kind, such as ``pp``."""
+        return parse(getattr(self, kind))
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """All codecs, without `none`."""
+        return tuple(codec for kind in fields(self) if not isinstance(codec := self.codec(kind.name), Plain))
+
+    def __str__(self) -> str:
+        given = {kind.name: getattr(self, kind.name) for kind in fields(self)}
+        return ", ".join(f"{kind} hops in {codec}" for kind, codec in given.items() if codec != "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +127,8 @@ class Policy:
     """Smallest message that is compressed, in bytes of the model's dtype."""
     algorithm: str = "auto"
     layers: tuple[Rule, ...] = ()
+    """Rules for single modules; the first that matches counts."""
+    hops: Hops = field(default_factory=Hops)
 
     def __post_init__(self):
         _check(self.phase in PHASES, "phase", self.phase, f"use {' or '.join(PHASES)}")
@@ -141,6 +181,23 @@ class Policy:
         reason = self._why_plain(message_bytes, dtype, codec, decoding)
         return Choice(codec=codec, algorithm="plain" if reason else self.algorithm, reason=reason)
 
+    def choose_hop(self, kind: str, message_bytes: int, dtype: torch.dtype) -> Choice:
+        """Decide whether a hop is compressed; size and dtype alone count, and its algorithm is ``hop``.
+
+        Args:
+            kind: a field of `Hops`, such as ``pp``.
+            message_bytes: of the uncompressed message.
+            dtype: of its values.
+
+        >>> Policy(hops=Hops(pp="lossless")).choose_hop("pp", 1 << 20, torch.float32).reason
+        'lossless keeps the bits of torch.bfloat16, not of torch.float32'
+        """
+        codec = self.hops.codec(kind)
+        reason = self._why_plain(message_bytes, dtype, codec, False)
+        if reason is None and isinstance(codec, Lossless) and dtype != codec.wire:
+            reason = f"{codec} keeps the bits of {codec.wire}, not of {dtype}"
+        return Choice(codec=codec, algorithm="plain" if reason else "hop", reason=reason)
+
     def _why_plain(
         self, message_bytes: int, dtype: torch.dtype, codec: Codec, decoding: "bool | Callable[[], bool]"
     ) -> str | None:
@@ -154,7 +211,7 @@ class Policy:
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """All codecs that a module can get, without `none`."""
+        """All codecs that a module's sum can get, without `none`."""
         names = dict.fromkeys([self.codec, *(rule.codec for rule in self.layers)])
         return tuple(parse(name) for name in names if name != "none")
 
@@ -176,7 +233,7 @@ class Policy:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> "Policy":
-        """Read the keys of a file, such as ``{"codec": "int8g128", "layers": [{...}]}``.
+        """Read the keys of a file, such as ``{"codec": "int8g128", "layers": [{...}], "hops": {...}}``.
 
         Raises:
             ValueError: a key or value that is not allowed.
@@ -189,7 +246,10 @@ class Policy:
             for name in ("match", "codec"):
                 given = rule.get(name)
                 _check(isinstance(given, str) and given, f"layers[{number}].{name}", given, "give a text")
-        return cls(**{**keys, "layers": tuple(Rule(**rule) for rule in rules)})
+        hops = keys.get("hops", {})
+        _check(isinstance(hops, dict), "hops", hops, "use a table [hops]")
+        _known(hops, [field.name for field in fields(Hops)], "hops.")
+        return cls(**{**keys, "layers": tuple(Rule(**rule) for rule in rules), "hops": Hops(**hops)})
 
     @classmethod
     def load(cls, path: "str | Path") -> "Policy":
@@ -231,7 +291,9 @@ class Policy:
             comments: lines at its beginning, such as the evidence for the policy.
         """
         lines = [f"# {line}".rstrip() for line in comments]
-        lines += [f"{field.name} = {_toml(getattr(self, field.name))}" for field in fields(self)[:-1]]
+        lines += [f"{field.name} = {_toml(getattr(self, field.name))}" for field in fields(self)[:-2]]
+        if self.hops != Hops():
+            lines += ["", "[hops]", *(f"{kind.name} = {_toml(getattr(self.hops, kind.name))}" for kind in fields(Hops))]
         for rule in self.layers:
             lines += ["", "[[layers]]", f"match = {_toml(rule.match)}", f"codec = {_toml(rule.codec)}"]
         Path(path).write_text("\n".join(lines) + "\n")
@@ -242,7 +304,8 @@ class Policy:
         phase = "prefill" if self.phase == "prefill" else "prefill and decode"
         size = f", from {kib_text(self.min_bytes)}" if self.min_bytes else ""
         algorithm = f", {self.algorithm}" if self.algorithm != "auto" else ""
-        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}"
+        hops = f"; {self.hops}" if self.hops.codecs else ""
+        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}{hops}"
 
     @cached_property
     def _found(self) -> dict[str, Codec]:
