@@ -11,6 +11,8 @@
 
     [hops]                  # from one rank to another; "none" if not given
     pp = "lossless"         # between pipeline stages
+    send = "lossless"       # send and recv of the torch backend
+    broadcast = "lossless"  # broadcast of the torch backend
 
 `Policy.from_environment` finds it, or a codec alone: ``FLASHCOMM_POLICY=policy.toml``, ``FLASHCOMM_CODEC=int8g128``.
 `Policy.choose` decides about one sum, by the same rules and in the same words for every engine.
@@ -67,6 +69,10 @@ class Hops:
 
     pp: str = "none"
     """Hidden states and residual between pipeline stages."""
+    send: str = "none"
+    """Tensors of `send` and `recv` of the backend ``flashcomm``."""
+    broadcast: str = "none"
+    """Tensors of `broadcast` of the backend ``flashcomm``."""
 
     def __post_init__(self):
         for kind in fields(self):
