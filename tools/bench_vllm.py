@@ -4,12 +4,14 @@
 .venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py real --json results/vllm_real_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
+.venv-engines/bin/python tools/bench_vllm.py ttft --rate 200mbit --tp 1 --pp 2 --codecs none,lossless,int8g128
 
 `all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `texts` counts which
 greedy texts of the bundled model are those of vLLM's own sums, in int8 and in the order in which one rank adds up.
 `real` serves SmolLM2 (tools/real_model.py) over three ranks, lets codecs take turns, and kills a rank at the end.
-`ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are
-random and never repeat, the weights are random too, as times do not depend on them. It needs root, as the lab does.
+`ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: those of sums, or
+with pipeline stages those of sums and hops alike. Timed prompts are random and never repeat. Weights are random too,
+as times do not depend on them, but for those of the bundled model. It needs root, as the lab does.
 """
 
 import argparse
@@ -38,6 +40,9 @@ from flashcomm.bench.timing import Times, interleaved
 from flashcomm.demo import MODEL
 from flashcomm.lab import Lab, launch
 from flashcomm.models.random import CONFIGS
+from flashcomm.models.text import held_out_files
+from flashcomm.planner.layouts import Layout
+from flashcomm.policy import Hops
 from flashcomm.report.rows import write_json
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
@@ -46,6 +51,8 @@ VOCABULARY = 4096
 PORT = 8100
 START_S = 900.0
 WARMUP = 2
+SWITCHED = "int8g128"
+"""Codec with which a server starts, so that its sums and hops are hooked."""
 
 
 def main():
@@ -56,8 +63,14 @@ def main():
     first = commands.add_parser("ttft", help="time to first token over a slow link")
     first.add_argument("--rate", default="1gbit", help="of each host's link")
     first.add_argument("--model", default="demo", choices=["demo", *CONFIGS], help="whose shape; weights are random")
+    first.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks of a stage")
+    first.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    first.add_argument(
+        "--hosts", type=int, default=2, help="hosts, each with a core of its own and a part of the ranks"
+    )
     first.add_argument("--tokens", type=int, default=1024)
     first.add_argument("--codecs", default="none,int8g128,int4g128")
+    first.add_argument("--texts", type=int, default=0, help="greedy texts to compare with those of the first codec")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
     real = commands.add_parser("real", help="a real model over three ranks: texts, counts, and a rank that is killed")
     real.add_argument("--codecs", default="int8g128+hadamard,int8g128")
@@ -143,10 +156,13 @@ def _slowest(seconds):
 
 def ttft(options: argparse.Namespace) -> list[dict]:
     """Measure rows of one codec each, seen from the client on the first host."""
-    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(ranks=2, rate=options.rate) as lab:
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(options.hosts, options.rate) as lab:
         folder = Path(name)
-        _write_model(folder / "model", options.model)
-        task = {"codecs": options.codecs.split(","), "tokens": options.tokens, "repeats": options.repeats}
+        write_model(folder / "model", options.model)
+        given = {name: getattr(options, name) for name in ("model", "tp", "pp", "hosts", "tokens", "repeats", "texts")}
+        task = {"codecs": options.codecs.split(","), **given}
+        policy = f'codec = "{SWITCHED}"\n[hops]\npp = "{SWITCHED}"\n'
+        (folder / "policy.toml").write_text(policy)
         (folder / "task.json").write_text(json.dumps(task))
         codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=2 * START_S)
         if any(codes):
@@ -160,7 +176,8 @@ def ttft(options: argparse.Namespace) -> list[dict]:
             "backend": "gloo",
             "dtype": "bfloat16",
             "link": options.rate,
-            "ranks": 2,
+            "ranks": options.tp * options.pp,
+            **({"layout": str(Layout(tp=options.tp, pp=options.pp))} if options.pp > 1 else {}),
             "tokens": options.tokens,
             "repeats": options.repeats,
             "codec": codec,
@@ -171,9 +188,10 @@ def ttft(options: argparse.Namespace) -> list[dict]:
     ]
 
 
-def _write_model(folder: Path, name: str):
-    """Make a model's folder without weights: its configuration, and a tokenizer for the server."""
-    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "*.md", "training.json"))
+def write_model(folder: Path, name: str):
+    """Make a model's folder: its configuration, a tokenizer for the server, and weights if it is the bundled one."""
+    unused = ["*.png", "*.md", "training.json", *(["*.safetensors"] if name != "demo" else [])]
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns(*unused))
     if name != "demo":
         config = json.loads((folder / "config.json").read_text())
         changed = {**config, "head_dim": None, **CONFIGS[name], "vocab_size": config["vocab_size"]}
@@ -323,19 +341,23 @@ class Node:
 
     def _arguments(self) -> list[str]:
         headless = ["--headless"] if self._rank else []
+        address = ("--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"])
+        nodes = ["--nnodes", str(self._task["hosts"]), *address] if self._task["hosts"] > 1 else []
         return [
-            *("serve", str(self._folder / "model"), "--served-model-name", "demo", "--load-format", "dummy"),
-            *("--host", "127.0.0.1", "--port", str(PORT), "--tensor-parallel-size", "2", "--dtype", "bfloat16"),
-            *("--nnodes", "2", "--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"]),
+            *("serve", str(self._folder / "model"), "--served-model-name", "demo"),
+            *("--load-format", "auto" if self._task["model"] == "demo" else "dummy"),
+            *("--host", "127.0.0.1", "--port", str(PORT), "--dtype", "bfloat16"),
+            *("--tensor-parallel-size", str(self._task["tp"]), "--pipeline-parallel-size", str(self._task["pp"])),
             *("--distributed-executor-backend", "mp", "--max-model-len", "2048", "--max-num-seqs", "4"),
-            *("--no-enable-prefix-caching", "--worker-extension-cls", "bench_vllm.Switch", *headless),
+            *("--no-enable-prefix-caching", "--worker-extension-cls", "bench_vllm.Switch", *nodes, *headless),
         ]
 
     def _environment(self) -> dict[str, str]:
+        hosts = self._task["hosts"]
         return {
-            "FLASHCOMM_CODEC": "int8g128",
+            "FLASHCOMM_POLICY": str(self._folder / "policy.toml"),
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(self._rank),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join([str(self._rank)] * (self._task["tp"] * self._task["pp"] // hosts)),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_HOST_IP": f"10.77.0.{self._rank + 1}",
             "HF_HUB_OFFLINE": "1",
@@ -367,7 +389,7 @@ class Node:
                 if number >= 0:
                     seconds[codec].append(time.perf_counter() - start)
                 sent[codec] = self._on_workers("flashcomm_sent")[0]
-        figures = {}
+        figures, texts = {}, self._texts(codecs)
         for codec in codecs:
             times = Times(seconds=tuple(sorted(seconds[codec])))
             calls, wire_bytes = sent[codec]
@@ -378,7 +400,27 @@ class Node:
                 "calls": calls or "vLLM's own",
                 "wire_bytes": wire_bytes,
             }
+            if texts[codec]:
+                pairs = zip(texts[codec], texts[codecs[0]], strict=True)
+                figures[codec] |= {"texts": len(texts[codec]), "same": sum(one == other for one, other in pairs)}
         return figures
+
+    def _texts(self, codecs: list[str]) -> dict[str, list[str]]:
+        """Greedy texts of 8 tokens in each codec, after the same prompts of held-out code, of 1 to 1,500 tokens."""
+        found: dict[str, list[str]] = {codec: [] for codec in codecs}
+        if not self._task["texts"]:
+            return found
+        from transformers import AutoTokenizer
+
+        code = held_out_files()[0].read_text()
+        ids = AutoTokenizer.from_pretrained(self._folder / "model")(code, verbose=False)["input_ids"]
+        lengths = [1, 2, 1500, *(16 + (n * 397) % 500 for n in range(self._task["texts"] - 3))]
+        for codec in codecs:
+            self._on_workers("flashcomm_use", codec)
+            for n, length in enumerate(lengths):
+                body = {"model": "demo", "prompt": ids[37 * n : 37 * n + length], "max_tokens": 8, "temperature": 0.0}
+                found[codec].append(self._ask("/v1/completions", body)["choices"][0]["text"])
+        return found
 
     def _on_workers(self, method: str, *args: str) -> list:
         return self._ask("/collective_rpc", {"method": method, "args": list(args)})["results"]
@@ -395,11 +437,11 @@ class Switch:
     """Methods of every worker, by vLLM's --worker-extension-cls."""
 
     def flashcomm_use(self, codec: str) -> str:
-        """Send all sums in `codec` from the next request on; ``none`` leaves them to vLLM."""
+        """Send all sums and hops in `codec` from the next request on; ``none`` leaves them to vLLM."""
         from flashcomm.integrations import vllm
 
-        assert vllm.worker is not None
-        vllm.worker.use(replace(vllm.worker.policy, codec=codec))
+        if vllm.worker is not None:
+            vllm.worker.use(replace(vllm.worker.policy, codec=codec, hops=Hops(pp=codec)))
         flashcomm.reset_stats()
         return codec
 

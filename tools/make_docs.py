@@ -201,6 +201,34 @@ def lab_table() -> str:
     return "\n".join(lines)
 
 
+def layouts_table() -> str:
+    """The rows of results/plan_layouts_lab_cpu.json, if they have been measured."""
+    path = RESULTS / "plan_layouts_lab_cpu.json"
+    if not path.exists():
+        return "Not measured yet on a quiet machine."
+    document = json.loads(path.read_text())
+    machine, rows = document["machine"], document["rows"]
+    errors = [abs(row["error"]) for row in rows]
+    return "\n".join(
+        [
+            f"The bundled model in vLLM on two hosts of the lab, first token of {rows[0]['tokens']:,} tokens, medians "
+            f"of {rows[0]['repeats']}: {len(rows)} settings, median error {statistics.median(errors):.1%}, worst "
+            f"{max(errors):.1%}. {machine['cpu']}, {machine['cores']} cores, {machine['date']}, commit "
+            f"{machine['commit']} ([rows](../results/plan_layouts_lab_cpu.md)), by `tools/validate_layouts.py`. The "
+            "speed of vLLM's compute was measured once, on one rank alone; links and codecs are those of `cpu-1gbe`.",
+            "",
+            "| link | layout | codec | predicted | measured | error | over plain, predicted | measured |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {row['link']} | {row['layout']} | `{row['codec']}` | {row['predicted_ms']:.0f} ms | "
+                f"{row['measured_ms']:.0f} ms | {row['error']:+.1%} | {row['predicted_speedup']:.2f}x | "
+                f"{row['speedup']:.2f}x |"
+                for row in rows
+            ),
+        ]
+    )
+
+
 REAL = "accuracy_smollm2_tp3_cpu"
 CONTRAST = ("int8g128", "int6g128", "int4g128")
 """Formats that README.md shows beside those on the front of bits and KL: the same without a transform."""
@@ -280,6 +308,35 @@ def real_short_table() -> str:
     )
 
 
+STAGES = {"SmolLM2-135M-Instruct": "accuracy_smollm2_pp2_cpu", "the bundled model": "accuracy_pp2_cpu"}
+
+
+def stages_table() -> str:
+    """Every codec between two pipeline stages, on both models."""
+    documents = {name: json.loads((RESULTS / f"{file}.json").read_text()) for name, file in STAGES.items()}
+    found = {name: {row["codec"]: row for row in document["rows"]} for name, document in documents.items()}
+    real, bundled = found.values()
+    lines = [
+        *(
+            f"- {name}: {document['stages']} stages, {document['dtype']}, {document['tokens']:,} tokens, "
+            f"{document['machine']['cpu']}, {document['machine']['date']}, commit {document['machine']['commit']} "
+            f"([rows](../results/{STAGES[name]}.md))."
+            for name, document in documents.items()
+        ),
+        "",
+        "| codec | bits | KL | perplexity, % | top-1, % | KL, bundled model | perplexity, % | top-1, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for codec, row in sorted(real.items(), key=lambda one: (-one[1]["bits_per_value"], one[1]["kl"])):
+        if codec != "none":
+            figures = [
+                f"{one['kl']:.1e} | {100 * one['perplexity_change']:+.2f} | {100 * one['top1']:.1f}"
+                for one in (row, bundled[codec])
+            ]
+            lines.append(f"| `{codec}`{used(codec)} | {row['bits_per_value']:.2f} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def version_rows() -> list[dict]:
     """The rows of results/versions.json, if any environment has been tested."""
     path = RESULTS / "versions.json"
@@ -329,10 +386,11 @@ def with_tables(page: Path, **tables: Callable[[], str]) -> str:
 def pages() -> dict[Path, str]:
     """All pages of which parts are made here."""
     tables = {"lab": lab_table, "published": published.published_table, "machines": published.machines_table}
+    tables |= {"layouts": layouts_table}
     return {
         CODECS: codecs_page(),
         PLAN: with_tables(PLAN, **tables),
-        ACCURACY: with_tables(ACCURACY, real=real_table),
+        ACCURACY: with_tables(ACCURACY, real=real_table, stages=stages_table),
         README: with_tables(README, real=real_short_table, versions=versions_claim),
         VERSIONS: with_tables(VERSIONS, versions=versions_table, skips=skips_table),
         CHOOSING: with_tables(CHOOSING, choices=published.choices_table),

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 
 import torch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 import flashcomm
 from flashcomm import collectives
 from flashcomm.integrations import vllm
+from flashcomm.policy import Hops
 
 _all_reduce = collectives.all_reduce
 _digest = hashlib.blake2b(digest_size=16)
@@ -17,6 +19,21 @@ def _digesting(*args, **kwargs):
     result = _all_reduce(*args, **kwargs)
     _digest.update(result.contiguous().view(torch.uint8).numpy())
     return result
+
+
+_own_sync = GPUModelRunner.sync_and_gather_intermediate_tensors
+
+
+def _with_buffers(self, *args):
+    """Make the buffers of a later stage, which vLLM 0.32 makes in a warm-up that eager CPU workers skip."""
+    if self.intermediate_tensors is None:
+        self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+            batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+        )
+    return _own_sync(self, *args)
+
+
+GPUModelRunner.sync_and_gather_intermediate_tensors = _with_buffers
 
 
 class Probe:
@@ -45,4 +62,9 @@ class Probe:
     def flashcomm_use(self, codec: str) -> str:
         """Another codec for all sums from the next step on; ``none`` leaves them to vLLM."""
         vllm.worker.use(dataclasses.replace(vllm.worker.policy, codec=codec))
+        return str(vllm.worker.policy)
+
+    def flashcomm_hops(self, codec: str) -> str:
+        """Another codec for hops between pipeline stages from the next step on; ``none`` leaves them to vLLM."""
+        vllm.worker.use(dataclasses.replace(vllm.worker.policy, hops=Hops(pp=codec)))
         return str(vllm.worker.policy)

@@ -95,9 +95,9 @@ def asked_for(options: Any = None) -> Policy | None:
             policy = _parsed(given)
         except ValueError as error:
             raise ValueError(f"option {OPTION}: {error}") from None
-    if policy is None or not policy.codecs:
+    if policy is None or not (policy.codecs or policy.hops.codecs):
         return None
-    refuse_unbound(policy.codecs, "which engines do not have yet")
+    refuse_unbound((*policy.codecs, *policy.hops.codecs), "which engines do not have yet")
     return policy
 
 

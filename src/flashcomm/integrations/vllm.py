@@ -1,12 +1,12 @@
-"""Compress the sums of vLLM's tensor-parallel workers. vLLM finds this by its entry point; it is off by default.
+"""Compress the sums of vLLM's tensor-parallel workers, and the hops between its pipeline stages. Off by default.
 
     FLASHCOMM_CODEC=int8g128 vllm serve MODEL -tp 2
     FLASHCOMM_POLICY=policy.toml vllm serve MODEL -tp 2
     vllm serve MODEL -tp 2 --additional-config '{"flashcomm": "int8g128"}'
 
-How: the process that reads the command line checks the policy and writes it into vLLM's own configuration, which every
-worker gets, and which is a part of the key under which vLLM keeps compiled models. A worker that finds it there
-replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
+How: vLLM finds us by our entry point. The process that reads the command line checks the policy and writes it into
+vLLM's own configuration, which every worker gets, and which is a part of the key under which vLLM keeps compiled
+models. A worker that finds it there replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
 
     `GroupCoordinator.all_reduce`             becomes an operator of ours, eager and compiled, or
     `GroupCoordinator._all_reduce_out_place`  which vLLM's own operator calls on GPUs, if all layers get the same codec
@@ -18,6 +18,8 @@ Rules for layers: the class of row-parallel linears notes whose turn it is while
 becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
 that no such layer makes, of the embedding and of experts, get the policy's first codec.
 
+Hops between pipeline stages are those of the group named ``pp``: `flashcomm.integrations.vllm_hops`.
+
 Tested with vLLM 0.32, 0.30 and 0.27.1 on the CPU; no GPU has run this.
 
 Source: our own; the hook points are vLLM's documented ones but for the two methods.
@@ -28,6 +30,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +42,8 @@ if importlib.util.find_spec("vllm") is None:
     )
 
 from flashcomm import codecs
-from flashcomm.integrations import worker_metrics
+from flashcomm.integrations import vllm_hops, worker_metrics
+from flashcomm.integrations.hops import Hops
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
 from flashcomm.policy import Policy
@@ -93,7 +97,7 @@ def _compressing(init: Callable) -> Callable:
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
         policy = asked_for(self.vllm_config.additional_config)
-        if policy and not worker and self.vllm_config.parallel_config.tensor_parallel_size > 1:
+        if policy and not worker and any(_compressed(policy, self.vllm_config.parallel_config)):
             install(policy, self.vllm_config, self.rank)
 
     return __init__
@@ -112,16 +116,26 @@ def prepare(arguments: Any, policy: Policy):
     from vllm.platforms import current_platform
     from vllm.v1.worker import worker_base
 
-    if arguments.tensor_parallel_size == 1:
-        _log().info("flashcomm has nothing to compress: --tensor-parallel-size is 1")
+    if arguments.pipeline_parallel_size > 1 and policy.hops.pp == "none":
+        _log().info("flashcomm leaves the hops between pipeline stages to vLLM: its policy has no [hops] pp")
+    sums, hops = _compressed(policy, arguments)
+    if not (sums or hops):
+        sizes = f"{arguments.tensor_parallel_size} and --pipeline-parallel-size {arguments.pipeline_parallel_size}"
+        _log().info("flashcomm has nothing to compress with %s: --tensor-parallel-size %s", policy, sizes)
         return
     if arguments.enable_dbo:
         raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
     arguments.additional_config = {**(arguments.additional_config or {}), OPTION: keys_of(policy)}
     # If workers live in this process, `register` is not called again after they were loaded.
     _replace(worker_base.WorkerBase, "__init__", _compressing)
-    if current_platform.is_cuda_alike():
+    if sums and current_platform.is_cuda_alike():
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
+
+
+def _compressed(policy: Policy, sizes: Any) -> tuple[bool, bool]:
+    """Whether there are sums, and hops, to compress with these numbers of ranks and stages."""
+    hops = policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1
+    return bool(policy.codecs) and sizes.tensor_parallel_size > 1, hops
 
 
 def adapt_passes(passes: Any, policy: Policy, ranks: int):
@@ -148,7 +162,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
 
 
 def install(policy: Policy, config: Any, rank: int):
-    """Compress the sums of this worker's ``tp`` group; called before it makes its groups and loads its model.
+    """Compress the sums of this worker's ``tp`` group and the hops of its ``pp`` group, before it makes its groups.
 
     Args:
         policy: says what is compressed.
@@ -160,8 +174,15 @@ def install(policy: Policy, config: Any, rank: int):
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms import current_platform
 
+    sums, hops = _compressed(policy, config.parallel_config)
     worker = Worker(policy, config, rank)
     _replace(GroupCoordinator, "__init__", _meeting)
+    if hops:
+        worker.hops = Hops(policy)
+        _replace(GroupCoordinator, "isend_tensor_dict", partial(vllm_hops.sending, _hops_of))
+        _replace(GroupCoordinator, "irecv_tensor_dict", partial(vllm_hops.receiving, _hops_of))
+    if not sums:
+        return
     if policy.layers:
         _replace(RowParallelLinear, "forward", _noting_its_turn)
     elif current_platform.use_custom_op_collectives():
@@ -182,6 +203,11 @@ class Worker:
         self.turn = ""
         """Codec of the layer that runs; empty between such layers."""
         self.policy = policy
+        self.hops: Hops | None = None
+        """The hops between pipeline stages, if they are compressed."""
+        self._rank = rank
+        hidden, shares = config.model_config.get_hidden_size(), config.parallel_config.tensor_parallel_size
+        self._columns = {hidden, *([hidden // shares] if hidden % shares == 0 else [])}
         speculative = config.speculative_config
         self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._sums: dict[str, Sums] = {}
@@ -192,6 +218,16 @@ class Worker:
 
     def meet(self, group: Any):
         """Meet the ranks of a ``GroupCoordinator`` that has been made on all of them."""
+        if _kind(group) == "pp" and self.hops:
+            self.hops.meet(group.cpu_group, self._columns)
+            # vLLM's name for its hops in shared memory.
+            self.hops.shared = bool(group.use_cpu_custom_send_recv)
+            if self._rank == 0:
+                _log().info(self.hops.line(group.world_size))
+        if _kind(group) == "tp" and self.policy.codecs:
+            self._meet_for_sums(group)
+
+    def _meet_for_sums(self, group: Any):
         sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
@@ -211,8 +247,8 @@ class Worker:
         Compiled graphs keep the codecs that the rules for layers gave them.
         """
         self.policy = policy
-        for sums in self._sums.values():
-            sums.policy = policy
+        for one in (*self._sums.values(), *([self.hops] if self.hops else [])):
+            one.policy = policy
 
     def in_decode(self) -> bool:
         """Whether no request of the running step has more tokens than a decode step computes."""
@@ -232,7 +268,7 @@ class Worker:
 def _meeting(init: Callable) -> Callable:
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
-        if worker and self.world_size > 1 and _is_tensor_parallel(self):
+        if worker and self.world_size > 1:
             worker.meet(self)
 
     return __init__
@@ -240,7 +276,7 @@ def _meeting(init: Callable) -> Callable:
 
 def _inside_vllms_operator(plain: Callable) -> Callable:
     def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
-        if worker is None or not _is_tensor_parallel(self):
+        if worker is None or _kind(self) != "tp":
             return plain(self, input_)
         return worker.reduce(self, input_, "", plain)
 
@@ -249,7 +285,7 @@ def _inside_vllms_operator(plain: Callable) -> Callable:
 
 def _by_our_operator(plain: Callable) -> Callable:
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1 or worker is None or not _is_tensor_parallel(self):
+        if self.world_size == 1 or worker is None or _kind(self) != "tp":
             return plain(self, input_)
         return torch.ops.flashcomm.vllm_all_reduce(input_, self.unique_name, worker.turn)
 
@@ -275,8 +311,13 @@ def _codec_of(layer: str) -> str:
     return str(worker.policy.codec_for(layer))
 
 
-def _is_tensor_parallel(group: Any) -> bool:
-    return group.unique_name.split(":")[0] == "tp"
+def _kind(group: Any) -> str:
+    """The name of a ``GroupCoordinator``, such as ``tp`` or ``pp``."""
+    return group.unique_name.split(":")[0]
+
+
+def _hops_of(group: Any) -> Hops | None:
+    return worker.hops if worker and group.world_size > 1 and _kind(group) == "pp" else None
 
 
 @functools.cache

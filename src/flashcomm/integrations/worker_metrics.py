@@ -130,9 +130,9 @@ def line(counts: dict) -> str:
 
     >>> line({"calls": {"all_reduce/one_step/int8g128": 17}, "plain": {"decode step": 34}, "errors": {},
     ...       "wire_bytes": 33 << 20, "plain_bytes": 64 << 20})
-    '17 sums as all_reduce/one_step/int8g128; 34 plain (decode step); sent 33.0 MiB, 31.0 MiB less than plain'
+    '17 all_reduce/one_step/int8g128; 34 plain (decode step); sent 33.0 MiB, 31.0 MiB less than plain'
     """
-    parts = [f"{count} sums as {call}" for call, count in counts["calls"].items()]
+    parts = [f"{count} {call}" for call, count in counts["calls"].items()]
     parts += [f"{count} plain ({reason})" for reason, count in counts["plain"].items()]
     parts += [f"{count} failed ({error})" for error, count in counts["errors"].items()]
     sent, plain = counts["wire_bytes"] / 2**20, counts["plain_bytes"] / 2**20

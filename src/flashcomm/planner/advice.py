@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from flashcomm.codecs import parse
-from flashcomm.planner import hardware, prefill, shapes
+from flashcomm.planner import hardware, layouts, placement, prefill, shapes
 from flashcomm.planner.costs import extra_s
 from flashcomm.planner.hardware import Cluster
+from flashcomm.planner.layouts import LayoutPrediction, advise_layout
+from flashcomm.planner.placement import Placement
 from flashcomm.planner.prefill import Advice, Prediction
 from flashcomm.planner.shapes import Shape
 from flashcomm.policy import Policy
@@ -36,6 +38,8 @@ class Planned:
     predictions: tuple[Prediction, ...]
     """One per codec, plain first."""
     advice: Advice
+    layouts: tuple[LayoutPrediction, ...]
+    """Ways to put the model on the ranks, in each codec that layouts are compared in."""
     limits: tuple[str, ...] = ()
     """Sentences about the rates up to which formats with slow kernels are worth their time."""
 
@@ -51,6 +55,8 @@ class Planned:
             "facts": [*self.cluster.facts, *self.notes],
             "rows": [one.as_dict() for one in self.predictions],
             "advice": self.advice.as_dict(),
+            "layouts": [one.as_dict() for one in self.layouts],
+            "layout_advice": list(advise_layout(self.layouts)),
         }
 
     @property
@@ -105,7 +111,10 @@ def plan(
             for one in RATES
         ]
         limits = [_limit(shape, at, spec, codecs, tokens, rows) for spec in codecs if extra_s(parse(spec), 1)]
+    layout_codecs = layouts.CODECS if cluster.group.connected else layouts.GPU_CODECS
+    placed = _placement(machine, cluster, options)
     return Planned(
+        layouts=tuple(layouts.compare_layouts(shape, placed, layout_codecs, tokens=tokens, rows=rows)),
         limits=tuple(limits), shape=shape, cluster=cluster, tokens=tokens, rows=rows, predictions=predictions,
         advice=prefill.advise(predictions),
     )  # fmt: skip
@@ -140,6 +149,13 @@ def _cluster(machine: str, ranks: int | None, options: dict[str, Any]) -> Cluste
             f"--tp {ranks} with {machine}, which was measured on {cluster.group.ranks} ranks: leave it out"
         )
     return cluster
+
+
+def _placement(machine: str, cluster: Cluster, options: dict[str, Any]) -> Placement:
+    if Path(machine).suffix == ".json":
+        return placement.measured(cluster)
+    per_host, rate, link = options.values()
+    return placement.named(machine, cluster.group.ranks, ranks_per_host=per_host, rate=rate, link=link)
 
 
 def policy_of(planned: Planned) -> tuple[Policy, list[str]]:
