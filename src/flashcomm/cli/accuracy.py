@@ -17,7 +17,13 @@ if TYPE_CHECKING:
     from flashcomm.report.progress import Step
 
 
+_OF_SUMS = ("tp", "pp", "policy", "algorithm", "hosts", "calibration")
+"""Options of what ranks and stages send, which caches are not."""
+CACHE_CODECS = "lossless,ec8,ec6,ec5,ec4,ec3.5,int8g64,int4g64+hadamard,int4g64"
+
+
 def measure_accuracy(
+    context: typer.Context,
     model: Model = Path("demo"),
     tp: Annotated[
         int | None,
@@ -31,6 +37,9 @@ def measure_accuracy(
             min=1,
         ),
     ] = 1,
+    caches: Annotated[
+        bool, typer.Option("--kv", help="Measure codecs of key/value caches, from prefill to decode, not of sums.")
+    ] = False,
     codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain and the floor are always measured.")] = (
         "ec8,int8g128+hadamard,int8g128,fp8g128,ec6,int6g128+hadamard,int6g128,ec5,int5g128+hadamard,"
         "ec4.25,int4g128+hadamard,nvfp4,int4g128,mxfp4,ec3.5"
@@ -43,6 +52,9 @@ def measure_accuracy(
     window: Window = 1024,
     dtype: Dtype = "bfloat16",
     calibration: Calibration = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="With --kv: tokens of a window behind the prompt, and of a greedy text.", min=2)
+    ] = 32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html, .md and .json.", file_okay=False)] = Path(
         "flashcomm-accuracy"
@@ -50,6 +62,19 @@ def measure_accuracy(
     json_file: Json = None,
 ):
     """Measure what each codec costs this model over N ranks or pipeline stages, simulated in one process."""
+    given_options = {name for name in context.params if _is_given(context, name)}
+    if caches:
+        if wrong := [f"--{name}" for name in _OF_SUMS if name in given_options]:
+            fail(f"--kv measures caches, which no rank sums: leave out {', '.join(wrong)}")
+        specs = codec_list(codecs if "codecs" in given_options else CACHE_CODECS)
+        given = setup(
+            model, specs, text, tp=1, hosts=0, algorithm="auto", tokens=tokens, window=window, dtype=dtype,
+            calibration=None, seed=seed, out=out,
+        )  # fmt: skip
+        _measure_caches(given, specs, new_tokens, json_file)
+        return
+    if "new_tokens" in given_options:
+        fail("--new-tokens is for --kv")
     specs = codec_list(codecs)
     ranks = tp or (8 if pp == 1 else 1)
     if ranks == pp == 1:
@@ -82,6 +107,56 @@ def measure_accuracy(
     stdout.print(
         f"\nReport with confidence intervals, plots, by sum and by position: {out / 'report.html'}", highlight=False
     )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _measure_caches(given: "Setup", specs: list[str], new_tokens: int, json_file: Path | None):
+    """Measure codecs of caches, print their table and write it to ``report.json``."""
+    from flashcomm.accuracy import caches
+
+    start = time.perf_counter()
+
+    def measure(step: "Step"):
+        model, texts, origin = given.load()
+        passes = -(-len(texts) // caches.BATCH) * len({"none", *specs})
+        found = caches.measure_caches(
+            model, specs, texts, new_tokens=new_tokens, folder=given.out / "caches", origin=origin,
+            progress=step("accuracy", passes), seed=given.seed,
+        )  # fmt: skip
+        return found, len(texts)
+
+    try:
+        rows, count = given.keep(measure)
+    except (ValueError, NotImplementedError) as error:
+        fail(str(error))
+    table = new_table(
+        f"Caches of {given.model}, {given.dtype}: {count} prompts of {given.window - new_tokens:,} tokens, and "
+        f"{new_tokens} tokens judged on each"
+    )
+    head = ("codec", "bits", "perplexity", "KL", "top-1", "greedy texts kept", "greedy tokens kept")
+    for place, name in enumerate(head):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.codec, f"{row.bits_per_value:.2f}", f"{100 * row.perplexity_change.value:+.2f} %",
+            f"{row.kl.value:.2e}", f"{100 * row.top1.value:.2f} %", f"{row.texts_kept} of {row.texts}",
+            f"{100 * row.tokens_kept:.1f} %",
+        )  # fmt: skip
+    stdout.print(table)
+    facts = given.facts(count * given.window, time.perf_counter() - start)
+    of_sums = ("ranks", "hosts", "algorithm")
+    document = {
+        "op": "accuracy_kv",
+        **{name: fact for name, fact in facts.items() if name not in of_sums},
+        "new_tokens": new_tokens,
+        "rows": [row.as_dict() for row in rows],
+    }
+    write_json(given.out / "report.json", document)
+    write_json(json_file, document)
 
 
 def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tuple[list[AccuracyRow], dict]":
