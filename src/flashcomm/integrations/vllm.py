@@ -42,6 +42,7 @@ from flashcomm import codecs
 from flashcomm.integrations import worker_metrics
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
+from flashcomm.integrations.vllm_overlap import StepOverlap
 from flashcomm.policy import Policy
 
 _patches = Patches(__name__)
@@ -135,7 +136,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
     # Releases before 0.32 have these, too.
     off = [name for name in ("enable_sp", "fuse_gemm_comms") if hasattr(passes, name)]
     largest_bytes = passes.flashinfer_max_size(ranks)
-    if policy.layers or largest_bytes is None:
+    if policy.layers or policy.overlap != "off" or largest_bytes is None:
         off.append("fuse_allreduce_rms")
     elif passes.fuse_allreduce_rms is not False:
         least_bytes = min(largest_bytes, policy.min_bytes)
@@ -162,9 +163,11 @@ def install(policy: Policy, config: Any, rank: int):
 
     worker = Worker(policy, config, rank)
     _replace(GroupCoordinator, "__init__", _meeting)
+    for owner, name, wrapper in worker.overlap.hooks() if worker.overlap else ():
+        _replace(owner, name, wrapper)
     if policy.layers:
         _replace(RowParallelLinear, "forward", _noting_its_turn)
-    elif current_platform.use_custom_op_collectives():
+    elif worker.overlap is None and current_platform.use_custom_op_collectives():
         _replace(GroupCoordinator, "_all_reduce_out_place", _inside_vllms_operator)
         return
     _operator()
@@ -182,6 +185,8 @@ class Worker:
         self.turn = ""
         """Codec of the layer that runs; empty between such layers."""
         self.policy = policy
+        self.overlap = None if policy.overlap == "off" else StepOverlap(policy, config, _log())
+        """Steps in parts, if the policy asks for them."""
         speculative = config.speculative_config
         self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._sums: dict[str, Sums] = {}
@@ -195,6 +200,8 @@ class Worker:
         sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
+        if self.overlap:
+            self.overlap.sums = sums
 
     def reduce(self, group: Any, x: torch.Tensor, codec: str, plain: Callable) -> torch.Tensor:
         """Sum `x` over a ``GroupCoordinator``, in `codec`, or in the policy's codec if that is empty."""
@@ -205,12 +212,24 @@ class Worker:
             lambda x: plain(group, x if x.is_cuda else x.clone(memory_format=torch.contiguous_format)),
         )
 
+    def reduce_in_part(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` for the part of a step that runs; only while parts run."""
+        assert self.overlap is not None
+        # Other parts have their turns meanwhile, and one may begin.
+        turn, self.turn = self.turn, ""
+        try:
+            return self.overlap.reduce(x, codecs.named(turn or self.policy.codec))
+        finally:
+            self.turn = turn
+
     def use(self, policy: Policy):
         """Follow another policy from the next step on, on all ranks alike.
 
         Compiled graphs keep the codecs that the rules for layers gave them.
         """
         self.policy = policy
+        if self.overlap:
+            self.overlap.use(policy)
         for sums in self._sums.values():
             sums.policy = policy
 
@@ -218,7 +237,8 @@ class Worker:
         """Whether no request of the running step has more tokens than a decode step computes."""
         from vllm.forward_context import get_forward_context, is_forward_context_available
 
-        if not is_forward_context_available():
+        # Only prefills run in parts, though some part may have none of their tokens.
+        if not is_forward_context_available() or (self.overlap and self.overlap.running):
             return False
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
@@ -251,6 +271,9 @@ def _by_our_operator(plain: Callable) -> Callable:
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1 or worker is None or not _is_tensor_parallel(self):
             return plain(self, input_)
+        # Not inside an operator, where parts cannot take turns.
+        if not torch.compiler.is_compiling() and worker.overlap and worker.overlap.running:
+            return worker.reduce_in_part(input_)
         return torch.ops.flashcomm.vllm_all_reduce(input_, self.unique_name, worker.turn)
 
     return all_reduce
