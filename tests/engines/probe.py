@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import os
+import signal
 
 import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -68,3 +70,26 @@ class Probe:
         """Another codec for hops between pipeline stages from the next step on; ``none`` leaves them to vLLM."""
         vllm.worker.use(dataclasses.replace(vllm.worker.policy, hops=Hops(pp=codec)))
         return str(vllm.worker.policy)
+
+    def flashcomm_overlap(self, overlap: "str | int") -> str:
+        """Run steps in another number of parts from the next one on; ``off`` for one piece."""
+        vllm.worker.use(dataclasses.replace(vllm.worker.policy, overlap=overlap))
+        return str(vllm.worker.policy)
+
+    def flashcomm_die_in_a_part(self, sums: int) -> str:
+        """Kill the second rank at one of the sums of the next step that runs in parts."""
+        if self.rank == 1:
+            wait, left = vllm.worker.overlap.wait, iter(range(sums))
+
+            def waiting(start, name):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return wait(start, name)
+
+            vllm.worker.overlap.wait = waiting
+        return "waiting"
+
+    def flashcomm_memory(self) -> int:
+        """Bytes of this worker that no other process shares."""
+        with open("/proc/self/smaps_rollup") as lines:
+            return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_Dirty"))

@@ -58,7 +58,7 @@ class Server:
             *("--dtype", dtype, "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
             *("--worker-extension-cls", "probe.Probe", *arguments),
         ]
-        asked = ("FLASHCOMM_CODEC", "FLASHCOMM_POLICY", "TRITON_INTERPRET")
+        asked = ("FLASHCOMM_CODEC", "FLASHCOMM_OVERLAP", "FLASHCOMM_POLICY", "TRITON_INTERPRET")
         self._env = {name: value for name, value in os.environ.items() if name not in asked}
         self._env |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",

@@ -213,7 +213,7 @@ def test_workers_write_what_they_count(monkeypatch, tmp_path):
     try:
         reporter.report()
         assert set(json.loads((tmp_path / "3.json").read_text())) == {
-            "calls", "plain", "errors", "wire_bytes", "plain_bytes",
+            "calls", "plain", "errors", "prefills", "prefill_ms", "wire_bytes", "plain_bytes",
         }  # fmt: skip
         assert [path.name for path in tmp_path.iterdir()] == ["3.json"]
     finally:

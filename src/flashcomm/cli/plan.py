@@ -33,6 +33,10 @@ def plan(
     ] = None,
     rate: Annotated[str | None, typer.Option(help="Rate of each host's link to the others, such as 100gbit.")] = None,
     link: Annotated[str | None, typer.Option(help="Link inside a host: pcie4, pcie4-sys, nvlink4 ...")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="Engine that would run prompts in parts: transformers or vllm."),
+    ] = "transformers",
     policy: Annotated[
         Path | None, typer.Option(help="Write the policy to this file, for FLASHCOMM_POLICY.", dir_okay=False)
     ] = None,
@@ -52,23 +56,24 @@ def plan(
     specs = codec_list(codecs) if codecs else None
     try:
         made = advice.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=specs, **options)
+        overlap, why = advice.overlap_in(engine, made)
         if plot:
             draw(made, machine, plot, link)
     except ValueError as error:
         fail(str(error))
     stdout.print(_table(made))
-    for line in [*made.advice.reasons, *made.notes]:
+    for line in [*made.advice.reasons, *why, *made.notes]:
         stdout.print(f"- {line}", highlight=False, soft_wrap=True)
     stdout.print()
     stdout.print(_layout_table(made))
     for line in advise_layout(made.layouts):
         stdout.print(f"- {line}", highlight=False, soft_wrap=True)
     if policy:
-        chosen, comments = advice.policy_of(made)
+        chosen, comments = advice.policy_of(made, overlap)
         policy.parent.mkdir(parents=True, exist_ok=True)
         chosen.save(policy, comments)
         stdout.print(f"{policy}: {chosen}", highlight=False, soft_wrap=True)
-    write_json(json_file, made.as_dict())
+    write_json(json_file, {**made.as_dict(), "engine": engine, "overlap": overlap})
 
 
 def _table(planned: advice.Planned) -> Table:

@@ -52,6 +52,8 @@ def register():
         policy = asked_for()
         if policy and policy.layers:
             raise ValueError("SGLang's layers cannot be told apart yet: leave [[layers]] out of the policy")
+        if policy and policy.overlap != "off":
+            raise ValueError("SGLang's steps cannot run in parts yet: leave overlap out of the policy")
     except ValueError as error:
         raise SystemExit(f"flashcomm: {error}") from None
     if policy is None:

@@ -46,6 +46,7 @@ from flashcomm.integrations import vllm_hops, worker_metrics
 from flashcomm.integrations.hops import Hops
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
+from flashcomm.integrations.vllm_overlap import StepOverlap
 from flashcomm.policy import Policy
 
 _patches = Patches(__name__)
@@ -97,7 +98,7 @@ def _compressing(init: Callable) -> Callable:
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
         policy = asked_for(self.vllm_config.additional_config)
-        if policy and not worker and any(_compressed(policy, self.vllm_config.parallel_config)):
+        if policy and not worker and any(_asked(policy, self.vllm_config.parallel_config)):
             install(policy, self.vllm_config, self.rank)
 
     return __init__
@@ -118,7 +119,7 @@ def prepare(arguments: Any, policy: Policy):
 
     if arguments.pipeline_parallel_size > 1 and policy.hops.pp == "none":
         _log().info("flashcomm leaves the hops between pipeline stages to vLLM: its policy has no [hops] pp")
-    sums, hops = _compressed(policy, arguments)
+    sums, hops = _asked(policy, arguments)
     if not (sums or hops):
         sizes = f"{arguments.tensor_parallel_size} and --pipeline-parallel-size {arguments.pipeline_parallel_size}"
         _log().info("flashcomm has nothing to compress with %s: --tensor-parallel-size %s", policy, sizes)
@@ -132,10 +133,16 @@ def prepare(arguments: Any, policy: Policy):
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
 
 
-def _compressed(policy: Policy, sizes: Any) -> tuple[bool, bool]:
-    """Whether there are sums, and hops, to compress with these numbers of ranks and stages."""
-    hops = policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1
-    return bool(policy.codecs) and sizes.tensor_parallel_size > 1, hops
+def _asked(policy: Policy, sizes: Any) -> tuple[bool, bool]:
+    """Whether these numbers of ranks and stages have sums, and hops, that the policy asks for."""
+    return _has_sums(policy) and sizes.tensor_parallel_size > 1, (
+        policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1
+    )
+
+
+def _has_sums(policy: Policy) -> bool:
+    """Whether sums are compressed, or made while another part of the step computes."""
+    return bool(policy.codecs) or policy.overlap != "off"
 
 
 def adapt_passes(passes: Any, policy: Policy, ranks: int):
@@ -149,7 +156,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
     # Releases before 0.32 have these, too.
     off = [name for name in ("enable_sp", "fuse_gemm_comms") if hasattr(passes, name)]
     largest_bytes = passes.flashinfer_max_size(ranks)
-    if policy.layers or largest_bytes is None:
+    if policy.layers or policy.overlap != "off" or largest_bytes is None:
         off.append("fuse_allreduce_rms")
     elif passes.fuse_allreduce_rms is not False:
         least_bytes = min(largest_bytes, policy.min_bytes)
@@ -174,9 +181,11 @@ def install(policy: Policy, config: Any, rank: int):
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms import current_platform
 
-    sums, hops = _compressed(policy, config.parallel_config)
+    sums, hops = _asked(policy, config.parallel_config)
     worker = Worker(policy, config, rank)
     _replace(GroupCoordinator, "__init__", _meeting)
+    for owner, name, wrapper in worker.overlap.hooks() if worker.overlap else ():
+        _replace(owner, name, wrapper)
     if hops:
         worker.hops = Hops(policy)
         _replace(GroupCoordinator, "isend_tensor_dict", partial(vllm_hops.sending, _hops_of))
@@ -185,7 +194,7 @@ def install(policy: Policy, config: Any, rank: int):
         return
     if policy.layers:
         _replace(RowParallelLinear, "forward", _noting_its_turn)
-    elif current_platform.use_custom_op_collectives():
+    elif worker.overlap is None and current_platform.use_custom_op_collectives():
         _replace(GroupCoordinator, "_all_reduce_out_place", _inside_vllms_operator)
         return
     _operator()
@@ -203,6 +212,8 @@ class Worker:
         self.turn = ""
         """Codec of the layer that runs; empty between such layers."""
         self.policy = policy
+        self.overlap = None if policy.overlap == "off" else StepOverlap(policy, config, _log())
+        """Steps in parts, if the policy asks for them."""
         self.hops: Hops | None = None
         """The hops between pipeline stages, if they are compressed."""
         self._rank = rank
@@ -224,13 +235,15 @@ class Worker:
             self.hops.shared = bool(group.use_cpu_custom_send_recv)
             if self._rank == 0:
                 _log().info(self.hops.line(group.world_size))
-        if _kind(group) == "tp" and self.policy.codecs:
+        if _kind(group) == "tp" and _has_sums(self.policy):
             self._meet_for_sums(group)
 
     def _meet_for_sums(self, group: Any):
         sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
+        if self.overlap:
+            self.overlap.sums = sums
 
     def reduce(self, group: Any, x: torch.Tensor, codec: str, plain: Callable) -> torch.Tensor:
         """Sum `x` over a ``GroupCoordinator``, in `codec`, or in the policy's codec if that is empty."""
@@ -241,12 +254,24 @@ class Worker:
             lambda x: plain(group, x if x.is_cuda else x.clone(memory_format=torch.contiguous_format)),
         )
 
+    def reduce_in_part(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` for the part of a step that runs; only while parts run."""
+        assert self.overlap is not None
+        # Other parts have their turns meanwhile, and one may begin.
+        turn, self.turn = self.turn, ""
+        try:
+            return self.overlap.reduce(x, codecs.named(turn or self.policy.codec))
+        finally:
+            self.turn = turn
+
     def use(self, policy: Policy):
         """Follow another policy from the next step on, on all ranks alike.
 
         Compiled graphs keep the codecs that the rules for layers gave them.
         """
         self.policy = policy
+        if self.overlap:
+            self.overlap.use(policy)
         for one in (*self._sums.values(), *([self.hops] if self.hops else [])):
             one.policy = policy
 
@@ -254,7 +279,8 @@ class Worker:
         """Whether no request of the running step has more tokens than a decode step computes."""
         from vllm.forward_context import get_forward_context, is_forward_context_available
 
-        if not is_forward_context_available():
+        # Only prefills run in parts, though some part may have none of their tokens.
+        if not is_forward_context_available() or (self.overlap and self.overlap.running):
             return False
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
@@ -287,6 +313,9 @@ def _by_our_operator(plain: Callable) -> Callable:
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
         if self.world_size == 1 or worker is None or _kind(self) != "tp":
             return plain(self, input_)
+        # Not inside an operator, where parts cannot take turns.
+        if not torch.compiler.is_compiling() and worker.overlap and worker.overlap.running:
+            return worker.reduce_in_part(input_)
         return torch.ops.flashcomm.vllm_all_reduce(input_, self.unique_name, worker.turn)
 
     return all_reduce

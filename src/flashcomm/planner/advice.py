@@ -21,6 +21,7 @@ from flashcomm.planner.prefill import Advice, Prediction
 from flashcomm.planner.shapes import Shape
 from flashcomm.policy import Policy
 
+ENGINES = ("transformers", "vllm")
 RATES = ("100mbit", "200mbit", "500mbit", "1gbit", "2gbit", "5gbit", "10gbit", "25gbit", "50gbit", "100gbit")
 """Rates between hosts at which formats with slow kernels are compared."""
 
@@ -158,10 +159,38 @@ def _placement(machine: str, cluster: Cluster, options: dict[str, Any]) -> Place
     return placement.named(machine, cluster.group.ranks, ranks_per_host=per_host, rate=rate, link=link)
 
 
-def policy_of(planned: Planned) -> tuple[Policy, list[str]]:
-    """Make the policy that follows the advice, and comments with the evidence."""
+def overlap_in(engine: str, planned: Planned) -> tuple[str, list[str]]:
+    """Value of a policy's key ``overlap`` for an engine, and sentences that say why.
+
+    Args:
+        engine: one of `ENGINES`.
+        planned: from `plan`.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: use {' or '.join(ENGINES)}")
+    if len(planned.advice.parts) == 1 or engine == "transformers":
+        return "off", []
+    group = planned.cluster.group
+    if not (group.connected or group.shared):
+        return "off", [
+            "vllm: GPUs run its V2 model runner, which cannot run steps in parts; with VLLM_USE_V2_MODEL_RUNNER=0 it "
+            "can be tried, but no GPU has run this"
+        ]
+    if group.hosts == 1 and planned.advice.codec == "none":
+        return "off", ["vllm: its sums over one host's shared memory take the cores, so nothing computes meanwhile"]
+    return "auto", [
+        'vllm: FLASHCOMM_OVERLAP=auto, or overlap = "auto" in the policy; each step of up to '
+        "--max-num-batched-tokens is cut by times measured in the server"
+    ]
+
+
+def policy_of(planned: Planned, overlap: str = "off") -> tuple[Policy, list[str]]:
+    """Make the policy that follows the advice, with a value for ``overlap``, and comments with the evidence."""
     advice, plain = planned.advice, planned.predictions[0]
-    policy = Policy(codec=advice.codec, min_bytes=advice.min_bytes)
+    policy = Policy(codec=advice.codec, min_bytes=advice.min_bytes, overlap=overlap)
     prompts = f"{planned.rows} x {planned.tokens} tokens"
     comments = [
         f"flashcomm plan: {planned.shape.name}, {planned.cluster.name}, {prompts}; predicted, not measured",

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from flashcomm.codecs import parse
-from flashcomm.planner import overlap
+from flashcomm.planner import batches
 from flashcomm.planner.hardware import Cluster
 from flashcomm.planner.placement import Placement
 from flashcomm.planner.prefill import SAFE_CODEC, WORTH, SumCosts, line
@@ -121,7 +121,7 @@ def predict_layout(
 ) -> LayoutPrediction:
     """Predict one layout in one codec; arguments as of `compare_layouts`, and the `cluster` of a stage."""
     tp, batch = layout.tp, rows * tokens
-    seen = rows * overlap.pairs(tokens, 0, cluster.skips)
+    seen = rows * batches.pairs(tokens, 0, cluster.skips)
     attention, mlp, head = (line(work(tp), cluster) for work in (shape.attention, shape.mlp, shape.head))
     layer_s = attention.seconds(batch, seen) + mlp.seconds(batch)
     look_up_s = cluster.segment_s + batch * 4 * shape.hidden / cluster.bytes_s
