@@ -37,9 +37,12 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 
 
+_MODULES = ("accuracy", "attention", "bench", "calibration", "demo", "integrations", "kv", "lab", "overlap", "policy")
+
+
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "kv", "lab", "overlap", "policy"):
+    if name in _MODULES:
         return importlib.import_module(f"flashcomm.{name}")
     if name == "Policy":
         return importlib.import_module("flashcomm.policy").Policy
