@@ -26,7 +26,7 @@ __version__ = "0.3.0"
 
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap", "policy"):
+    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap", "policy", "training"):
         return importlib.import_module(f"flashcomm.{name}")
     if name == "Policy":
         return importlib.import_module("flashcomm.policy").Policy
