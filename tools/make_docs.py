@@ -16,7 +16,7 @@ from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Loss
 from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
-HIDDEN = {"text", "bytes_equal_specification", "skips"}
+HIDDEN = {"text", "bytes_equal_specification", "skips", "curve"}
 SAME = ("op", "backend", "dtype", "link", "repeats")
 """Columns that are said once where all rows agree, in tables of collectives with a link."""
 

@@ -4,10 +4,10 @@
     python tools/training.py steps --tp 2 --rate 1gbit --json results/training_steps_lab2_1gbit.json
     python tools/training.py draw results/training_tp2_cpu.json results/training_tp4_cpu.json --out docs/training.png
 
-The architecture is that of the bundled model at half its width and depth: 4 layers, hidden size 128, 4 heads of 32, MLP
-384, in fp32. A token is a byte of the standard library's source, so that the head is small. `flashcomm.training.copy`
-stands before every column-wise linear and `all_reduce` behind every row-wise one: 16 sums in a step, half of them of
-gradients. Seeds differ in weights and batches; codecs share both.
+The architecture is that of the bundled model at half its width and a quarter of its depth: 2 layers, hidden size 128, 4
+heads of 32, MLP 384, in fp32. A token is a byte of the standard library's source, so that the head is small; a step has
+4 sequences of 64. `flashcomm.training.copy` stands before every column-wise linear and `all_reduce` behind every
+row-wise one: 8 sums in a step, half of them of gradients. Seeds differ in weights and batches; codecs share both.
 
 Shapes: B sequences, T bytes of context, H hidden size.
 """
@@ -32,7 +32,7 @@ from flashcomm.models import text
 from flashcomm.report.palette import GREY, GRID, series
 from flashcomm.report.rows import document, write_json
 
-LAYERS, HIDDEN, HEADS, MLP, CONTEXT, SEQUENCES = 4, 128, 4, 384, 128, 4
+LAYERS, HIDDEN, HEADS, MLP, CONTEXT, SEQUENCES = 2, 128, 4, 384, 64, 4
 RATE, WARMUP = 3e-3, 0.05
 EVERY = 10
 """Steps of one point of a curve."""

@@ -4,7 +4,7 @@
 
 `codec` parses a wire format, `encode` and `decode` apply it, `pack` and `unpack` make bytes of it that describe
 themselves, the four collectives send it, `simulate` shows in one process what the ranks would get, `stats` tells what
-happened. `flashcomm.integrations` compresses whole models.
+happened. `flashcomm.training` has the collectives with gradients, `flashcomm.integrations` compresses whole models.
 """
 
 import importlib
