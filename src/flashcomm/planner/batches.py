@@ -61,7 +61,7 @@ class Rows:
         """Work of each part; `sizes` are tokens of each prompt.
 
         >>> Rows(100, rows=2).parts((60, 40), "none")
-        [PartWork(tokens=120, pairs=7200), PartWork(tokens=80, pairs=8000)]
+        [PartWork(tokens=120, pairs=7200.0), PartWork(tokens=80, pairs=8000.0)]
         """
         starts = itertools.accumulate(sizes[:-1], initial=self.before)
         return [
@@ -101,7 +101,7 @@ class Requests:
         """Work of each part.
 
         >>> Requests(((1, 50), (99, 0))).parts((60, 40), "none")
-        [PartWork(tokens=60, pairs=3532), PartWork(tokens=40, pairs=3960)]
+        [PartWork(tokens=60, pairs=3532.0), PartWork(tokens=40, pairs=3960.0)]
         """
         work = []
         for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
