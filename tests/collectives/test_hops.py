@@ -351,7 +351,7 @@ def wrong_arguments_on_ranks():
         "some of [2, 4] with strides [4, 0] share theirs": lambda: flashcomm.recv(
             x[:, :1].expand(2, 4), (rank + 1) % 3
         ),
-        "needs a calibration": lambda: flashcomm.send(x, (rank + 1) % 3, codec="int4g32+keep2"),
+        "needs to know the features of the model": lambda: flashcomm.send(x, (rank + 1) % 3, codec="int4g32+keep2"),
     }
     for text, call in wrong.items():
         assert text in failure(call, ValueError)[0]

@@ -1,9 +1,8 @@
 """One message from a rank to another: checked, decided and remembered once, then agreed on and run.
 
 Before values travel, each end tells the other its *contract*: codec, dtype and shape. The two texts pass each other on
-the wire, and the sender encodes nothing for nobody: it needs the receiver's text, which is there at once if the
-receiver waits already. So a message costs no round trip, and ends that differ find out in every message, both of them,
-with the channel as it was.
+the wire, and a receiver that waits already has sent its own. So a message costs no round trip, and ends that differ
+both find out, in every message, before any value has left; the next message finds the channel as it was.
 
 On GPUs the comparison would make the host wait in every message. There only the first of messages that differ in
 nothing but their number of rows is compared.
@@ -44,7 +43,8 @@ def start(
     is_sender = home.ranks.rank == sender
     x = arguments.check_tensor(x, None if is_sender else x)
     key = "hop", sender, receiver, tag, codec, x.shape, x.dtype, x.device, strict
-    call = home.calls.get(key)
+    # What is neither a text nor a codec may have no hash, and is refused.
+    call = home.calls.get(key) if isinstance(codec, (str, Codec)) else None
     if call is None:
         call = _decide(x, codec, home, sender, receiver, tag, strict)
         home.remember(key, call)

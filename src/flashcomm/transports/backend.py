@@ -122,9 +122,11 @@ class _BackendTransfer:
     def wait(self):
         """See `base.Transfer`."""
         if self._work is not None:
-            # gloo takes zero for no limit.
-            limit = self._end and (timedelta(milliseconds=max(1, 1000 * (self._end - time.monotonic()))),)
-            self._work.wait(*(limit or ()))
+            if self._end is None:
+                self._work.wait()
+            else:
+                # gloo takes zero for no limit.
+                self._work.wait(timedelta(milliseconds=max(1, 1000 * (self._end - time.monotonic()))))
             self._work = None
 
 

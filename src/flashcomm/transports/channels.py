@@ -53,7 +53,8 @@ class Channel(lanes.Lane):
         )
         # NCCL keeps its own order, on a stream.
         super().__init__(Direct(link, self.ranks, Buffers()), threaded=device.type != "cuda")
-        self.device, self.backend_link, self.link = device, link, link
+        self.device, self.backend_link = device, link
+        self.link: Link = link
         self.num_hosts = 0
         """Number of hosts of the two ranks; 0 before they have met."""
         self.agreed: set[str] = set()
@@ -66,9 +67,8 @@ class Channel(lanes.Lane):
             ValueError, CollectiveError: a step failed on one rank; raised on both, and tried again by the next call.
         """
         if not self.num_hosts:
-            self.messages, self.memories, hosts = lanes.open_pair(self.ranks, self.backend_link, self.device)
-            self.link = self.messages.link
-            self.num_hosts = hosts
+            messages, self.memories, hosts = lanes.open_pair(self.ranks, self.backend_link, self.device)
+            self.messages, self.link, self.num_hosts = messages, messages.link, hosts
 
     def exchange(self, text: str) -> list[str]:
         """Tell the other rank a text of up to 512 bytes; return the sender's and the receiver's."""

@@ -193,7 +193,7 @@ def _open(
     return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
 
 
-def open_pair(ranks: Ranks, link: Link, device: torch.device) -> tuple[Messages, tuple[Memory, ...], int]:
+def open_pair(ranks: Ranks, link: Link, device: torch.device) -> tuple[Direct, tuple[Memory, ...], int]:
     """Open the transports between two ranks, which come here together and without the rest of their group.
 
     Args:
