@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from server import Server
-from test_vllm import PROMPTS, greedy, lose_a_worker, prompts
+from test_vllm import greedy, lose_a_worker, prompts
 
 import flashcomm
 from events import wait_for
@@ -35,7 +35,8 @@ def server(tmp_path_factory):
 
 
 def test_greedy_texts_of_lossless_are_plains(server):
-    asked = prompts()
+    # In 16 bits, which not every CPU multiplies fast, so a few prompts; FLASHCOMM_TEXTS=64 for all.
+    asked = prompts()[-int(os.environ.get("FLASHCOMM_TEXTS", "12")) :]
     server.on_workers("flashcomm_hops", "none")
     plain = greedy(server, asked)
     server.on_workers("flashcomm_hops", "lossless")
@@ -43,12 +44,11 @@ def test_greedy_texts_of_lossless_are_plains(server):
     assert greedy(server, asked) == plain
     first, last = server.on_workers("flashcomm_stats")
     assert first["calls"].keys() == {"hop/pp/lossless"}
-    # Two tensors of each prompt, of which the shortest two are small, and no decode step of eight requests is large.
     assert first["calls"]["hop/pp/lossless"] > 0
+    # No decode step of eight requests is large.
     assert 0.6 < first["wire_bytes"] / first["plain_bytes"] < 0.75
     assert first["plain"].keys() == {"message under the policy's min_bytes = 4 KiB"}
     assert not last["calls"]
-    assert len(plain) == PROMPTS
 
 
 def test_says_what_it_does(server):

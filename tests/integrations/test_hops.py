@@ -118,7 +118,7 @@ def met(codecs: list[str], timeout_s: float = 30.0) -> str:
     if not codec:
         return "did not come"
     try:
-        hops(codec).meet(dist.group.WORLD, [64], timeout_s)
+        hops(codec).meet(dist.group.WORLD, torch.device("cpu"), [64], timeout_s)
     except (RanksDisagree, TimedOut, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -47,11 +47,18 @@ class Hops:
     def __init__(self, policy: Policy, shared: bool = False):
         self.policy, self.shared = policy, shared
 
-    def meet(self, group: dist.ProcessGroup, columns: Collection[int] = (), timeout_s: float = MEET_S):
+    def meet(
+        self,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        columns: Collection[int] = (),
+        timeout_s: float = MEET_S,
+    ):
         """Check that all stages have the same policy, and that it fits the model; before the first hop, on all stages.
 
         Args:
             group: one rank of each stage, over gloo.
+            device: holds the tensors; its kernels are loaded here, so that no request waits until they are compiled.
             columns: numbers of values that a row may have, if the engine knows them already.
             timeout_s: seconds to wait for the other stages.
 
@@ -63,6 +70,7 @@ class Hops:
         codec = self.policy.hops.codec("pp")
         for cols in columns:
             codec.check(cols)
+        kernels.load(codec, device.type)
         mine = f'pp = "{codec}", min_bytes = {self.policy.min_bytes}'
         try:
             dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
@@ -176,12 +184,8 @@ def _packed(x: torch.Tensor, codec: Codec) -> torch.Tensor:
 
 def _unpacked(data: torch.Tensor, about: Mapping[str, Any]) -> torch.Tensor:
     """Decode what `_packed` has returned into [T, H]."""
-    codec, dtype, cols, size = (
-        codecs.named(about["codec"]),
-        getattr(torch, about["dtype"]),
-        about["cols"],
-        about["bytes"],
-    )
+    codec, dtype = codecs.named(about["codec"]), getattr(torch, about["dtype"])
+    cols, size = about["cols"], about["bytes"]
     num_rows = torch.Size(about["shape"]).numel() // about["shares"] // cols
     bound = codec.payload_bytes(cols, dtype)
     if not codec.varies:

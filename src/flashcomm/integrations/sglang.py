@@ -96,7 +96,7 @@ class Hooks:
             self._sums[name] = sums
         elif group.world_size > 1 and kind == "pp" and self._policy.hops.pp != "none":
             hops = Hops(self._policy)
-            hops.meet(group.cpu_group)
+            hops.meet(group.cpu_group, group.device)
             self._hops[name] = hops
             if group.rank == 0:
                 _log.info(hops.line(group.world_size))

@@ -230,7 +230,7 @@ class Worker:
     def meet(self, group: Any):
         """Meet the ranks of a ``GroupCoordinator`` that has been made on all of them."""
         if _kind(group) == "pp" and self.hops:
-            self.hops.meet(group.cpu_group, self._columns)
+            self.hops.meet(group.cpu_group, group.device, self._columns)
             # vLLM's name for its hops in shared memory.
             self.hops.shared = bool(group.use_cpu_custom_send_recv)
             if self._rank == 0:
