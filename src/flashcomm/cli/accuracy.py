@@ -39,18 +39,22 @@ def measure_accuracy(
     json_file: Json = None,
 ):
     """Measure what each codec costs this model over N ranks, simulated bit for bit in one process."""
+    from flashcomm.policy import Policy
+
     specs = codec_list(codecs)
+    try:
+        policies = {path.stem: Policy.load(path) for path in policy or []}
+    except ValueError as error:
+        fail(str(error))
     given = setup(
         model, specs, text, tp=tp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window, dtype=dtype,
         calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
     from flashcomm.accuracy import report
     from flashcomm.accuracy.metrics import FLOOR
-    from flashcomm.policy import Policy
 
     try:
-        variants = {name: Policy(codec=name, algorithm=algorithm) for name in (FLOOR, *specs)}
-        variants |= {path.stem: Policy.load(path) for path in policy or []}
+        variants = {name: Policy(codec=name, algorithm=algorithm) for name in (FLOOR, *specs)} | policies
         variants.pop("none", None)
         rows, document = given.keep(lambda step: _measure(given, variants, step))
     except (ValueError, NotImplementedError) as error:
