@@ -79,20 +79,25 @@ def measure_accuracy(
     ranks = tp or (8 if pp == 1 else 1)
     if ranks == pp == 1:
         fail("--tp 1: one rank sends nothing. Give --tp 2 or more, or --pp 2 or more")
+    from flashcomm.policy import Hops, Policy
+
+    try:
+        policies = {path.stem: Policy.load(path) for path in policy or []}
+    except ValueError as error:
+        fail(str(error))
     given = setup(
         model, specs, text, tp=ranks, pp=pp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
         dtype=dtype, calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
     from flashcomm.accuracy import report
     from flashcomm.accuracy.metrics import FLOOR
-    from flashcomm.policy import Hops, Policy
 
     try:
         sums = [FLOOR, *specs] if pp == 1 else [FLOOR] if ranks > 1 else []
         variants = {name: Policy(codec=name, algorithm=algorithm) for name in sums}
         if pp > 1:
             variants |= {name: Policy(codec="none", hops=Hops(pp=name)) for name in specs}
-        variants |= {path.stem: Policy.load(path) for path in policy or []}
+        variants |= policies
         variants.pop("none", None)
         rows, document = given.keep(lambda step: _measure(given, variants, step))
     except (ValueError, NotImplementedError) as error:
