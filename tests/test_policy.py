@@ -79,7 +79,17 @@ def test_missing_file():
 def test_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHCOMM_POLICY", raising=False)
     monkeypatch.delenv("FLASHCOMM_CODEC", raising=False)
+    monkeypatch.delenv("FLASHCOMM_OVERLAP", raising=False)
     assert Policy.from_environment() is None
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "3")
+    assert Policy.from_environment() == Policy(codec="none", overlap=3)
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "always")
+    with pytest.raises(ValueError, match=r"FLASHCOMM_OVERLAP: overlap = 'always': use \"off\", \"auto\" or a number"):
+        Policy.from_environment()
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "auto")
+    monkeypatch.setenv("FLASHCOMM_CODEC", "int6")
+    assert Policy.from_environment() == Policy(codec="int6g128", overlap="auto")
+    monkeypatch.delenv("FLASHCOMM_OVERLAP")
     monkeypatch.setenv("FLASHCOMM_CODEC", "int6")
     assert Policy.from_environment() == Policy(codec="int6g128")
     monkeypatch.setenv("FLASHCOMM_CODEC", "int9")
@@ -92,3 +102,16 @@ def test_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHCOMM_CODEC")
     policy = Policy.from_environment()
     assert policy is not None and str(policy.codec_for("x")) == "mxfp4"
+
+
+@pytest.mark.parametrize("overlap", [1, 17, True, "2", "of", 2.5])
+def test_overlap_that_is_not_allowed(overlap):
+    with pytest.raises(ValueError, match='overlap = .*: use "off", "auto" or a number of parts from 2 to 16'):
+        Policy.from_keys({"overlap": overlap})
+
+
+def test_overlap_is_saved(tmp_path):
+    policy = Policy(overlap=2)
+    policy.save(tmp_path / "p.toml")
+    assert Policy.load(tmp_path / "p.toml") == policy
+    assert str(policy).endswith(", in 2 parts")

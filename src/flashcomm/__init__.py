@@ -4,7 +4,8 @@
 
 `codec` parses a wire format, `encode` and `decode` apply it, `pack` and `unpack` make bytes of it that describe
 themselves, the collectives and messages send it, `simulate` shows in one process what the ranks would get, `stats`
-tells what happened. `flashcomm.integrations` compresses whole models.
+tells what happened. `flashcomm.training` has the collectives with gradients, `flashcomm.integrations` compresses whole
+models.
 """
 
 import importlib
@@ -37,9 +38,15 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 
 
+_MODULES = (
+    *("accuracy", "attention", "bench", "calibration", "demo", "integrations", "kv", "lab", "overlap", "policy"),
+    "training",
+)
+
+
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "lab", "overlap", "policy"):
+    if name in _MODULES:
         return importlib.import_module(f"flashcomm.{name}")
     if name == "Policy":
         return importlib.import_module("flashcomm.policy").Policy

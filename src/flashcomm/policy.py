@@ -4,6 +4,7 @@
     phase = "prefill"       # or "all"
     min_bytes = 65536       # of a message in the model's dtype; smaller ones are plain
     algorithm = "auto"
+    overlap = "off"         # or "auto", or a number of parts: run long prompts in parts that take turns
 
     [[layers]]              # the first match wins
     match = "model.layers.[0-3].mlp.*"
@@ -15,6 +16,7 @@
     broadcast = "lossless"  # broadcast of the torch backend
 
 `Policy.from_environment` finds it, or a codec alone: ``FLASHCOMM_POLICY=policy.toml``, ``FLASHCOMM_CODEC=int8g128``.
+``FLASHCOMM_OVERLAP=auto`` sets the key `overlap` of either, and is a policy of plain sums by itself.
 `Policy.choose` decides about one sum, by the same rules and in the same words for every engine.
 
 Source: our own.
@@ -24,7 +26,7 @@ import fnmatch
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ PHASES = ("prefill", "all")
 ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical")
 FILE_VARIABLE = "FLASHCOMM_POLICY"
 CODEC_VARIABLE = "FLASHCOMM_CODEC"
+OVERLAP_VARIABLE = "FLASHCOMM_OVERLAP"
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +140,9 @@ class Policy:
     min_bytes: int = 64 * 2**10
     """Smallest message that is compressed, in bytes of the model's dtype."""
     algorithm: str = "auto"
+    overlap: "str | int" = "off"
+    """``auto`` to run long prompts in parts where measured times say that it pays, a number of parts to run all of them
+    in that many, ``off`` for one piece. Engines follow it; `flashcomm.overlap` has arguments of its own."""
     layers: tuple[Rule, ...] = ()
     """Rules for single modules; the first that matches counts."""
     hops: Hops = field(default_factory=Hops)
@@ -145,6 +152,10 @@ class Policy:
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, f"use one of {', '.join(ALGORITHMS)}")
         is_size = isinstance(self.min_bytes, int) and not isinstance(self.min_bytes, bool) and self.min_bytes >= 0
         _check(is_size, "min_bytes", self.min_bytes, "use a number of bytes, 0 or more")
+        parts = self.overlap
+        is_count = isinstance(parts, int) and not isinstance(parts, bool) and 2 <= parts <= MOST_PARTS
+        hint = f'use "off", "auto" or a number of parts from 2 to {MOST_PARTS}'
+        _check(is_count or parts in ("off", "auto"), "overlap", parts, hint)
         object.__setattr__(self, "codec", _canonical("codec", self.codec))
         rules = [Rule(match=r.match, codec=_canonical(f"codec of layers {r.match!r}", r.codec)) for r in self.layers]
         object.__setattr__(self, "layers", tuple(rules))
@@ -276,22 +287,26 @@ class Policy:
 
     @classmethod
     def from_environment(cls) -> "Policy | None":
-        """Read the policy that ``FLASHCOMM_POLICY`` or ``FLASHCOMM_CODEC`` names; None if neither is set.
+        """Read the policy that the environment asks for; None if none of the three variables is set.
 
         Raises:
-            ValueError: both are set, or one cannot be read.
+            ValueError: a policy and a codec are both set, or one cannot be read.
         """
-        path, codec = settings.text(FILE_VARIABLE), settings.text(CODEC_VARIABLE)
+        path, codec, parts = map(settings.text, (FILE_VARIABLE, CODEC_VARIABLE, OVERLAP_VARIABLE))
         if path and codec:
             raise ValueError(f"{FILE_VARIABLE}={path} and {CODEC_VARIABLE}={codec} are both set: use one of them")
-        if path:
-            return cls.load(path)
-        if not codec:
-            return None
+        policy = cls.load(path) if path else None
         try:
-            return cls(codec=codec)
+            if codec:
+                policy = cls(codec=codec)
         except ValueError as error:
             raise ValueError(f"{CODEC_VARIABLE}: {error}") from None
+        if not parts:
+            return policy
+        try:
+            return replace(policy or cls(codec="none"), overlap=int(parts) if parts.isdecimal() else parts)
+        except ValueError as error:
+            raise ValueError(f"{OVERLAP_VARIABLE}: {error}") from None
 
     def save(self, path: "str | Path", comments: Sequence[str] = ()):
         """Write a file that `load` reads.
@@ -314,8 +329,9 @@ class Policy:
         phase = "prefill" if self.phase == "prefill" else "prefill and decode"
         size = f", from {kib_text(self.min_bytes)}" if self.min_bytes else ""
         algorithm = f", {self.algorithm}" if self.algorithm != "auto" else ""
+        parts = "" if self.overlap == "off" else f", in {self.overlap} parts"
         hops = f"; {self.hops}" if self.hops.codecs else ""
-        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}{hops}"
+        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}{parts}{hops}"
 
     @cached_property
     def _found(self) -> dict[str, Codec]:

@@ -8,7 +8,7 @@ which shows that equal accuracies hide changed answers; intervals by the percent
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,14 +87,19 @@ class AccuracyRow:
 
     def as_dict(self) -> dict:
         """The figures by name, flat: ``kl``, ``kl_low``, ``kl_high``, ..."""
-        flat = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Estimate):
-                flat |= {field.name: value.value, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
-            else:
-                flat[field.name] = value
-        return flat
+        return flat(self)
+
+
+def flat(row: Any) -> dict:
+    """A dataclass's fields by name, with an estimate's ends of the interval as fields of their own."""
+    found = {}
+    for field in fields(row):
+        value = getattr(row, field.name)
+        if isinstance(value, Estimate):
+            found |= {field.name: value.value, f"{field.name}_low": value.low, f"{field.name}_high": value.high}
+        else:
+            found[field.name] = value
+    return found
 
 
 def summarise(

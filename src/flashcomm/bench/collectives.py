@@ -173,7 +173,7 @@ def _measure_size(
         sqnr = case.check(out.cpu(), codecs.parse(sent), chosen)
         name = f"{codec}/{algorithm}"
         variants[name] = _repeated(call, calls)
-        interface_bytes, cpu_ms = _usage(variants[name], calls, device)
+        interface_bytes, cpu_ms = usage(variants[name], calls, device)
         facts[name] = {
             "codec": str(codec),
             "algorithm": algorithm,
@@ -193,14 +193,14 @@ def _measure_size(
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
         combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
-    rate = settings.text(labs.RATE_VARIABLE) if settings.given(labs.RATE_VARIABLE) else None
+    rate = _lab_rate()
     shared = {
         "op": op,
         "ranks": ranks,
         "ranks_per_host": int(os.environ.get("LOCAL_WORLD_SIZE") or ranks),
         "backend": dist.get_backend(),
         "dtype": str(dtype).removeprefix("torch."),
-        "link": _link(rate, ranks),
+        "link": link_name(ranks),
         "message_bytes": case.message_bytes,
         "repeats": rounds,
         "calls_per_time": calls,
@@ -263,7 +263,7 @@ def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> li
     return longest.tolist()
 
 
-def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
+def usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
     """(bytes on the interface, milliseconds of CPU time) of one call."""
     in_lab, times = settings.given(labs.RATE_VARIABLE), 3
     dist.barrier()
@@ -278,8 +278,14 @@ def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> t
     return sent, 1e3 * spent.item() / dist.get_world_size() / calls / times
 
 
-def _link(rate: str | None, ranks: int) -> str:
-    if rate is not None:
+def _lab_rate() -> str | None:
+    """Rate of this host's link in a lab; None outside of one."""
+    return settings.text(labs.RATE_VARIABLE) if settings.given(labs.RATE_VARIABLE) else None
+
+
+def link_name(ranks: int) -> str:
+    """The ``link`` of a row: the rate in a lab, ``local`` on one machine, or ``network``."""
+    if (rate := _lab_rate()) is not None:
         return rate or "unlimited"
     return "local" if int(os.environ.get("LOCAL_WORLD_SIZE") or ranks) == ranks else "network"
 

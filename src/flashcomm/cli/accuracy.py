@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashcomm.cli.base import Algorithm, Calibration, Dtype, Json, codec_list, fail, new_table, stdout
-from flashcomm.cli.simulation import Hosts, Model, Seed, SimulatedRanks, Texts, Window, setup
+from flashcomm.cli.simulation import Hosts, Model, Seed, Texts, Window, setup
 from flashcomm.report.rows import write_json
 
 if TYPE_CHECKING:
@@ -17,9 +17,29 @@ if TYPE_CHECKING:
     from flashcomm.report.progress import Step
 
 
+_OF_SUMS = ("tp", "pp", "policy", "algorithm", "hosts", "calibration")
+"""Options of what ranks and stages send, which caches are not."""
+CACHE_CODECS = "lossless,ec8,ec6,ec5,ec4,ec3.5,int8g64,int4g64+hadamard,int4g64"
+
+
 def measure_accuracy(
+    context: typer.Context,
     model: Model = Path("demo"),
-    tp: SimulatedRanks = 8,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", help="Ranks to simulate, in one process; 8, or 1 with --pp, if not given.", min=1),
+    ] = None,
+    pp: Annotated[
+        int,
+        typer.Option(
+            help="Pipeline stages to simulate, each of --tp ranks: the codecs are then those of the hops between them, "
+            "and sums are plain. A policy's are its own.",
+            min=1,
+        ),
+    ] = 1,
+    caches: Annotated[
+        bool, typer.Option("--kv", help="Measure codecs of key/value caches, from prefill to decode, not of sums.")
+    ] = False,
     codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain and the floor are always measured.")] = (
         "ec8,int8g128+hadamard,int8g128,fp8g128,ec6,int6g128+hadamard,int6g128,ec5,int5g128+hadamard,"
         "ec4.25,int4g128+hadamard,nvfp4,int4g128,mxfp4,ec3.5"
@@ -32,30 +52,57 @@ def measure_accuracy(
     window: Window = 1024,
     dtype: Dtype = "bfloat16",
     calibration: Calibration = None,
+    new_tokens: Annotated[
+        int, typer.Option(help="With --kv: tokens of a window behind the prompt, and of a greedy text.", min=2)
+    ] = 32,
     seed: Seed = 0,
     out: Annotated[Path, typer.Option(help="Folder for report.html, .md and .json.", file_okay=False)] = Path(
         "flashcomm-accuracy"
     ),
     json_file: Json = None,
 ):
-    """Measure what each codec costs this model over N ranks, simulated bit for bit in one process."""
+    """Measure what each codec costs this model over N ranks or pipeline stages, simulated in one process."""
+    given_options = {name for name in context.params if _is_given(context, name)}
+    if caches:
+        if wrong := [f"--{name}" for name in _OF_SUMS if name in given_options]:
+            fail(f"--kv measures caches, which no rank sums: leave out {', '.join(wrong)}")
+        specs = codec_list(codecs if "codecs" in given_options else CACHE_CODECS)
+        given = setup(
+            model, specs, text, tp=1, hosts=0, algorithm="auto", tokens=tokens, window=window, dtype=dtype,
+            calibration=None, seed=seed, out=out,
+        )  # fmt: skip
+        _measure_caches(given, specs, new_tokens, json_file)
+        return
+    if "new_tokens" in given_options:
+        fail("--new-tokens is for --kv")
     specs = codec_list(codecs)
+    ranks = tp or (8 if pp == 1 else 1)
+    if ranks == pp == 1:
+        fail("--tp 1: one rank sends nothing. Give --tp 2 or more, or --pp 2 or more")
+    from flashcomm.policy import Hops, Policy
+
+    try:
+        policies = {path.stem: Policy.load(path) for path in policy or []}
+    except ValueError as error:
+        fail(str(error))
     given = setup(
-        model, specs, text, tp=tp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window, dtype=dtype,
-        calibration=calibration, seed=seed, out=out,
+        model, specs, text, tp=ranks, pp=pp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
+        dtype=dtype, calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
     from flashcomm.accuracy import report
     from flashcomm.accuracy.metrics import FLOOR
-    from flashcomm.policy import Policy
 
     try:
-        variants = {name: Policy(codec=name, algorithm=algorithm) for name in (FLOOR, *specs)}
-        variants |= {path.stem: Policy.load(path) for path in policy or []}
+        sums = [FLOOR, *specs] if pp == 1 else [FLOOR] if ranks > 1 else []
+        variants = {name: Policy(codec=name, algorithm=algorithm) for name in sums}
+        if pp > 1:
+            variants |= {name: Policy(codec="none", hops=Hops(pp=name)) for name in specs}
+        variants |= policies
         variants.pop("none", None)
         rows, document = given.keep(lambda step: _measure(given, variants, step))
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
-    table = new_table(f"{given.model} as {tp} ranks, {dtype}, {document['tokens']:,} tokens")
+    table = new_table(f"{given.model} as {report.whom(document)}, {dtype}, {document['tokens']:,} tokens")
     for place, name in enumerate(report.HEAD):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:
@@ -65,6 +112,56 @@ def measure_accuracy(
     stdout.print(
         f"\nReport with confidence intervals, plots, by sum and by position: {out / 'report.html'}", highlight=False
     )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _measure_caches(given: "Setup", specs: list[str], new_tokens: int, json_file: Path | None):
+    """Measure codecs of caches, print their table and write it to ``report.json``."""
+    from flashcomm.accuracy import caches
+
+    start = time.perf_counter()
+
+    def measure(step: "Step"):
+        model, texts, origin = given.load()
+        passes = -(-len(texts) // caches.BATCH) * len({"none", *specs})
+        found = caches.measure_caches(
+            model, specs, texts, new_tokens=new_tokens, folder=given.out / "caches", origin=origin,
+            progress=step("accuracy", passes), seed=given.seed,
+        )  # fmt: skip
+        return found, len(texts)
+
+    try:
+        rows, count = given.keep(measure)
+    except (ValueError, NotImplementedError) as error:
+        fail(str(error))
+    table = new_table(
+        f"Caches of {given.model}, {given.dtype}: {count} prompts of {given.window - new_tokens:,} tokens, and "
+        f"{new_tokens} tokens judged on each"
+    )
+    head = ("codec", "bits", "perplexity", "KL", "top-1", "greedy texts kept", "greedy tokens kept")
+    for place, name in enumerate(head):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            row.codec, f"{row.bits_per_value:.2f}", f"{100 * row.perplexity_change.value:+.2f} %",
+            f"{row.kl.value:.2e}", f"{100 * row.top1.value:.2f} %", f"{row.texts_kept} of {row.texts}",
+            f"{100 * row.tokens_kept:.1f} %",
+        )  # fmt: skip
+    stdout.print(table)
+    facts = given.facts(count * given.window, time.perf_counter() - start)
+    of_sums = ("ranks", "hosts", "algorithm")
+    document = {
+        "op": "accuracy_kv",
+        **{name: fact for name, fact in facts.items() if name not in of_sums},
+        "new_tokens": new_tokens,
+        "rows": [row.as_dict() for row in rows],
+    }
+    write_json(given.out / "report.json", document)
+    write_json(json_file, document)
 
 
 def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tuple[list[AccuracyRow], dict]":
@@ -78,6 +175,7 @@ def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tu
         given.ranks,
         variants,
         texts,
+        stages=given.stages,
         hosts=given.hosts,
         calibration=given.calibrated(),
         folder=given.out / "windows",

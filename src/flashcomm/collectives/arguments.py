@@ -79,7 +79,10 @@ def _overlaps(x: torch.Tensor) -> bool:
     return len(places.unique()) < x.numel()
 
 
-CUTS_THE_GRADIENT = "flashcomm is for inference and would cut the gradient: call it under torch.no_grad()"
+CUTS_THE_GRADIENT = (
+    "flashcomm is for inference and would cut the gradient: call it under torch.no_grad(), or take the verbs of "
+    "flashcomm.training, which gradients pass through"
+)
 
 
 def check_grad(x: torch.Tensor):

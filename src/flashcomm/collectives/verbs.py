@@ -4,7 +4,7 @@ They mirror torch's own, but collectives return their result, as in ``x = flashc
 Under one algorithm a token's result depends on that token alone, every rank gets the same bits, and sums are fp32 in
 rank order.
 
-Not supported: autograd (these are for inference), integer and fp64 tensors except with codec ``none``.
+Not supported: autograd, which `flashcomm.training` adds; integer and fp64 tensors except with codec ``none``.
 """
 
 from collections.abc import Sequence

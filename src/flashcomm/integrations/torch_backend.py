@@ -331,5 +331,7 @@ def _announce(policy: Policy | None, ranks: int):
         )
         return
     _log.info("backend flashcomm compresses sums over %d ranks: %s", ranks, policy)
+    if policy.overlap != "off":
+        _log.warning("backend flashcomm sees no prompts: the policy's overlap is for engines that run them")
     if policy.layers:
         _log.warning("backend flashcomm sees no modules: of the policy it uses %s, and no [[layers]]", policy.codec)
