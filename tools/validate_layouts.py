@@ -79,7 +79,7 @@ def rows_of(shape: Shape, given: argparse.Namespace) -> Iterator[Row]:
     one = table.cluster(1)
     assert one is not None
     slower = alone["p50_ms"] / (1e3 * predict_layout(shape, table, one, Layout(tp=1), "none", **prompt).ttft_s)
-    print(f"vLLM computes in {slower:.2f} of the time of {TABLE}: {alone['p50_ms']:.0f} ms alone", flush=True)
+    print(f"vLLM alone: {alone['p50_ms']:.0f} ms, {slower:.2f} times as long as {TABLE} says", flush=True)
     for rate in given.rates.split(","):
         placement = named(TABLE, 2, rate=rate)
         for layout in LAYOUTS:
