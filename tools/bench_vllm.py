@@ -66,11 +66,10 @@ def main():
     first.add_argument("--tokens", type=int, default=1024)
     first.add_argument("--codecs", default="none,int8g128,int4g128")
     first.add_argument("--overlap", action="store_true", help="each codec in one piece and in parts")
+    first.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     first.add_argument("--eager", action="store_true", help="vLLM without compiled graphs")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
-    mixed = commands.add_parser(
-        "parts", help="texts of steps in parts, and memory over many requests"
-    )
+    mixed = commands.add_parser("parts", help="texts of steps in parts, and memory over many requests")
     mixed.add_argument("--requests", type=int, default=500)
     real = commands.add_parser("real", help="a real model over three ranks: texts, counts, and a rank that is killed")
     real.add_argument("--codecs", default="int8g128+hadamard,int8g128")
@@ -164,6 +163,7 @@ def ttft(options: argparse.Namespace) -> list[dict]:
         overlaps = ["off", "auto"] if options.overlap else ["off"]
         ways = [(codec, overlap) for codec in options.codecs.split(",") for overlap in overlaps]
         task = {"ways": ways, "tokens": options.tokens, "repeats": options.repeats, "eager": options.eager}
+        task["dtype"] = options.dtype
         (folder / "task.json").write_text(json.dumps(task))
         codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=2 * START_S)
         if any(codes):
@@ -174,7 +174,7 @@ def ttft(options: argparse.Namespace) -> list[dict]:
             "op": "vllm_ttft",
             "model": options.model,
             "backend": "gloo",
-            "dtype": "bfloat16",
+            "dtype": options.dtype,
             "link": options.rate,
             "ranks": 2,
             "tokens": options.tokens,
@@ -395,7 +395,16 @@ class Node:
         longest = max(2048, self._task["tokens"] + 16)
         return [
             *("serve", str(self._folder / "model"), "--served-model-name", "demo", "--load-format", "dummy"),
-            *("--host", "127.0.0.1", "--port", str(PORT), "--tensor-parallel-size", "2", "--dtype", "bfloat16"),
+            *(
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(PORT),
+                "--tensor-parallel-size",
+                "2",
+                "--dtype",
+                self._task["dtype"],
+            ),
             *("--nnodes", "2", "--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"]),
             *("--distributed-executor-backend", "mp", "--max-model-len", str(longest), "--max-num-seqs", "4"),
             *("--max-num-batched-tokens", str(longest), *(["--enforce-eager"] if self._task["eager"] else [])),
