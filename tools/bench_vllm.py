@@ -60,7 +60,7 @@ WARMUP = 3
 """Rounds that are not timed: overlap measures, compares, and plans."""
 SWITCHED = "int8g128"
 """Codec with which a server starts, so that its sums and hops are hooked."""
-GIVEN = ("model", "tp", "pp", "hosts", "tokens", "repeats", "texts", "eager")
+GIVEN = ("model", "tp", "pp", "hosts", "tokens", "repeats", "texts", "eager", "dtype")
 """Options that a node of `ttft` reads."""
 
 
@@ -81,6 +81,7 @@ def main():
     first.add_argument("--codecs", default="none,int8g128,int4g128")
     first.add_argument("--texts", type=int, default=0, help="greedy texts to compare with those of the first codec")
     first.add_argument("--overlap", action="store_true", help="each codec in one piece and in parts")
+    first.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     first.add_argument("--eager", action="store_true", help="vLLM without compiled graphs")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
     mixed = commands.add_parser("parts", help="texts of steps in parts, and memory over many requests")
@@ -190,7 +191,7 @@ def ttft(options: argparse.Namespace) -> list[dict]:
             "op": "vllm_ttft",
             "model": options.model,
             "backend": "gloo",
-            "dtype": "bfloat16",
+            "dtype": options.dtype,
             "link": options.rate,
             "ranks": options.tp * options.pp,
             **({"layout": str(Layout(tp=options.tp, pp=options.pp))} if options.pp > 1 else {}),
@@ -416,7 +417,7 @@ class Node:
         return [
             *("serve", str(self._folder / "model"), "--served-model-name", "demo"),
             *("--load-format", "auto" if self._task["model"] == "demo" else "dummy"),
-            *("--host", "127.0.0.1", "--port", str(PORT), "--dtype", "bfloat16"),
+            *("--host", "127.0.0.1", "--port", str(PORT), "--dtype", self._task["dtype"]),
             *("--tensor-parallel-size", str(self._task["tp"]), "--pipeline-parallel-size", str(self._task["pp"])),
             *("--distributed-executor-backend", "mp", "--max-model-len", str(longest), "--max-num-seqs", "4"),
             *("--max-num-batched-tokens", str(longest), *(["--enforce-eager"] if self._task["eager"] else [])),

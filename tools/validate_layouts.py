@@ -67,6 +67,7 @@ def measured(layout: Layout, hosts: int, rate: str, codecs: tuple[str, ...], giv
     options = argparse.Namespace(
         model=MODEL, rate=rate, tp=layout.tp, pp=layout.pp, hosts=hosts, tokens=given.tokens, repeats=given.repeats,
         codecs=",".join(codecs), texts=given.texts if layout.pp > 1 else 0, overlap=False, eager=False,
+        dtype="bfloat16",
     )  # fmt: skip
     return bench_vllm.ttft(options)
 

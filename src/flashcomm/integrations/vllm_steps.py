@@ -90,11 +90,11 @@ class Step:
             first = int(np.searchsorted(self._ends, end - size, side="right"))
             last = int(np.searchsorted(self._ends, end, side="left"))
             slices.append(UBatchSlice(slice(first, last + 1), slice(end - size, end)))
-        for group in itertools.chain.from_iterable(self.runner.attn_groups):
-            builders = group.metadata_builders
-            builders += [copy.copy(builders[0]) for _ in range(len(slices) - len(builders))]
-        metadata, _ = self._build(**{**self._arguments, "ubatch_slices": slices})
-        return [partial(self._part, one.token_slice, of_part) for one, of_part in zip(slices, metadata, strict=True)]
+        # Part by part: in one call, FlashAttention's builder would take the first part's lengths for all.
+        return [
+            partial(self._part, one.token_slice, self._build(**{**self._arguments, "ubatch_slices": [one]})[0][0])
+            for one in slices
+        ]
 
     def _part(self, tokens: slice, metadata: Any) -> Any:
         import vllm.forward_context as forward_context

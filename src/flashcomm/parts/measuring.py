@@ -137,8 +137,10 @@ def profile_of(
     busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
     # A GPU computes and sends without the cores.
     crowded = crowd([seat for *_, seat in told]) if device.type == "cpu" else 0.0
+    segments, layers = _repeated([lines[kind] for kind in kinds])
     profile = Profile(
-        segments=tuple(lines[kind] for kind in kinds),
+        segments=segments,
+        layers=layers,
         sum=sums,
         burst_s=max(0.0, sums.seconds(work[longest].tokens) - alone_s),
         # A second of a core that ranks share keeps all of them from computing; if cores are left over, none.
@@ -149,6 +151,21 @@ def profile_of(
     )
     # Ranks may differ in their cores.
     return group_of(group).ranks.tell(profile)[0]
+
+
+def _repeated(segments: Sequence[Line]) -> tuple[tuple[Line, ...], int]:
+    """Find the layers that repeat between the first segment and the last, as `Profile.layers` counts them.
+
+    >>> a, b, c = (Line(fixed_s=seconds) for seconds in (1, 2, 3))
+    >>> _repeated([c, a, b, a, b, c]) == ((c, a, b, c), 2), _repeated([a, b, a, c]) == ((a, b, a, c), 1)
+    (True, True)
+    """
+    inner = list(segments[1:-1])
+    for length in range(1, len(inner) // 2 + 1):
+        layers, rest = divmod(len(inner), length)
+        if not rest and inner == layers * inner[:length]:
+            return (segments[0], *inner[:length], segments[-1]), layers
+    return tuple(segments), 1
 
 
 def slowest(ratio: float, group: Any) -> float:
