@@ -375,11 +375,14 @@ def versions_claim() -> str:
 
 def training_table() -> str:
     """Losses of each codec beside those of plain with the same seeds, and the spread of plain over its seeds."""
+    paths = sorted(RESULTS.glob("training_tp*_cpu.json"))
+    if not paths:
+        return "Not measured yet on a quiet machine."
     lines = [
         "| ranks | codec | seeds | held-out loss | minus plain's | training loss | minus plain's | same bits |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for path in sorted(RESULTS.glob("training_tp*_cpu.json")):
+    for path in paths:
         rows = json.loads(path.read_text())["rows"]
         plain = {row["seed"]: row for row in rows if row["codec"] == "none"}
         for codec in dict.fromkeys(row["codec"] for row in rows):

@@ -10,6 +10,7 @@ row-wise one: 8 sums in a step, half of them of gradients. Seeds differ in weigh
 Shapes: B sequences, T bytes of context, H hidden size.
 """
 
+import json
 import math
 import statistics
 from dataclasses import dataclass
@@ -171,9 +172,12 @@ def rank_curves(codecs: list[str], seeds: list[int], steps: int, out: Path | Non
     """Train with each codec and seed in turn; rank 0 writes what is there after every run."""
     source, held_out = stream(text.training_files(None)), stream(text.held_out_files(None))
     index = torch.linspace(0, len(held_out) - CONTEXT - 2, HELD_OUT_WINDOWS).long()[:, None] + torch.arange(CONTEXT + 1)
-    rows: list[Row] = []
+    rows = [Row(**row) for row in json.loads(out.read_text())["rows"]] if out and out.exists() else []
+    done = {(row.codec, row.seed) for row in rows}
     for seed in seeds:
         for codec in codecs:
+            if (codec, seed) in done:
+                continue
             run = Run(codec, seed, source)
             losses = [run.step((step + 1) / steps) for step in range(steps)]
             with torch.no_grad():

@@ -30,14 +30,18 @@ app = typer.Typer(help=(__doc__ or "").split("\n", 1)[0], add_completion=False)
 def curves(
     tp: Annotated[int, typer.Option(help="Ranks, which share this machine's memory.")] = 2,
     codecs: Annotated[str, typer.Option(help="Wire formats of both directions.")] = ",".join(CODECS),
-    seeds: Annotated[int, typer.Option(help="Runs of each codec.")] = 3,
+    seeds: Annotated[str, typer.Option(help="Seeds of weights and batches.")] = "0,1,2",
     steps: Annotated[int, typer.Option(help="Steps of a run.")] = 300,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File for the rows; runs that are in it are kept.")
+    ] = None,
 ) -> None:
     """Train with each codec and compare the losses."""
     for codec in codecs.split(","):
         kernels.warm_up(codec)
-    launch.run(rank_curves, (codecs.split(","), list(range(seeds)), steps, json_file), ranks=tp, timeout_s=600)
+    launch.run(
+        rank_curves, (codecs.split(","), list(map(int, seeds.split(","))), steps, json_file), ranks=tp, timeout_s=600
+    )
 
 
 @app.command()

@@ -55,7 +55,8 @@ class Stochastic(Codec):
     base: Affine | Block
 
     def __post_init__(self):
-        if not (isinstance(self.base, Affine) or (isinstance(self.base, Block) and self.base.scale == "fp32")):
+        # Its type itself counts: a subclass may round by rules of its own.
+        if type(self.base) is not Affine and not (type(self.base) is Block and self.base.scale == "fp32"):
             raise ValueError(
                 f"+sr needs a format that cuts nothing off, not {self.base}: int1 to int8 with optional s and gN, or "
                 "fp8gN"

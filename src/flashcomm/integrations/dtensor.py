@@ -60,7 +60,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
         use_local_output: bool = True,
     ):
         super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self.codec, self.algorithm, self.gradients = _usable(codec), algorithm, gradients and _usable(gradients)
+        self.codec, self.algorithm, self.gradients = _usable(codec), algorithm, _usable_gradients(gradients)
 
     def _prepare_output_fn(self, output_layouts, use_local_output, mod, outputs, device_mesh):
         outputs = redistribute(outputs, output_layouts, self.codec, self.algorithm, self.gradients)
@@ -93,7 +93,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
         use_local_output: bool = True,
     ):
         super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self.codec, self.gradients = _usable(codec), gradients and _usable(gradients)
+        self.codec, self.gradients = _usable(codec), _usable_gradients(gradients)
 
     def _prepare_input_fn(self, input_layouts, desired_input_layouts, mod, inputs, device_mesh):
         x = inputs[0]
@@ -138,7 +138,7 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
             desired_input_kwarg_layouts=desired_input_kwarg_layouts,
             use_local_output=use_local_output,
         )
-        self.codec, self.gradients = _usable(codec), gradients and _usable(gradients)
+        self.codec, self.gradients = _usable(codec), _usable_gradients(gradients)
 
     def _prepare_input_arg(
         self, input: Any, mesh: DeviceMesh, input_layout: Placement | None, desired_layout: Placement | None
@@ -293,6 +293,10 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
 def _done(out: "torch.Tensor | collectives.Work") -> torch.Tensor:
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def _usable_gradients(codec: str | Codec | None) -> Codec | None:
+    return None if codec is None else _usable(codec)
 
 
 def _usable(codec: str | Codec) -> Codec:
