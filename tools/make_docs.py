@@ -365,7 +365,8 @@ def skips_table() -> str:
 def versions_claim() -> str:
     """The sentence of README.md about versions."""
     tested = [
-        f"Python {'.'.join(row['python'].split('.')[:2])} with torch {row['torch'].split('+')[0]} ({row['date']})"
+        f"Python {'.'.join(row['python'].split('.')[:2])} with torch {row['torch'].split('+')[0]} "
+        f"({'smoke tests, ' if row['tests'] == 'smoke' else ''}{row['date']})"
         for row in version_rows()
         if not row["failed"]
     ]
