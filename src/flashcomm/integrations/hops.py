@@ -70,7 +70,6 @@ class Hops:
         codec = self.policy.hops.codec("pp")
         for cols in columns:
             codec.check(cols)
-        kernels.load(codec, device.type)
         mine = f'pp = "{codec}", min_bytes = {self.policy.min_bytes}'
         try:
             dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
@@ -84,6 +83,7 @@ class Hops:
         if len(set(everyone)) > 1:
             said = "; ".join(f"stage {stage} has {theirs}" for stage, theirs in enumerate(everyone))
             raise RanksDisagree(f"pipeline stages have different policies for hops: {said}. Give all nodes the same")
+        kernels.load(codec, device.type)
 
     def line(self, stages: int) -> str:
         """Say at the start what will be done.
