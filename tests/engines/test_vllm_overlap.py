@@ -51,8 +51,8 @@ def test_answers_are_those_of_one_piece(server):
     for parts in (2, 3):
         texts, changed, (first, second) = answers(server, parts)
         assert texts == whole
-        # Sums of two ranks have one order, and attention reads its keys in one order wherever a step is cut.
-        assert changed == plain
+        # Matrix products of fewer rows may add up in another order: 2.4e-6 in fp32 on an AMD EPYC, 2026-11-28.
+        assert max(abs(one - other) for one, other in zip(changed, plain, strict=True)) < 1e-4
         assert first["prefills"] == second["prefills"]
         assert in_parts(first, parts) >= 5
         assert first["plain"] == second["plain"]

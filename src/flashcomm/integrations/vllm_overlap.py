@@ -13,7 +13,7 @@ Parts run the model without its compiled graph (`skip_compiled`): a greenlet tha
 Python ends the process, because pybind11 keeps a stack per thread. All other steps stay compiled.
 
 Not cut, and counted with the reason: see `never` and `_why_whole`. vLLM's V2 model runner, which it takes on GPUs, has
-other methods. Written for vLLM 0.32 on the CPU; no GPU has run this.
+other methods. Tested with vLLM 0.32 on the CPU; no GPU has run this.
 
 Source: ISO (arXiv 2409.11155); turns at the sums are our own, the parts' metadata vLLM's.
 """
