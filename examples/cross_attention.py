@@ -37,14 +37,17 @@ for name, parameter in model.named_parameters():
     if name.endswith("gate"):  # zero in a new model, which would ignore images
         torch.nn.init.ones_(parameter)
 text, image = torch.randint(3, 256, (1, 20)), torch.randn(1, 1600, 256)
+seen = torch.zeros(1, 1, 20, 1600)
+seen[:, :, :8, 800:] = -torch.inf  # of two images, the second follows these words
 
 with torch.inference_mode():
     model.set_attn_implementation("sdpa")
-    want = model(text, cross_attention_states=image, use_cache=False).logits
+    want = model(text, cross_attention_states=image, cross_attention_mask=seen, use_cache=False).logits
     model.set_attn_implementation("spread")
-    mine = image.tensor_split(dist.get_world_size(), 1)[dist.get_rank()]
-    got = model(text, cross_attention_states=mine, use_cache=False).logits
-if dist.get_rank() == 0:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine, visible = image.tensor_split(ranks, 1)[rank], seen.tensor_split(ranks, 3)[rank]
+    got = model(text, cross_attention_states=mine, cross_attention_mask=visible, use_cache=False).logits
+if rank == 0:
     error = (got - want).norm() / want.norm()
     print(f"relative error {error:.4f}, sent {flashcomm.stats()['wire_bytes']:,} bytes")
     print(f"keys and values of these two layers: {2 * 2 * image.shape[1] * 2 * 64 * 4:,} bytes")
