@@ -12,6 +12,7 @@ from flashcomm.cli import (
     bench_codec,
     bench_collective,
     bench_gpu,
+    bench_kv,
     bench_ttft,
     calibrate,
     demo,
@@ -51,6 +52,7 @@ for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"):
     bench_app.command(op)(bench_collective.bench_collective(op))
 bench_app.command("attention")(bench_attention.bench_attention)
 bench_app.command("ttft")(bench_ttft.bench_ttft)
+bench_app.command("kv")(bench_kv.bench_kv)
 
 
 @app.callback(invoke_without_command=True)

@@ -52,10 +52,11 @@ def load(directory: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, transformers.AutoTokenizer.from_pretrained(directory)
 
 
-def load_model(directory: Path, dtype: torch.dtype) -> Any:
+def load_model(directory: Path, dtype: torch.dtype, *, split: bool = True) -> Any:
     """Load the model of a directory that may have no tokenizer; else as `load`.
 
-    Over more ranks than the model has key/value heads, several ranks hold a copy of the same one.
+    Over more ranks than the model has key/value heads, several ranks hold a copy of the same one. With ``split=False``
+    every rank holds the whole model.
     """
     os.environ["HF_HUB_OFFLINE"] = "1"
     # Where torchao is installed, transformers imports it, and on every rank it tells of libraries for other GPUs.
@@ -65,7 +66,7 @@ def load_model(directory: Path, dtype: torch.dtype) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    ranks = dist.get_world_size() if split and dist.is_initialized() else 1
     if ranks < 2:
         return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     config = transformers.AutoConfig.from_pretrained(directory)
