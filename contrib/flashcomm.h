@@ -23,14 +23,10 @@ typedef struct {
     int dtype, dims; /* dtype: 0 bf16, 1 fp16, 2 fp32 */
     uint64_t rows, body_bytes;
     uint32_t cols;
-    char spec[256];
+    char spec[256], kind; /* kind: i int, s symmetric int, m small float, e entropy-coded, l lossless, c cast */
+    int bits, group, exponent, fp16, fp32;
     const uint8_t *body;
 } flashcomm_header;
-
-typedef struct { /* kind: 'i' int, 's' symmetric int, 'm' small float, 'e' entropy-coded, 'l' lossless, 'c' cast */
-    char kind;
-    int bits, group, exponent, fp16, fp32;
-} flashcomm_format;
 
 static uint64_t fc_number(const uint8_t *at, int bytes) {
     uint64_t n = 0;
@@ -46,9 +42,8 @@ static float fc_float(uint32_t pattern) {
 
 static float fc_half(uint32_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float value = exponent == 31  ? (mantissa ? NAN : INFINITY)
-                  : exponent == 0 ? ldexpf((float)mantissa, -24)
-                                  : ldexpf((float)(mantissa + 1024), exponent - 25);
+    float value = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    if (exponent == 31) value = mantissa ? NAN : INFINITY;
     return h >> 15 ? -value : value;
 }
 
@@ -80,29 +75,29 @@ static int fc_code(const uint8_t *codes, uint64_t i, uint64_t cols, int bits) {
     return code;
 }
 
-static int fc_parse(const char *spec, flashcomm_format *f) {
+/* Read h->spec; 1 if it is not known here. */
+static int fc_parse(flashcomm_header *h) {
     static const struct { const char *name; int bits, exponent; } small[] = {
         {"mxfp4", 4, 2}, {"mxfp6_e2m3", 6, 2}, {"mxfp6_e3m2", 6, 3}, {"mxfp8_e4m3", 8, 4}, {"mxfp8_e5m2", 8, 5}};
-    int end = 0, whole, part;
-    char digits[4] = "";
-    memset(f, 0, sizeof *f);
+    const char *spec = h->spec;
+    char rest[4] = "";
+    h->kind = 0, h->bits = h->group = h->exponent = h->fp16 = h->fp32 = 0;
     for (size_t i = 0; i < sizeof small / sizeof *small; i++)
         if (!strcmp(spec, small[i].name))
-            return f->kind = 'm', f->bits = small[i].bits, f->exponent = small[i].exponent, f->group = 32, 0;
-    if (!strcmp(spec, "bf16") || !strcmp(spec, "fp32")) return f->kind = 'c', f->fp32 = spec[0] == 'f', 0;
-    if (!strcmp(spec, "lossless") || !strcmp(spec, "lossless_fp16")) return f->kind = 'l', f->fp16 = spec[8] != 0, 0;
-    if (sscanf(spec, "int%1dg%8d%n", &f->bits, &f->group, &end) == 2 && !spec[end]) f->kind = 'i';
-    else if (end = 0, sscanf(spec, "int%1dsg%8d%n", &f->bits, &f->group, &end) == 2 && !spec[end]) f->kind = 's';
-    else if (end = 0, sscanf(spec, "fp8g%8d%n", &f->group, &end) == 1 && !spec[end])
-        f->kind = 'm', f->bits = 8, f->exponent = 4, f->fp32 = 1;
-    else if (end = 0, sscanf(spec, "ec%2d%n", &whole, &end) == 1) {
-        part = spec[end] == '.' && sscanf(spec + end, ".%3[0-9]%n", digits, &part) == 1 ? (int)(8 * strtod(spec + end, 0)) : 0;
-        return f->kind = 'e', f->bits = 8 * whole + part, f->bits < 20 || f->bits > 80;
+            return h->kind = 'm', h->bits = small[i].bits, h->exponent = small[i].exponent, h->group = 32, 0;
+    if (!strcmp(spec, "bf16") || !strcmp(spec, "fp32")) return h->kind = 'c', h->fp32 = *spec == 'f', 0;
+    if (!strcmp(spec, "lossless") || !strcmp(spec, "lossless_fp16")) return h->kind = 'l', h->fp16 = spec[8] != 0, 0;
+    if (sscanf(spec, "int%1dg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 'i';
+    else if (sscanf(spec, "int%1dsg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 's';
+    else if (sscanf(spec, "fp8g%8d%1s", &h->group, rest) == 1) h->kind = 'm', h->bits = 8, h->exponent = 4, h->fp32 = 1;
+    else if (!strncmp(spec, "ec", 2) && strlen(spec) < 9 && strspn(spec + 2, "0123456789.") == strlen(spec + 2)) {
+        h->bits = (int)(8 * strtod(spec + 2, 0)); /* eighths of a bit per value */
+        return h->kind = 'e', h->bits < 20 || h->bits > 80;
     }
-    return !f->kind || f->bits < 1 || f->bits > 8 || f->group < 1;
+    return !h->kind || h->bits < 1 || h->bits > 8 || h->group < 1;
 }
 
-static uint64_t fc_row_bytes(const flashcomm_format *f, uint64_t cols) {
+static uint64_t fc_row_bytes(const flashcomm_header *f, uint64_t cols) {
     uint64_t groups = f->group ? (cols + f->group - 1) / f->group : 0, bytes;
     switch (f->kind) {
     case 'i': return fc_code_bytes(cols, f->bits) + 4 * groups;
@@ -114,7 +109,7 @@ static uint64_t fc_row_bytes(const flashcomm_format *f, uint64_t cols) {
     }
 }
 
-static void fc_int(const uint8_t *row, const flashcomm_format *f, uint64_t cols, float *out) {
+static void fc_int(const uint8_t *row, const flashcomm_header *f, uint64_t cols, float *out) {
     const uint8_t *meta = row + fc_code_bytes(cols, f->bits);
     int symmetric = f->kind == 's', last = symmetric && f->bits > 1 ? (1 << f->bits) - 2 : (1 << f->bits) - 1;
     for (uint64_t i = 0; i < cols; i++) {
@@ -126,43 +121,32 @@ static void fc_int(const uint8_t *row, const flashcomm_format *f, uint64_t cols,
     }
 }
 
-static void fc_small_float(const uint8_t *row, const flashcomm_format *f, uint64_t cols, float *out) {
+static void fc_small_float(const uint8_t *row, const flashcomm_header *f, uint64_t cols, float *out) {
     const uint8_t *scales = row + fc_code_bytes(cols, f->bits);
     int mantissa = f->bits - 1 - f->exponent, lowest = 2 - (1 << (f->exponent - 1));
     for (uint64_t i = 0; i < cols; i++) {
         int code = fc_code(row, i, cols, f->bits), magnitude = code & ((1 << (f->bits - 1)) - 1);
         int binade = magnitude >> mantissa > 1 ? magnitude >> mantissa : 1;
         float value = ldexpf((float)(magnitude - ((binade - 1) << mantissa)), binade - 1 + lowest - mantissa);
-        uint32_t byte = scales[f->fp32 ? 0 : i / f->group];
-        float scale = f->fp32      ? fc_float((uint32_t)fc_number(scales + 4 * (i / f->group), 4))
-                      : byte == 255 ? NAN
-                                    : fc_float(byte << 23);
+        uint32_t pattern = f->fp32 ? (uint32_t)fc_number(scales + 4 * (i / f->group), 4) : scales[i / f->group];
+        float scale = f->fp32 ? fc_float(pattern) : pattern == 255 ? NAN : fc_float(pattern << 23);
         out[i] = (code >> (f->bits - 1) ? -value : value) * scale;
     }
 }
 
-/* Lengths of the Huffman codes of 0, -1, 1, -2, ..., '1' to ';' for 1 to 11 bits, then that of the escape. */
-static const char *const fc_lengths[15][2] = {
-    {"123456789", "9"},
-    {"123456789:;", ";"},
-    {"123456789:;", ";"},
-    {"123456789:;", ";"},
-    {"222345678:::;", ";"},
-    {"22244456789:;", ";"},
-    {"2233355666799:::;", ";"},
-    {"23333445566778899:::;", ";"},
-    {"23333445566778899:;;;;;", ";"},
-    {"3333344445566778899:;;;;;", ";"},
-    {"33334444455566677778999:::;;;;;", ";"},
-    {"333444444555566666777888999:::;;;;;", ";"},
-    {"344444444455555666666777788889999:::;;;;;;;;;", ";"},
-    {"4444444444555555566666777778888889999:::;;;;;;;;;", ";"},
-    {"4444444455555555566666666777777888888999999::::::;;;;;;;;;;", ":"}
+/* Lengths of the Huffman codes of 0, -1, 1, -2, ... and of the escape, '1' to ';' for 1 to 11 bits. */
+static const char *const fc_lengths[15] = {
+    "1234567899", "123456789:;;", "123456789:;;", "123456789:;;", "222345678:::;;", "22244456789:;;",
+    "2233355666799:::;;", "23333445566778899:::;;", "23333445566778899:;;;;;;", "3333344445566778899:;;;;;;",
+    "33334444455566677778999:::;;;;;;", "333444444555566666777888999:::;;;;;;",
+    "344444444455555666666777788889999:::;;;;;;;;;;", "4444444444555555566666777778888889999:::;;;;;;;;;;",
+    "4444444455555555566666666777777888888999999::::::;;;;;;;;;;:"
 };
 static const uint32_t fc_mantissas[16] = {
     0x3F800000, 0x3F85A9D3, 0x3F8BA2F8, 0x3F91C9A7, 0x3F983DCF, 0x3F9F03F7, 0x3FA60E00, 0x3FAD5AB0,
-    0x3FB4FA95, 0x3FBD05FA, 0x3FC559A6, 0x3FCE2981, 0x3FD73CB0, 0x3FE0C3E3, 0x3FEAB2F0, 0x3FF52736
-};
+    0x3FB4FA95, 0x3FBD05FA, 0x3FC559A6, 0x3FCE2981, 0x3FD73CB0, 0x3FE0C3E3, 0x3FEAB2F0, 0x3FF52736};
+
+static uint64_t fc_least(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 static int fc_bit(const uint8_t *row, uint64_t bytes, int64_t at) {
     return at >= 0 && at < (int64_t)(8 * bytes) ? row[at / 8] >> at % 8 & 1 : 0;
@@ -170,37 +154,32 @@ static int fc_bit(const uint8_t *row, uint64_t bytes, int64_t at) {
 
 static void fc_entropy(const uint8_t *row, uint64_t bytes, uint64_t cols, float *out) {
     uint32_t head = (uint32_t)fc_number(row, 3), k = head & 4095, table = head >> 12 & 63, width = head >> 18 & 31;
-    int raw, escape, pairs = cols < 1024 ? 1 : 2, entry = 3 + (pairs == 1 ? 0 : bytes < 65536 ? 2 : 4);
-    int first[13], count[13] = {0}, order[65], symbols = 0;
+    int raw, pairs = cols < 1024 ? 1 : 2, entry = 3 + (pairs == 1 ? 0 : bytes < 65536 ? 2 : 4);
     if (k == 0 || k > 4032) {
         for (uint64_t i = 0; i < cols; i++) out[i] = k ? NAN : 0;
         return;
     }
     table = table > 42 ? 42 : table;
     raw = table > 14 ? ((int)table - 11) / 4 : 0;
-    const char *lengths = fc_lengths[table - 4 * raw][0];
-    int limit = (int)strlen(lengths);
-    escape = fc_lengths[table - 4 * raw][1][0] - '0';
-    for (int length = 1, word = 0; length <= 11; length++, word <<= 1) {
-        first[length] = word;
+    const char *lengths = fc_lengths[table - 4 * raw];
+    int codes[65] = {0}, limit = (int)strlen(lengths) - 1; /* the escape is the last symbol */
+    for (int length = 1, word = 0; length <= 11; length++, word <<= 1)
         for (int s = 0; s <= limit; s++)
-            if ((s < limit ? lengths[s] - '0' : escape) == length) order[symbols++] = s, count[length]++, word++;
-    }
-    uint64_t plane = fc_code_bytes(cols, 1), front = entry + raw * plane, run = (cols + 32 * pairs - 1) / (32 * pairs) * 16;
-    front = front > bytes ? bytes : front;
-    uint64_t middle = pairs == 1 ? bytes : front + fc_number(row + 3, entry - 3), done = 0;
-    middle = middle > bytes ? bytes : middle;
+            if (lengths[s] - '0' == length) codes[s] = word++;
+    uint64_t plane = fc_code_bytes(cols, 1), run = (cols + 32 * pairs - 1) / (32 * pairs) * 16, done = 0;
+    uint64_t front = fc_least(entry + raw * plane, bytes);
+    uint64_t middle = pairs == 1 ? bytes : fc_least(front + fc_number(row + 3, entry - 3), bytes);
     int64_t starts[4] = {8 * front, 8 * middle - 1, 8 * middle, 8 * bytes - 1}, records = 0;
     for (int stream = 0; stream < 2 * pairs; stream++) {
         int64_t at = starts[stream], step = stream % 2 ? -1 : 1;
-        for (uint64_t end = run * (stream + 1); done < (end < cols ? end : cols); done++) {
-            int word = 0, length = 0, before = 0;
-            do {
-                word = word << 1 | fc_bit(row, bytes, at), at += step, length++;
-                before += length > 1 ? count[length - 1] : 0;
-            } while (length < 11 && word - first[length] >= count[length]);
-            int symbol = word - first[length] < count[length] ? order[before + word - first[length]] : limit;
-            out[done] = (float)symbol;
+        for (uint64_t end = fc_least(run * (stream + 1), cols); done < end; done++) {
+            int word = 0, symbol = -1;
+            for (int length = 1; length <= 11 && symbol < 0; length++, at += step) {
+                word = word << 1 | fc_bit(row, bytes, at);
+                for (int s = 0; s <= limit; s++)
+                    if (lengths[s] - '0' == length && codes[s] == word) symbol = s;
+            }
+            out[done] = (float)(symbol < 0 ? limit : symbol);
         }
         if (stream == 0) records = at;
     }
@@ -239,7 +218,6 @@ static void fc_lossless(const uint8_t *row, uint64_t bytes, int fp16, uint64_t c
 
 /* 0, or 1: not such bytes, another version, damage, a format that is not known here, lengths that do not fit. */
 static int flashcomm_read(const uint8_t *data, size_t size, flashcomm_header *h) {
-    flashcomm_format f;
     if (size < 32 || memcmp(data, "\xab" "fc\n", 4) || data[4] != 1 || data[5] > 2) return 1;
     h->dtype = data[5], h->dims = data[6], h->body_bytes = fc_number(data + 8, 8);
     h->rows = fc_number(data + 16, 8), h->cols = (uint32_t)fc_number(data + 24, 4);
@@ -248,29 +226,28 @@ static int flashcomm_read(const uint8_t *data, size_t size, flashcomm_header *h)
     if (fc_crc(fc_crc(0, data, 28), data + 32, size - 32) != fc_number(data + 28, 4)) return 1;
     memcpy(h->spec, data + 32, data[7]), h->spec[data[7]] = 0;
     h->body = data + start;
-    if (fc_parse(h->spec, &f)) return 1;
-    uint64_t width = fc_row_bytes(&f, h->cols);
+    if (fc_parse(h)) return 1;
+    uint64_t width = fc_row_bytes(h, h->cols);
     if (width == 0 || h->rows == 0) return h->body_bytes != 0;
-    if (f.kind == 'l') return h->rows > h->body_bytes / 4 || h->rows > UINT64_MAX / 2 / width;
+    if (h->kind == 'l') return h->rows > h->body_bytes / 4 || h->rows > UINT64_MAX / 2 / width;
     return h->body_bytes / width != h->rows || h->body_bytes % width != 0;
 }
 
 /* Decode into rows * cols floats. 0, or 1 as from flashcomm_read. */
 static int flashcomm_decode(const uint8_t *data, size_t size, float *out) {
     flashcomm_header h;
-    flashcomm_format f;
-    if (flashcomm_read(data, size, &h) || fc_parse(h.spec, &f)) return 1;
-    uint64_t bound = fc_row_bytes(&f, h.cols), left = h.body_bytes;
+    if (flashcomm_read(data, size, &h)) return 1;
+    uint64_t bound = fc_row_bytes(&h, h.cols), left = h.body_bytes;
     const uint8_t *row = h.body;
     for (uint64_t r = 0; r < h.rows && h.cols; r++, out += h.cols) {
-        uint64_t bytes = f.kind == 'l' && left >= 4 ? fc_number(row, 4) : bound;
-        if (bytes > left || bytes > bound || bytes < (f.kind == 'l' ? 4u : 1u)) return 1;
-        if (f.kind == 'i' || f.kind == 's') fc_int(row, &f, h.cols, out);
-        if (f.kind == 'm') fc_small_float(row, &f, h.cols, out);
-        if (f.kind == 'e') fc_entropy(row, bytes, h.cols, out);
-        if (f.kind == 'l') fc_lossless(row, bytes, f.fp16, h.cols, out);
-        for (uint64_t i = 0; f.kind == 'c' && i < h.cols; i++)
-            out[i] = fc_float((uint32_t)fc_number(row + i * (f.fp32 ? 4 : 2), f.fp32 ? 4 : 2) << (f.fp32 ? 0 : 16));
+        uint64_t bytes = h.kind == 'l' && left >= 4 ? fc_number(row, 4) : bound;
+        if (bytes > left || bytes > bound || bytes < (h.kind == 'l' ? 4u : 1u)) return 1;
+        if (h.kind == 'i' || h.kind == 's') fc_int(row, &h, h.cols, out);
+        if (h.kind == 'm') fc_small_float(row, &h, h.cols, out);
+        if (h.kind == 'e') fc_entropy(row, bytes, h.cols, out);
+        if (h.kind == 'l') fc_lossless(row, bytes, h.fp16, h.cols, out);
+        for (uint64_t i = 0; h.kind == 'c' && i < h.cols; i++)
+            out[i] = fc_float((uint32_t)fc_number(row + i * (h.fp32 ? 4 : 2), h.fp32 ? 4 : 2) << (h.fp32 ? 0 : 16));
         row += bytes, left -= bytes;
     }
     return left != 0;

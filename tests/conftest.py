@@ -3,6 +3,8 @@ import hashlib
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -11,7 +13,8 @@ from pathlib import Path
 _kernels = Path(__file__).parents[1] / "src" / "flashcomm" / "kernels"
 _digest = hashlib.blake2b(b"".join(path.read_bytes() for path in sorted(_kernels.rglob("*.py"))), digest_size=8)
 _cache = f"flashcomm-kernels-{os.getuid()}-{_digest.hexdigest()}"
-os.environ["NUMBA_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / _cache)
+_cache_dir = Path(tempfile.gettempdir()) / _cache
+os.environ["NUMBA_CACHE_DIR"] = str(_cache_dir)
 
 # What was measured on this machine must not change what is tested.
 os.environ["FLASHCOMM_TUNING"] = str(Path(tempfile.gettempdir()) / "flashcomm-no-tuning.json")
@@ -34,6 +37,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import ranks  # noqa: E402
+from flashcomm import machine  # noqa: E402
 
 # Whoever runs the tests may ignore these, as nohup and a shell in the background do; unlike a handler, children would
 # inherit that, and could not be interrupted.
@@ -65,6 +69,14 @@ def _scope(nodeid: str) -> tuple[int, str]:
     if path.rpartition("/")[2] in _LABS:
         return 0, "labs"
     return (1, path) if _shares(path) else (2, nodeid.partition("[")[0])
+
+
+def pytest_sessionstart(session):
+    """Compile what runs on the CPU before workers start, which would do it several times over."""
+    workers = getattr(session.config.option, "numprocesses", None)
+    if workers and not _cache_dir.exists() and not machine.why_not_compiled():
+        script = str(Path(__file__).with_name("compile_kernels.py"))
+        subprocess.run([sys.executable, script, str(workers)], check=True)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -43,6 +43,7 @@ class Steps:
         alone = base.Ranks.alone
         base.Ranks.alone = lambda ranks, step, act: alone(ranks, step, self._before(act))
         interpreted = ("sum_stripes", loops._sum), ("two_step", loops._two_step), ("gather", loops._gather)
+        interpreted += (("broadcast", loops._broadcast),)
         for name, function in () if compiled else interpreted:
             setattr(loops, name, self._interpreted(function))
 
@@ -71,16 +72,18 @@ def shorten(seconds: float):
     for process_group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), process_group)
     for group in [found for found in gc.get_objects() if isinstance(found, Group)]:
-        for meeting in group._meetings.values():
-            if hasattr(meeting.lane.messages, "link"):
-                meeting.lane.messages.link.timeout_s = seconds
-            for memory in meeting.lane.memories:
+        for lane in (*(meeting.lane for meeting in group._meetings.values()), *group._channels.values()):
+            if hasattr(lane.messages, "link"):
+                lane.messages.link.timeout_s = seconds
+            for memory in lane.memories:
                 for place in memory._region.places:
                     place[loops.TIMEOUT_NS] = int(seconds * 1e9)
 
 
 ALGORITHMS = ("one_step", "two_step", "hierarchical", "reduce_scatter", "all_gather", "all_to_all", "plain")
-"""Everything that `call` runs."""
+"""Collectives that `call` runs."""
+HOPS = ("broadcast", "ring")
+"""Others: from rank 0 to all, and from each rank to the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,12 @@ def call(algorithm: str, group: dist.ProcessGroup, async_op: bool = False, messa
     if algorithm in ("one_step", "two_step", "hierarchical"):
         ranks = _mesh(world_size) if algorithm == "hierarchical" else group
         return flashcomm.all_reduce(message.of(rank), message.codec, ranks, algorithm=algorithm, async_op=async_op)
+    if algorithm == "broadcast":
+        return flashcomm.broadcast(message.of(rank), 0, group, async_op, codec=message.codec)
+    if algorithm == "ring":
+        sent = flashcomm.isend(message.of(rank), (rank + 1) % world_size, group, codec=message.codec)
+        got = flashcomm.irecv(torch.empty_like(message.of(0)), (rank - 1) % world_size, group, codec=message.codec)
+        return got if async_op else (sent.wait(), got.wait())[1]
     verb, x = getattr(flashcomm, algorithm), message.of(rank, world_size)
     return verb(x, message.codec, group, algorithm="one_step", async_op=async_op)
 
@@ -118,6 +127,9 @@ def expected(algorithm: str, rank: int, world_size: int, message: Message = Mess
         return torch.stack(xs).sum(0)
     if algorithm in ("one_step", "two_step", "hierarchical"):
         return simulate.all_reduce(xs, message.codec, algorithm, hosts=2 if algorithm == "hierarchical" else 0)
+    if algorithm in HOPS:
+        codec, sender = codecs.parse(message.codec), 0 if algorithm == "broadcast" else (rank - 1) % world_size
+        return codec.decode(codec.encode(xs[sender]), message.cols, message.dtype)
     xs = [message.of(peer, world_size) for peer in range(world_size)]
     mine = lambda x: x.chunk(world_size)[rank]  # noqa: E731
     if algorithm == "reduce_scatter":

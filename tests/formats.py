@@ -14,6 +14,8 @@ SPECS = (
     *("fp6_e2m3g100_e5m0", "fp8_e5m2g7_e4m3", "fp3_e1m1g1", "int5sg48_fp32", "fp8g300", "mxfp4+taco"),
     *("int8g100+spike", "int1g1+spike", "int3sg16+spike", "int6g256+spike", "int2g32+spike+keep16"),
     *("int5g100+hadamard", "int4g7+taco", "nvfp4+keep7", "int8static", "int2static+keep3"),
+    *("int8g128+sr", "int4g32+sr", "fp8g128+sr+taco", "int8g100+sr", "int1g1+sr", "int3sg16+sr", "int5g7+sr+hadamard"),
+    *("fp8g300+sr", "int2g32+sr+keep16"),
     *("int6g64+hadamard+keep16", "int2g32+taco+keep16"),
 )
 

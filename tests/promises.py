@@ -26,6 +26,7 @@ CODECS = (
         "int2g32+spike",
         "int4g128+hadamard",
         "int3g32+taco",
+        "int4g32+sr",
         "ec4.25",
         "lossless",
     ),

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from typer.testing import CliRunner
 
-from events import wait_until_ended
+from events import wait_for, wait_until_ended
 from flashcomm.cli import app, base
 from flashcomm.demo import MODEL
 from flashcomm.lab import hosts as lab
@@ -411,19 +411,18 @@ def test_a_process_that_joined_is_its_owners_again(monkeypatch):
 
 
 @pytest.fixture
-def running_demo(tmp_path):
-    """A demo with two ranks in the middle of measuring."""
+def running_bench():
+    """A benchmark with two ranks in the middle of measuring."""
     process = subprocess.Popen(
-        [*COMMAND, "demo", "--codecs", "int8g128", "--tokens", "65536", "--out", str(tmp_path)],
+        [*COMMAND, "bench", "all_reduce", "--tp", "2", "--sizes", "1m", "--codecs", "int8g128", "--repeats", "100000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     with process:
-        for line in process.stderr:
-            if "measuring accuracy" in line:
-                break
+        # They have sent each other the memory that they share.
+        wait_for(lambda: len([pid for pid in ranks_of(process) if shares_memory(pid)]) == 2, 120)
         yield process
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -433,9 +432,14 @@ def ranks_of(process) -> list[int]:
     return sorted(pid for pid in descendants(process.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-def test_a_killed_rank_is_a_sentence_and_leaves_nothing_running(running_demo):
-    process, family = running_demo, descendants(running_demo.pid)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+def shares_memory(pid: int) -> bool:
+    return "memfd:flashcomm" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_killed_rank_is_a_sentence_and_leaves_nothing_running(running_bench):
+    process, family = running_bench, descendants(running_bench.pid)
+    # The launcher looks at rank 0 first, so that it finds this one even if the other has failed of it already.
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "was killed by signal 9 (SIGKILL); the other ranks have been stopped" in errors
@@ -443,8 +447,8 @@ def test_a_killed_rank_is_a_sentence_and_leaves_nothing_running(running_demo):
     wait_until_ended(family)
 
 
-def test_interrupt_leaves_nothing_running(running_demo):
-    process, family = running_demo, descendants(running_demo.pid)
+def test_interrupt_leaves_nothing_running(running_bench):
+    process, family = running_bench, descendants(running_bench.pid)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors

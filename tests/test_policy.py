@@ -15,6 +15,9 @@ codec = "none"
 [[layers]]
 match = "*.mlp.down_proj"
 codec = "int4g128:int8g128"
+
+[hops]
+pp = "int8"
 """
 
 
@@ -27,7 +30,7 @@ def test_first_match_wins():
     assert list(map(str, policy.codecs)) == ["int8g128", "int4g128:int8g128"]
     assert str(policy) == (
         "int8g128, none for model.layers.[0-3].mlp.*, int4g128:int8g128 for *.mlp.down_proj; "
-        "prefill and decode, from 4 KiB, two_step"
+        "prefill and decode, from 4 KiB, two_step; pp hops in int8g128"
     )
 
 
@@ -52,6 +55,10 @@ def test_file_survives_a_round_trip(tmp_path):
         ('[[layers]]\nmatch = "a"', "p.toml: layers[1].codec = None: give a text"),
         ('[[layers]]\nname = "a"', "p.toml: unknown key layers[1].name. Allowed: match, codec"),
         ('[[layers]]\nmatch = "a"\ncodec = "fp7"', "p.toml: codec of layers 'a' = 'fp7': unknown codec"),
+        ("hops = 3", "p.toml: hops = 3: use a table [hops]"),
+        ('[hops]\ntp = "int8"', "p.toml: unknown key hops.tp. Did you mean pp? Allowed: pp"),
+        ('[hops]\npp = "int9"', "p.toml: hops.pp = 'int9': unknown codec"),
+        ('[hops]\npp = "int4:int8"', "p.toml: hops.pp = 'int4:int8': a hop is one transfer: use one format"),
         ("codec = ", "p.toml: Invalid value"),
         ("int8", "p.toml: Expected '='"),
     ],
@@ -72,7 +79,17 @@ def test_missing_file():
 def test_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHCOMM_POLICY", raising=False)
     monkeypatch.delenv("FLASHCOMM_CODEC", raising=False)
+    monkeypatch.delenv("FLASHCOMM_OVERLAP", raising=False)
     assert Policy.from_environment() is None
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "3")
+    assert Policy.from_environment() == Policy(codec="none", overlap=3)
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "always")
+    with pytest.raises(ValueError, match=r"FLASHCOMM_OVERLAP: overlap = 'always': use \"off\", \"auto\" or a number"):
+        Policy.from_environment()
+    monkeypatch.setenv("FLASHCOMM_OVERLAP", "auto")
+    monkeypatch.setenv("FLASHCOMM_CODEC", "int6")
+    assert Policy.from_environment() == Policy(codec="int6g128", overlap="auto")
+    monkeypatch.delenv("FLASHCOMM_OVERLAP")
     monkeypatch.setenv("FLASHCOMM_CODEC", "int6")
     assert Policy.from_environment() == Policy(codec="int6g128")
     monkeypatch.setenv("FLASHCOMM_CODEC", "int9")
@@ -85,3 +102,16 @@ def test_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("FLASHCOMM_CODEC")
     policy = Policy.from_environment()
     assert policy is not None and str(policy.codec_for("x")) == "mxfp4"
+
+
+@pytest.mark.parametrize("overlap", [1, 17, True, "2", "of", 2.5])
+def test_overlap_that_is_not_allowed(overlap):
+    with pytest.raises(ValueError, match='overlap = .*: use "off", "auto" or a number of parts from 2 to 16'):
+        Policy.from_keys({"overlap": overlap})
+
+
+def test_overlap_is_saved(tmp_path):
+    policy = Policy(overlap=2)
+    policy.save(tmp_path / "p.toml")
+    assert Policy.load(tmp_path / "p.toml") == policy
+    assert str(policy).endswith(", in 2 parts")

@@ -154,7 +154,8 @@ print(torch.equal(got, simulate.all_reduce(xs[:1], "int8g128", "two_step")))
 """
     done = fresh(code)
     assert done.returncode == 0, done.stderr[-3000:]
-    shared, namespaces, *rest = done.stdout.splitlines()
+    # The gloo of torch 2.8 says on stdout that it is connected.
+    shared, namespaces, *rest = (line for line in done.stdout.splitlines() if not line.startswith("[Gloo]"))
     assert shared == "no /proc: shared memory needs Linux"
     assert namespaces == "network namespaces are Linux's, and this is darwin"
     assert rest == ["True", "0", "True"]

@@ -3,13 +3,20 @@
 .venv-engines/bin/python tools/bench_vllm.py all_reduce --json results/vllm_all_reduce_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py real --json results/vllm_real_cpu.json
+.venv-engines/bin/python tools/bench_vllm.py parts --json results/vllm_parts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
+.venv-engines/bin/python tools/bench_vllm.py ttft --rate 200mbit --tp 1 --pp 2 --codecs none,lossless,int8g128
+.venv-engines/bin/python tools/bench_vllm.py ttft --rate 370mbit --model llama-160m --overlap --codecs none --eager
 
 `all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `texts` counts which
 greedy texts of the bundled model are those of vLLM's own sums, in int8 and in the order in which one rank adds up.
 `real` serves SmolLM2 (tools/real_model.py) over three ranks, lets codecs take turns, and kills a rank at the end.
-`ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: the prompts are
-random and never repeat, the weights are random too, as times do not depend on them. It needs root, as the lab does.
+`ttft` starts one server on two hosts of a lab and lets codecs take turns in it, request by request: those of sums, or
+with pipeline stages those of sums and hops alike. Timed prompts are random and never repeat. Weights are random too,
+as times do not depend on them, but for those of the bundled model. With --overlap each codec takes two turns, in one
+piece and in parts, and the rows have the planner's compute and sums. It needs root, as the lab does.
+`parts` streams 16 texts at once, with steps in one piece, once more, and in parts; with chunked prefill and without.
+Then it watches a worker's memory over 500 requests.
 """
 
 import argparse
@@ -24,6 +31,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,6 +46,9 @@ from flashcomm.bench.timing import Times, interleaved
 from flashcomm.demo import MODEL
 from flashcomm.lab import Lab, launch
 from flashcomm.models.random import CONFIGS
+from flashcomm.models.text import held_out_files
+from flashcomm.planner.layouts import Layout
+from flashcomm.policy import Hops
 from flashcomm.report.rows import write_json
 
 SIZES = tuple(8 << (10 + n) for n in range(14))
@@ -45,7 +56,12 @@ HIDDEN = 4096
 VOCABULARY = 4096
 PORT = 8100
 START_S = 900.0
-WARMUP = 2
+WARMUP = 3
+"""Rounds that are not timed: overlap measures, compares, and plans."""
+SWITCHED = "int8g128"
+"""Codec with which a server starts, so that its sums and hops are hooked."""
+GIVEN = ("model", "tp", "pp", "hosts", "tokens", "repeats", "texts", "eager", "dtype")
+"""Options that a node of `ttft` reads."""
 
 
 def main():
@@ -56,15 +72,26 @@ def main():
     first = commands.add_parser("ttft", help="time to first token over a slow link")
     first.add_argument("--rate", default="1gbit", help="of each host's link")
     first.add_argument("--model", default="demo", choices=["demo", *CONFIGS], help="whose shape; weights are random")
+    first.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks of a stage")
+    first.add_argument("--pp", type=int, default=1, help="pipeline stages")
+    first.add_argument(
+        "--hosts", type=int, default=2, help="hosts, each with a core of its own and a part of the ranks"
+    )
     first.add_argument("--tokens", type=int, default=1024)
     first.add_argument("--codecs", default="none,int8g128,int4g128")
+    first.add_argument("--texts", type=int, default=0, help="greedy texts to compare with those of the first codec")
+    first.add_argument("--overlap", action="store_true", help="each codec in one piece and in parts")
+    first.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    first.add_argument("--eager", action="store_true", help="vLLM without compiled graphs")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
+    mixed = commands.add_parser("parts", help="texts of steps in parts, and memory over many requests")
+    mixed.add_argument("--requests", type=int, default=500)
     real = commands.add_parser("real", help="a real model over three ranks: texts, counts, and a rank that is killed")
     real.add_argument("--codecs", default="int8g128+hadamard,int8g128")
     real.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     for command, repeats in ((sums, 21), (first, 11)):
         command.add_argument("--repeats", type=int, default=repeats)
-    for command in (sums, first, same, real):
+    for command in (sums, first, same, mixed, real):
         command.add_argument("--json", type=Path)
     node = commands.add_parser("node")
     node.add_argument("folder", type=Path)
@@ -74,6 +101,8 @@ def main():
         return
     if options.command == "texts":
         rows = texts()
+    elif options.command == "parts":
+        rows = in_parts(options.requests)
     elif options.command == "real":
         rows = real_model(options.codecs.split(","), options.dtype)
     else:
@@ -143,37 +172,42 @@ def _slowest(seconds):
 
 def ttft(options: argparse.Namespace) -> list[dict]:
     """Measure rows of one codec each, seen from the client on the first host."""
-    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(ranks=2, rate=options.rate) as lab:
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name, Lab(options.hosts, options.rate) as lab:
         folder = Path(name)
-        _write_model(folder / "model", options.model)
-        task = {"codecs": options.codecs.split(","), "tokens": options.tokens, "repeats": options.repeats}
+        write_model(folder / "model", options.model)
+        given = {name: getattr(options, name) for name in GIVEN}
+        overlaps = ["off", "auto"] if options.overlap else ["off"]
+        ways = [(codec, overlap) for codec in options.codecs.split(",") for overlap in overlaps]
+        task = {"ways": ways, **given}
+        policy = f'codec = "{SWITCHED}"\noverlap = "{overlaps[-1]}"\n[hops]\npp = "{SWITCHED}"\n'
+        (folder / "policy.toml").write_text(policy)
         (folder / "task.json").write_text(json.dumps(task))
         codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=2 * START_S)
         if any(codes):
             raise SystemExit(f"the nodes ended with {codes}:\n{(folder / '0.log').read_text()[-3000:]}")
         figures = json.loads((folder / "result.json").read_text())
-    plain = figures[task["codecs"][0]]
     return [
         {
             "op": "vllm_ttft",
             "model": options.model,
             "backend": "gloo",
-            "dtype": "bfloat16",
+            "dtype": options.dtype,
             "link": options.rate,
-            "ranks": 2,
+            "ranks": options.tp * options.pp,
+            **({"layout": str(Layout(tp=options.tp, pp=options.pp))} if options.pp > 1 else {}),
             "tokens": options.tokens,
             "repeats": options.repeats,
-            "codec": codec,
             **one,
-            "speedup": plain["p50_ms"] / one["p50_ms"],
+            "speedup": figures[0]["p50_ms"] / one["p50_ms"],
         }
-        for codec, one in figures.items()
+        for one in figures
     ]
 
 
-def _write_model(folder: Path, name: str):
-    """Make a model's folder without weights: its configuration, and a tokenizer for the server."""
-    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.png", "*.md", "training.json"))
+def write_model(folder: Path, name: str):
+    """Make a model's folder: its configuration, a tokenizer for the server, and weights if it is the bundled one."""
+    unused = ["*.png", "*.md", "training.json", *(["*.safetensors"] if name != "demo" else [])]
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns(*unused))
     if name != "demo":
         config = json.loads((folder / "config.json").read_text())
         changed = {**config, "head_dim": None, **CONFIGS[name], "vocab_size": config["vocab_size"]}
@@ -211,6 +245,60 @@ def texts() -> list[dict]:
                 }
                 for way, theirs in answers.items()
             ]
+    return rows
+
+
+def in_parts(requests: int) -> list[dict]:
+    """Compare streamed texts of steps in parts with those of one piece; a row for each way, prefix caching on.
+
+    Args:
+        requests: number of mixed requests over which memory is watched, after the texts of each server.
+    """
+    for folder in ("tests", "tests/engines"):
+        sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+    from server import Server  # pyright: ignore[reportMissingImports]
+    from test_vllm import prompts, tokens  # pyright: ignore[reportMissingImports]
+
+    asked, ids, rows = prompts(), tokens(), []
+    chunked = ["--max-num-batched-tokens", "512"]
+    whole = ["--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"]
+    for dtype, arguments in (("float32", chunked), ("bfloat16", chunked), ("bfloat16", whole)):
+        with (
+            tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name,
+            Server(
+                Path(name, "log"), "--enforce-eager", "--enable-prefix-caching", *arguments, dtype=dtype,
+                env={"FLASHCOMM_OVERLAP": "2"},
+            ) as server,
+            ThreadPoolExecutor(16) as pool,
+        ):  # fmt: skip
+
+            def texts(prompts: list, server: Any = server, pool: ThreadPoolExecutor = pool) -> list[str]:
+                stream = partial(server.stream, max_tokens=8)
+                return list(pool.map(lambda prompt: "".join(stream(prompt)), prompts))
+
+            plain: list[str] = []
+            for overlap in ("off", "off", 2, 3):
+                server.ask("/reset_prefix_cache", {})
+                server.on_workers("flashcomm_overlap", overlap)
+                server.on_workers("flashcomm_stats")
+                got = texts(asked)
+                plain = plain or got
+                row = {"op": "vllm_parts", "dtype": dtype, "chunked": arguments is chunked, "parts": overlap}
+                row |= {"texts": len(got), "same": sum(map(str.__eq__, got, plain))}
+                counts = server.on_workers("flashcomm_stats")[0]["prefills"]
+                row["steps_in_parts"] = sum(count for how, count in counts.items() if how[0].isdigit())
+                rows.append({**row, "requests": 0, "memory_mib": server.on_workers("flashcomm_memory")[0] / 2**20})
+                print(rows[-1], flush=True)
+            generator = random.Random(0)
+            server.on_workers("flashcomm_overlap", 2)
+            for part in range(5 if requests else 0):
+                lengths = [generator.randrange(1, 900) for _ in range(requests // 5)]
+                starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
+                texts([ids[start : start + length] for start, length in zip(starts, lengths, strict=True)])
+                done = (part + 1) * (requests // 5)
+                rows.append({**row, "requests": done, "memory_mib": server.on_workers("flashcomm_memory")[0] / 2**20})
+                print(rows[-1], flush=True)
+        requests = 0 if rows[-1]["requests"] else requests
     return rows
 
 
@@ -323,19 +411,25 @@ class Node:
 
     def _arguments(self) -> list[str]:
         headless = ["--headless"] if self._rank else []
+        address = ("--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"])
+        nodes = ["--nnodes", str(self._task["hosts"]), *address] if self._task["hosts"] > 1 else []
+        longest = max(2048, self._task["tokens"] + 16)
         return [
-            *("serve", str(self._folder / "model"), "--served-model-name", "demo", "--load-format", "dummy"),
-            *("--host", "127.0.0.1", "--port", str(PORT), "--tensor-parallel-size", "2", "--dtype", "bfloat16"),
-            *("--nnodes", "2", "--node-rank", str(self._rank), "--master-addr", os.environ["MASTER_ADDR"]),
-            *("--distributed-executor-backend", "mp", "--max-model-len", "2048", "--max-num-seqs", "4"),
-            *("--no-enable-prefix-caching", "--worker-extension-cls", "bench_vllm.Switch", *headless),
+            *("serve", str(self._folder / "model"), "--served-model-name", "demo"),
+            *("--load-format", "auto" if self._task["model"] == "demo" else "dummy"),
+            *("--host", "127.0.0.1", "--port", str(PORT), "--dtype", self._task["dtype"]),
+            *("--tensor-parallel-size", str(self._task["tp"]), "--pipeline-parallel-size", str(self._task["pp"])),
+            *("--distributed-executor-backend", "mp", "--max-model-len", str(longest), "--max-num-seqs", "4"),
+            *("--max-num-batched-tokens", str(longest), *(["--enforce-eager"] if self._task["eager"] else [])),
+            *("--no-enable-prefix-caching", "--worker-extension-cls", "bench_vllm.Switch", *nodes, *headless),
         ]
 
     def _environment(self) -> dict[str, str]:
+        hosts = self._task["hosts"]
         return {
-            "FLASHCOMM_CODEC": "int8g128",
+            "FLASHCOMM_POLICY": str(self._folder / "policy.toml"),
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": str(self._rank),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join([str(self._rank)] * (self._task["tp"] * self._task["pp"] // hosts)),
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_HOST_IP": f"10.77.0.{self._rank + 1}",
             "HF_HUB_OFFLINE": "1",
@@ -352,33 +446,54 @@ class Node:
                 time.sleep(0.5)
         raise SystemExit("the server did not start")
 
-    def _measure(self) -> dict[str, dict]:
-        """Time requests in turns, forwards and backwards; switching the codec is not timed."""
-        codecs, repeats = self._task["codecs"], self._task["repeats"]
+    def _measure(self) -> list[dict]:
+        """Time requests in turns, forwards and backwards; switching codec and overlap is not timed."""
+        ways, repeats = self._task["ways"], self._task["repeats"]
         generator = random.Random(0)
-        seconds: dict[str, list[float]] = {codec: [] for codec in codecs}
-        sent: dict[str, tuple[str, int]] = {}
+        seconds: list[list[float]] = [[] for _ in ways]
+        said: list[dict] = [{} for _ in ways]
         for number in range(-WARMUP, repeats):
-            for codec in codecs if number % 2 == 0 else codecs[::-1]:
-                self._on_workers("flashcomm_use", codec)
+            for way in range(len(ways)) if number % 2 == 0 else reversed(range(len(ways))):
+                self._on_workers("flashcomm_use", *ways[way])
                 prompt = [generator.randrange(1, VOCABULARY) for _ in range(self._task["tokens"])]
                 start = time.perf_counter()
                 self._ask("/v1/completions", {"model": "demo", "prompt": prompt, "max_tokens": 1, "ignore_eos": True})
                 if number >= 0:
-                    seconds[codec].append(time.perf_counter() - start)
-                sent[codec] = self._on_workers("flashcomm_sent")[0]
-        figures = {}
-        for codec in codecs:
-            times = Times(seconds=tuple(sorted(seconds[codec])))
-            calls, wire_bytes = sent[codec]
-            figures[codec] = {
+                    seconds[way].append(time.perf_counter() - start)
+                said[way] = self._on_workers("flashcomm_said")[0]
+        figures, texts = [], self._texts(ways)
+        for (codec, overlap), taken, of_worker, mine in zip(ways, seconds, said, texts, strict=True):
+            times = Times(seconds=tuple(sorted(taken)))
+            row = {
+                "codec": codec,
+                "overlap": overlap,
                 "p50_ms": times.p50_ms,
                 "p20_ms": times.p20_ms,
                 "p80_ms": times.p80_ms,
-                "calls": calls or "vLLM's own",
-                "wire_bytes": wire_bytes,
+                **of_worker,
             }
+            if mine:
+                same = sum(one == other for one, other in zip(mine, texts[0], strict=True))
+                row |= {"texts": len(mine), "same": same}
+            figures.append(row)
         return figures
+
+    def _texts(self, ways: list) -> list[list[str]]:
+        """Greedy texts of 8 tokens in each way, after the same prompts of held-out code, of 1 to 1,500 tokens."""
+        found: list[list[str]] = [[] for _ in ways]
+        if not self._task["texts"]:
+            return found
+        from transformers import AutoTokenizer
+
+        code = held_out_files()[0].read_text()
+        ids = AutoTokenizer.from_pretrained(self._folder / "model")(code, verbose=False)["input_ids"]
+        lengths = [1, 2, 1500, *(16 + (n * 397) % 500 for n in range(self._task["texts"] - 3))]
+        for way, mine in zip(ways, found, strict=True):
+            self._on_workers("flashcomm_use", *way)
+            for n, length in enumerate(lengths):
+                body = {"model": "demo", "prompt": ids[37 * n : 37 * n + length], "max_tokens": 8, "temperature": 0.0}
+                mine.append(self._ask("/v1/completions", body)["choices"][0]["text"])
+        return found
 
     def _on_workers(self, method: str, *args: str) -> list:
         return self._ask("/collective_rpc", {"method": method, "args": list(args)})["results"]
@@ -394,19 +509,36 @@ class Node:
 class Switch:
     """Methods of every worker, by vLLM's --worker-extension-cls."""
 
-    def flashcomm_use(self, codec: str) -> str:
-        """Send all sums in `codec` from the next request on; ``none`` leaves them to vLLM."""
+    def flashcomm_use(self, codec: str, overlap: str) -> str:
+        """Send all sums and hops in `codec` from the next request on, ``none`` leaves them to vLLM; overlap, or not."""
         from flashcomm.integrations import vllm
 
-        assert vllm.worker is not None
-        vllm.worker.use(replace(vllm.worker.policy, codec=codec))
+        if vllm.worker is not None:
+            vllm.worker.use(replace(vllm.worker.policy, codec=codec, hops=Hops(pp=codec), overlap=overlap))
         flashcomm.reset_stats()
         return codec
 
-    def flashcomm_sent(self) -> tuple[str, int]:
-        """Formats and bytes that have been sent since then."""
+    def flashcomm_said(self) -> dict:
+        """Formats and bytes that have been sent since then; parts, and what the planner says of them."""
+        from flashcomm.integrations import vllm
+
         stats = flashcomm.stats()
-        return ", ".join(sorted(stats["calls"])), stats["wire_bytes"]
+        sent = {"calls": ", ".join(sorted(stats["calls"])) or "vLLM's own", "wire_bytes": stats["wire_bytes"]}
+        overlap = vllm.worker and vllm.worker.overlap
+        if not overlap:
+            return sent
+        split = overlap.last_split
+        profile = next((one for key, one in overlap.profiles.items() if key[0] == vllm.worker.policy.codec), None)
+        planned = {"parts": "", "predicted_ms": None, "compute_ms": None, "sums_ms": None}
+        if split and profile:
+            tokens = sum(split.sizes)
+            planned = {
+                "parts": "+".join(map(str, split.sizes)),
+                "predicted_ms": 1e3 * split.seconds,
+                "compute_ms": 1e3 * profile.compute_s(tokens),
+                "sums_ms": 1e3 * profile.communication_s(tokens),
+            }
+        return {**sent, **planned}
 
 
 # The package is installed as vllm-cpu, and vLLM's command asks for vllm.

@@ -1,5 +1,5 @@
 """Write results/NAME.md from results/NAME.json, the table of docs/codecs.md from results/codec_cpu.json, and
-those of docs/plan.md, docs/choosing.md, docs/accuracy.md, docs/versions.md and README.md.
+those of docs/plan.md, docs/choosing.md, docs/accuracy.md, docs/training.md, docs/versions.md and README.md.
 
 `--check` only says whether they agree, with exit status 1 if not.
 """
@@ -16,7 +16,7 @@ from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Keep, Loss
 from flashcomm.codecs.peers import USERS
 
 RESULTS = Path(__file__).parents[1] / "results"
-HIDDEN = {"text", "bytes_equal_specification", "skips"}
+HIDDEN = {"text", "bytes_equal_specification", "skips", "curve"}
 SAME = ("op", "backend", "dtype", "link", "repeats")
 """Columns that are said once where all rows agree, in tables of collectives with a link."""
 
@@ -173,7 +173,7 @@ def codecs_page() -> str:
 
 PLAN, CHOOSING, ACCURACY = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md", "accuracy.md"))
 README = RESULTS.parent / "README.md"
-VERSIONS = RESULTS.parent / "docs" / "versions.md"
+VERSIONS, TRAINING = (RESULTS.parent / "docs" / name for name in ("versions.md", "training.md"))
 
 
 def lab_table() -> str:
@@ -199,6 +199,34 @@ def lab_table() -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def layouts_table() -> str:
+    """The rows of results/plan_layouts_lab_cpu.json, if they have been measured."""
+    path = RESULTS / "plan_layouts_lab_cpu.json"
+    if not path.exists():
+        return "Not measured yet on a quiet machine."
+    document = json.loads(path.read_text())
+    machine, rows = document["machine"], document["rows"]
+    errors = [abs(row["error"]) for row in rows]
+    return "\n".join(
+        [
+            f"The bundled model in vLLM on two hosts of the lab, first token of {rows[0]['tokens']:,} tokens, medians "
+            f"of {rows[0]['repeats']}: {len(rows)} settings, median error {statistics.median(errors):.1%}, worst "
+            f"{max(errors):.1%}. {machine['cpu']}, {machine['cores']} cores, {machine['date']}, commit "
+            f"{machine['commit']} ([rows](../results/plan_layouts_lab_cpu.md)), by `tools/validate_layouts.py`. The "
+            "speed of vLLM's compute was measured once, on one rank alone; links and codecs are those of `cpu-1gbe`.",
+            "",
+            "| link | layout | codec | predicted | measured | error | over plain, predicted | measured |",
+            "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+            *(
+                f"| {row['link']} | {row['layout']} | `{row['codec']}` | {row['predicted_ms']:.0f} ms | "
+                f"{row['measured_ms']:.0f} ms | {row['error']:+.1%} | {row['predicted_speedup']:.2f}x | "
+                f"{row['speedup']:.2f}x |"
+                for row in rows
+            ),
+        ]
+    )
 
 
 REAL = "accuracy_smollm2_tp3_cpu"
@@ -280,6 +308,35 @@ def real_short_table() -> str:
     )
 
 
+STAGES = {"SmolLM2-135M-Instruct": "accuracy_smollm2_pp2_cpu", "the bundled model": "accuracy_pp2_cpu"}
+
+
+def stages_table() -> str:
+    """Every codec between two pipeline stages, on both models."""
+    documents = {name: json.loads((RESULTS / f"{file}.json").read_text()) for name, file in STAGES.items()}
+    found = {name: {row["codec"]: row for row in document["rows"]} for name, document in documents.items()}
+    real, bundled = found.values()
+    lines = [
+        *(
+            f"- {name}: {document['stages']} stages, {document['dtype']}, {document['tokens']:,} tokens, "
+            f"{document['machine']['cpu']}, {document['machine']['date']}, commit {document['machine']['commit']} "
+            f"([rows](../results/{STAGES[name]}.md))."
+            for name, document in documents.items()
+        ),
+        "",
+        "| codec | bits | KL | perplexity, % | top-1, % | KL, bundled model | perplexity, % | top-1, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for codec, row in sorted(real.items(), key=lambda one: (-one[1]["bits_per_value"], one[1]["kl"])):
+        if codec != "none":
+            figures = [
+                f"{one['kl']:.1e} | {100 * one['perplexity_change']:+.2f} | {100 * one['top1']:.1f}"
+                for one in (row, bundled[codec])
+            ]
+            lines.append(f"| `{codec}`{used(codec)} | {row['bits_per_value']:.2f} | {' | '.join(figures)} |")
+    return "\n".join(lines)
+
+
 def version_rows() -> list[dict]:
     """The rows of results/versions.json, if any environment has been tested."""
     path = RESULTS / "versions.json"
@@ -308,12 +365,61 @@ def skips_table() -> str:
 def versions_claim() -> str:
     """The sentence of README.md about versions."""
     tested = [
-        f"Python {'.'.join(row['python'].split('.')[:2])} with torch {row['torch'].split('+')[0]} ({row['date']})"
+        f"Python {'.'.join(row['python'].split('.')[:2])} with torch {row['torch'].split('+')[0]} "
+        f"({'smoke tests, ' if row['tests'] == 'smoke' else ''}{row['date']})"
         for row in version_rows()
         if not row["failed"]
     ]
     said = f"Tested with {', '.join(tested)}" if tested else "Python 3.10, torch 2.8 and later"
     return f"Linux. {said}: [docs/versions.md](docs/versions.md)."
+
+
+def training_table() -> str:
+    """Losses of each codec beside those of plain with the same seeds, and the spread of plain over its seeds."""
+    paths = sorted(RESULTS.glob("training_tp*_cpu.json"))
+    if not paths:
+        return "Not measured yet on a quiet machine."
+    lines = [
+        "| ranks | codec | seeds | held-out loss | minus plain's | training loss | minus plain's | same bits |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for path in paths:
+        rows = json.loads(path.read_text())["rows"]
+        plain = {row["seed"]: row for row in rows if row["codec"] == "none"}
+        for codec in dict.fromkeys(row["codec"] for row in rows):
+            ours = [row for row in rows if row["codec"] == codec and row["seed"] in plain]
+            cells = []
+            for name in ("held_out_loss", "training_loss"):
+                found = [row[name] for row in ours]
+                apart = [row[name] - plain[row["seed"]][name] for row in ours]
+                spread = f"spread {statistics.stdev(found):.4f}" if len(found) > 1 else ""
+                cells += [f"{statistics.fmean(found):.4f}", spread if codec == "none" else between(apart)]
+            name = "plain" if codec == "none" else f"`{codec}`"
+            same = "yes" if all(row["same_bits"] for row in ours) else "NO"
+            lines.append(f"| {rows[0]['ranks']} | {name} | {len(ours)} | {' | '.join(cells)} | {same} |")
+    return "\n".join(lines)
+
+
+def between(values: list[float]) -> str:
+    """The mean, and the least and the largest of several."""
+    ends = f" ({min(values):+.4f} to {max(values):+.4f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{ends}"
+
+
+def training_steps_table() -> str:
+    """The time of a step behind slow links."""
+    lines = [
+        "| ranks | link | codec | bytes that a rank sends | step | over plain |",
+        "| ---: | --- | --- | ---: | ---: | ---: |",
+    ]
+    for path in sorted(RESULTS.glob("training_steps_*.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            name = "plain" if row["codec"] == "none" else f"`{row['codec']}`"
+            lines.append(
+                f"| {row['ranks']} | {row['link']} | {name} | {row['wire_bytes']:,} | {row['p50_ms']:.1f} ms "
+                f"({row['p20_ms']:.1f} to {row['p80_ms']:.1f}) | {row['speedup']:.2f}x |"
+            )
+    return "\n".join(lines)
 
 
 def with_tables(page: Path, **tables: Callable[[], str]) -> str:
@@ -329,12 +435,14 @@ def with_tables(page: Path, **tables: Callable[[], str]) -> str:
 def pages() -> dict[Path, str]:
     """All pages of which parts are made here."""
     tables = {"lab": lab_table, "published": published.published_table, "machines": published.machines_table}
+    tables |= {"layouts": layouts_table}
     return {
         CODECS: codecs_page(),
         PLAN: with_tables(PLAN, **tables),
-        ACCURACY: with_tables(ACCURACY, real=real_table),
+        ACCURACY: with_tables(ACCURACY, real=real_table, stages=stages_table),
         README: with_tables(README, real=real_short_table, versions=versions_claim),
         VERSIONS: with_tables(VERSIONS, versions=versions_table, skips=skips_table),
+        TRAINING: with_tables(TRAINING, losses=training_table, steps=training_steps_table),
         CHOOSING: with_tables(CHOOSING, choices=published.choices_table),
     }
 

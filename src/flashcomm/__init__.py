@@ -3,8 +3,9 @@
     x = flashcomm.all_reduce(x, codec="int8g128", group=tp)
 
 `codec` parses a wire format, `encode` and `decode` apply it, `pack` and `unpack` make bytes of it that describe
-themselves, the four collectives send it, `simulate` shows in one process what the ranks would get, `stats` tells what
-happened. `flashcomm.integrations` compresses whole models.
+themselves, the collectives and messages send it, `simulate` shows in one process what the ranks would get, `stats`
+tells what happened. `flashcomm.training` has the collectives with gradients, `flashcomm.integrations` compresses whole
+models.
 """
 
 import importlib
@@ -13,7 +14,20 @@ from typing import TYPE_CHECKING
 from flashcomm import simulate
 from flashcomm.codecs import Codec
 from flashcomm.codecs import parse as codec
-from flashcomm.collectives import Work, all_gather, all_reduce, all_to_all, reduce_scatter, reset_stats, stats
+from flashcomm.collectives import (
+    Work,
+    all_gather,
+    all_reduce,
+    all_to_all,
+    broadcast,
+    irecv,
+    isend,
+    recv,
+    reduce_scatter,
+    reset_stats,
+    send,
+    stats,
+)
 from flashcomm.integrations.registration import register
 from flashcomm.kernels import decode, encode
 from flashcomm.packed import pack, unpack
@@ -24,9 +38,15 @@ if TYPE_CHECKING:
 __version__ = "0.3.0"
 
 
+_MODULES = (
+    *("accuracy", "attention", "bench", "calibration", "demo", "integrations", "kv", "lab", "overlap", "policy"),
+    "training",
+)
+
+
 def __getattr__(name: str):
     # Loaded when first named, so that `import flashcomm` stays cheap.
-    if name in ("accuracy", "bench", "calibration", "demo", "integrations", "kv", "lab", "overlap", "policy"):
+    if name in _MODULES:
         return importlib.import_module(f"flashcomm.{name}")
     if name == "Policy":
         return importlib.import_module("flashcomm.policy").Policy
@@ -43,12 +63,17 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_to_all",
+    "broadcast",
     "codec",
     "decode",
     "encode",
+    "irecv",
+    "isend",
     "pack",
+    "recv",
     "reduce_scatter",
     "reset_stats",
+    "send",
     "simulate",
     "stats",
     "unpack",

@@ -1,15 +1,22 @@
-"""A policy says which codec each sum of a model gets. It is a file that every integration reads.
+"""A policy says which codec each sum and each hop of a model gets. It is a file that every integration reads.
 
     codec = "int8g128"      # of the layers that no rule names; "none" for plain
     phase = "prefill"       # or "all"
     min_bytes = 65536       # of a message in the model's dtype; smaller ones are plain
     algorithm = "auto"
+    overlap = "off"         # or "auto", or a number of parts: run long prompts in parts that take turns
 
     [[layers]]              # the first match wins
     match = "model.layers.[0-3].mlp.*"
     codec = "int4g128"
 
+    [hops]                  # from one rank to another; "none" if not given
+    pp = "lossless"         # between pipeline stages
+    send = "lossless"       # send and recv of the torch backend
+    broadcast = "lossless"  # broadcast of the torch backend
+
 `Policy.from_environment` finds it, or a codec alone: ``FLASHCOMM_POLICY=policy.toml``, ``FLASHCOMM_CODEC=int8g128``.
+``FLASHCOMM_OVERLAP=auto`` sets the key `overlap` of either, and is a policy of plain sums by itself.
 `Policy.choose` decides about one sum, by the same rules and in the same words for every engine.
 
 Source: our own.
@@ -19,7 +26,7 @@ import fnmatch
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +34,7 @@ from typing import Any
 import torch
 
 from flashcomm import settings
-from flashcomm.codecs import FLOAT_DTYPES, Codec, Plain, parse
+from flashcomm.codecs import FLOAT_DTYPES, Codec, Lossless, Plain, parse
 from flashcomm.errors import did_you_mean
 from flashcomm.units import bytes_text, kib_text
 
@@ -40,6 +47,8 @@ PHASES = ("prefill", "all")
 ALGORITHMS = ("auto", "one_step", "two_step", "hierarchical")
 FILE_VARIABLE = "FLASHCOMM_POLICY"
 CODEC_VARIABLE = "FLASHCOMM_CODEC"
+OVERLAP_VARIABLE = "FLASHCOMM_OVERLAP"
+MOST_PARTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,49 @@ class Rule:
     match: str
     """Pattern of `fnmatch` for the whole name of a module; ``*`` matches dots too."""
     codec: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hops:
+    """Codecs of what travels from one rank to another, by its kind; ``none`` leaves a kind uncompressed.
+
+    A message is one transfer, so each codec has one format, and ``min_bytes`` of the policy alone decides which
+    messages are large enough: prompts, and large batches of decode steps.
+
+    >>> Hops(pp="lossless").codec("pp").varies
+    True
+    """
+
+    pp: str = "none"
+    """Hidden states and residual between pipeline stages."""
+    send: str = "none"
+    """Tensors of `send` and `recv` of the backend ``flashcomm``."""
+    broadcast: str = "none"
+    """Tensors of `broadcast` of the backend ``flashcomm``."""
+
+    def __post_init__(self):
+        for kind in fields(self):
+            name, given = f"hops.{kind.name}", getattr(self, kind.name)
+            codec = _canonical(name, given)
+            _check(len(set(parse(codec).formats)) == 1, name, given, "a hop is one transfer: use one format")
+            object.__setattr__(self, kind.name, codec)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds that have a codec, such as ``pp``."""
+        return tuple(kind.name for kind in fields(self) if getattr(self, kind.name) != "none")
+
+    def codec(self, kind: str) -> Codec:
+        """The codec of one kind, such as ``pp``."""
+        return parse(getattr(self, kind))
+
+    @property
+    def codecs(self) -> tuple[Codec, ...]:
+        """All codecs, without `none`."""
+        return tuple(map(self.codec, self.kinds))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{kind} hops in {self.codec(kind)}" for kind in self.kinds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,13 +140,22 @@ class Policy:
     min_bytes: int = 64 * 2**10
     """Smallest message that is compressed, in bytes of the model's dtype."""
     algorithm: str = "auto"
+    overlap: "str | int" = "off"
+    """``auto`` to run long prompts in parts where measured times say that it pays, a number of parts to run all of them
+    in that many, ``off`` for one piece. Engines follow it; `flashcomm.overlap` has arguments of its own."""
     layers: tuple[Rule, ...] = ()
+    """Rules for single modules; the first that matches counts."""
+    hops: Hops = field(default_factory=Hops)
 
     def __post_init__(self):
         _check(self.phase in PHASES, "phase", self.phase, f"use {' or '.join(PHASES)}")
         _check(self.algorithm in ALGORITHMS, "algorithm", self.algorithm, f"use one of {', '.join(ALGORITHMS)}")
         is_size = isinstance(self.min_bytes, int) and not isinstance(self.min_bytes, bool) and self.min_bytes >= 0
         _check(is_size, "min_bytes", self.min_bytes, "use a number of bytes, 0 or more")
+        parts = self.overlap
+        is_count = isinstance(parts, int) and not isinstance(parts, bool) and 2 <= parts <= MOST_PARTS
+        hint = f'use "off", "auto" or a number of parts from 2 to {MOST_PARTS}'
+        _check(is_count or parts in ("off", "auto"), "overlap", parts, hint)
         object.__setattr__(self, "codec", _canonical("codec", self.codec))
         rules = [Rule(match=r.match, codec=_canonical(f"codec of layers {r.match!r}", r.codec)) for r in self.layers]
         object.__setattr__(self, "layers", tuple(rules))
@@ -141,6 +202,23 @@ class Policy:
         reason = self._why_plain(message_bytes, dtype, codec, decoding)
         return Choice(codec=codec, algorithm="plain" if reason else self.algorithm, reason=reason)
 
+    def choose_hop(self, kind: str, message_bytes: int, dtype: torch.dtype) -> Choice:
+        """Decide whether a hop is compressed; size and dtype alone count, and its algorithm is ``hop``.
+
+        Args:
+            kind: a field of `Hops`, such as ``pp``.
+            message_bytes: of the uncompressed message.
+            dtype: of its values.
+
+        >>> Policy(hops=Hops(pp="lossless")).choose_hop("pp", 1 << 20, torch.float32).reason
+        'lossless keeps the bits of torch.bfloat16, not of torch.float32'
+        """
+        codec = self.hops.codec(kind)
+        reason = self._why_plain(message_bytes, dtype, codec, False)
+        if reason is None and isinstance(codec, Lossless) and dtype != codec.wire:
+            reason = f"{codec} keeps the bits of {codec.wire}, not of {dtype}"
+        return Choice(codec=codec, algorithm="plain" if reason else "hop", reason=reason)
+
     def _why_plain(
         self, message_bytes: int, dtype: torch.dtype, codec: Codec, decoding: "bool | Callable[[], bool]"
     ) -> str | None:
@@ -154,7 +232,7 @@ class Policy:
 
     @property
     def codecs(self) -> tuple[Codec, ...]:
-        """All codecs that a module can get, without `none`."""
+        """All codecs that a module's sum can get, without `none`."""
         names = dict.fromkeys([self.codec, *(rule.codec for rule in self.layers)])
         return tuple(parse(name) for name in names if name != "none")
 
@@ -176,7 +254,7 @@ class Policy:
 
     @classmethod
     def from_keys(cls, keys: Mapping[str, Any]) -> "Policy":
-        """Read the keys of a file, such as ``{"codec": "int8g128", "layers": [{...}]}``.
+        """Read the keys of a file, such as ``{"codec": "int8g128", "layers": [{...}], "hops": {...}}``.
 
         Raises:
             ValueError: a key or value that is not allowed.
@@ -189,7 +267,10 @@ class Policy:
             for name in ("match", "codec"):
                 given = rule.get(name)
                 _check(isinstance(given, str) and given, f"layers[{number}].{name}", given, "give a text")
-        return cls(**{**keys, "layers": tuple(Rule(**rule) for rule in rules)})
+        hops = keys.get("hops", {})
+        _check(isinstance(hops, dict), "hops", hops, "use a table [hops]")
+        _known(hops, [field.name for field in fields(Hops)], "hops.")
+        return cls(**{**keys, "layers": tuple(Rule(**rule) for rule in rules), "hops": Hops(**hops)})
 
     @classmethod
     def load(cls, path: "str | Path") -> "Policy":
@@ -206,22 +287,26 @@ class Policy:
 
     @classmethod
     def from_environment(cls) -> "Policy | None":
-        """Read the policy that ``FLASHCOMM_POLICY`` or ``FLASHCOMM_CODEC`` names; None if neither is set.
+        """Read the policy that the environment asks for; None if none of the three variables is set.
 
         Raises:
-            ValueError: both are set, or one cannot be read.
+            ValueError: a policy and a codec are both set, or one cannot be read.
         """
-        path, codec = settings.text(FILE_VARIABLE), settings.text(CODEC_VARIABLE)
+        path, codec, parts = map(settings.text, (FILE_VARIABLE, CODEC_VARIABLE, OVERLAP_VARIABLE))
         if path and codec:
             raise ValueError(f"{FILE_VARIABLE}={path} and {CODEC_VARIABLE}={codec} are both set: use one of them")
-        if path:
-            return cls.load(path)
-        if not codec:
-            return None
+        policy = cls.load(path) if path else None
         try:
-            return cls(codec=codec)
+            if codec:
+                policy = cls(codec=codec)
         except ValueError as error:
             raise ValueError(f"{CODEC_VARIABLE}: {error}") from None
+        if not parts:
+            return policy
+        try:
+            return replace(policy or cls(codec="none"), overlap=int(parts) if parts.isdecimal() else parts)
+        except ValueError as error:
+            raise ValueError(f"{OVERLAP_VARIABLE}: {error}") from None
 
     def save(self, path: "str | Path", comments: Sequence[str] = ()):
         """Write a file that `load` reads.
@@ -231,7 +316,9 @@ class Policy:
             comments: lines at its beginning, such as the evidence for the policy.
         """
         lines = [f"# {line}".rstrip() for line in comments]
-        lines += [f"{field.name} = {_toml(getattr(self, field.name))}" for field in fields(self)[:-1]]
+        lines += [f"{field.name} = {_toml(getattr(self, field.name))}" for field in fields(self)[:-2]]
+        if self.hops != Hops():
+            lines += ["", "[hops]", *(f"{kind.name} = {_toml(getattr(self.hops, kind.name))}" for kind in fields(Hops))]
         for rule in self.layers:
             lines += ["", "[[layers]]", f"match = {_toml(rule.match)}", f"codec = {_toml(rule.codec)}"]
         Path(path).write_text("\n".join(lines) + "\n")
@@ -242,7 +329,9 @@ class Policy:
         phase = "prefill" if self.phase == "prefill" else "prefill and decode"
         size = f", from {kib_text(self.min_bytes)}" if self.min_bytes else ""
         algorithm = f", {self.algorithm}" if self.algorithm != "auto" else ""
-        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}"
+        parts = "" if self.overlap == "off" else f", in {self.overlap} parts"
+        hops = f"; {self.hops}" if self.hops.codecs else ""
+        return f"{self.codec}{rules}{more}; {phase}{size}{algorithm}{parts}{hops}"
 
     @cached_property
     def _found(self) -> dict[str, Codec]:

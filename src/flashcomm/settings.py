@@ -39,6 +39,7 @@ SETTINGS = {
     for setting in (
         Setting("FLASHCOMM_CODEC", "", "codec that engines and the torch backend use"),
         Setting("FLASHCOMM_POLICY", "", "path of a policy that engines and the torch backend follow"),
+        Setting("FLASHCOMM_OVERLAP", "", "key overlap of the policy: off, auto or a number of parts"),
         Setting("FLASHCOMM_SHARED_MEMORY", True, "share memory between the ranks of a host"),
         Setting("FLASHCOMM_CONNECTIONS", True, "send messages over TCP connections of our own instead of gloo's"),
         Setting("FLASHCOMM_FUSED", False, "all-reduce in one launch over symmetric GPU memory"),

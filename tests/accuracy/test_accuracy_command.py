@@ -11,7 +11,7 @@ from flashcomm.accuracy.setup import Setup
 from flashcomm.cli import app
 from flashcomm.demo import MODEL
 from flashcomm.lab.launch import Interrupted
-from flashcomm.policy import Policy
+from flashcomm.policy import Hops, Policy
 
 
 def invoke(*arguments):
@@ -45,6 +45,24 @@ def test_accuracy(tmp_path):
     assert "http" not in page
 
 
+def test_accuracy_of_pipeline_stages(tmp_path):
+    policy = tmp_path / "mine.toml"
+    Policy(codec="none", hops=Hops(pp="int8g128")).save(policy)
+    options = ("--tokens", 128, "--window", 64, "--out", tmp_path / "out", "--json", tmp_path / "a.json")
+    done = invoke("accuracy", "--pp", 2, "--codecs", "lossless,int4g128", "--policy", policy, *options)
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert (document["ranks"], document["stages"]) == (1, 2)
+    rows = {row["codec"]: row for row in document["rows"]}
+    # Nothing is added up, so there is no floor.
+    assert list(rows) == ["none", "lossless", "int4g128", "mine"]
+    assert rows["lossless"]["kl"] == 0 < rows["mine"]["kl"] < rows["int4g128"]["kl"]
+    assert [(one["module"], one["codec"]) for one in document["sums"]] == [
+        ("model.layers.3", codec) for codec in list(rows)[1:]
+    ]
+    assert "as 2 pipeline stages of one rank compute it" in (tmp_path / "out" / "report.md").read_text()
+
+
 def test_tune_policy(tmp_path):
     policy, options = tmp_path / "p.toml", ("--tp", 2, "--explore", 64, "--tokens", 256, "--window", 64)
     files = ("--policy", policy, "--out", tmp_path / "out", "--json", tmp_path / "t.json")
@@ -70,6 +88,7 @@ def test_tune_policy(tmp_path):
     ("arguments", "message"),
     [
         (("accuracy", "--tp", "3"), "--tp 3 does not divide the 8 attention heads"),
+        (("accuracy", "--tp", "1"), "--tp 1: one rank sends nothing. Give --tp 2 or more, or --pp 2 or more"),
         (("accuracy", "--hosts", "3"), "--hosts 3 with --tp 8: give hosts with as many ranks each"),
         (("accuracy", "--codecs", "int4static"), "needs --calibration FILE"),
         (("accuracy", "--policy", "nothing.toml"), "cannot read the policy 'nothing.toml'"),

@@ -61,8 +61,7 @@ def simulate(path: Path, dtype: torch.dtype, policies: list[Policy], count: int)
     return found
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.bfloat16), (4, torch.float32)], ids=str)
 def test_the_bundled_model_has_the_bits_of_real_ranks(count, dtype):
     theirs = ranks.shared(count).run(real, MODEL, dtype, policies())
     ours = simulate(MODEL, dtype, policies(), count)

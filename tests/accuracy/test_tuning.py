@@ -46,7 +46,8 @@ def test_a_budget_that_nothing_meets():
 
 
 def test_a_policy_meets_its_budget_with_fewer_bits_than_one_codec(tmp_path):
-    model, tokenizer = load(MODEL, torch.bfloat16)
+    # Some processors multiply bf16 ten times slower.
+    model, tokenizer = load(MODEL, torch.float32)
     # Two layers, so that the test is short; what the model then says does not matter.
     del model.model.layers[2:]
     model.config.num_hidden_layers = 2
@@ -56,7 +57,7 @@ def test_a_policy_meets_its_budget_with_fewer_bits_than_one_codec(tmp_path):
     def tune(budget, folder):
         return tuning.tune(model, 2, budget, texts[:2], texts[2:], codecs, algorithm="two_step", folder=folder)
 
-    tuned = tune(0.01, None)
+    tuned = tune(0.01, tmp_path)
     assert tuned.row.kl.high <= 0.01
     # A cheaper codec for all is not within the budget, whether it was measured or predicted.
     cheaper = measure(model, 2, {"int3g32": Policy(codec="int3g32", algorithm="two_step")}, texts[2:])
@@ -67,10 +68,10 @@ def test_a_policy_meets_its_budget_with_fewer_bits_than_one_codec(tmp_path):
     found = measure(model, 2, {"policy": tuned.policy}, texts[2:])
     assert summarise(found.names, found.bits, found.figures)[1].kl == tuned.row.kl
     assert all(str(tuned.policy.codec_for(name)) == codec for name, codec in tuned.choice.items())
-    assert tune(0.01, tmp_path) == tuned
+    # It goes on from what is in the folder.
     assert tune(0.01, tmp_path) == tuned
     tuned.policy.save(tmp_path / "policy.toml", tuning.evidence(tuned, ["a test"]))
     assert Policy.load(tmp_path / "policy.toml") == tuned.policy
     assert "model.layers.1.mlp.down_proj" in (tmp_path / "policy.toml").read_text()
     with pytest.raises(ValueError, match="no candidate meets a KL of 1e-09: int8g128 has up to .* larger budget"):
-        tune(1e-9, None)
+        tune(1e-9, tmp_path)

@@ -34,12 +34,17 @@ def exit_status(*arguments) -> int:
     return command(*arguments).exit_code
 
 
-@pytest.mark.parametrize("target", gpu.TARGETS)
-def test_all_kernels_compile_with_hardly_a_spill(target, tmp_path):
-    file = tmp_path / "rows.json"
-    # In a process that has not imported Triton yet, which is interpreted here.
+@pytest.fixture(scope="module")
+def compiler():
+    """A process that has not imported Triton yet, which is interpreted here."""
     with ProcessPoolExecutor(1, get_context("spawn"), ranks.forget, ("TRITON_INTERPRET",)) as pool:
-        assert pool.submit(exit_status, "--codecs", SPECS, "--targets", target, "--json", file).result() == 0
+        yield pool
+
+
+@pytest.mark.parametrize("target", gpu.TARGETS)
+def test_all_kernels_compile_with_hardly_a_spill(compiler, target, tmp_path):
+    file = tmp_path / "rows.json"
+    assert compiler.submit(exit_status, "--codecs", SPECS, "--targets", target, "--json", file).result() == 0
     rows = json.loads(file.read_text())["rows"]
     assert len(rows) == 4 * 6
     for row in rows:
@@ -137,9 +142,8 @@ def assembly_of_a_copy() -> str:
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
-def test_payloads_travel_in_words_of_16_bytes():
-    with ProcessPoolExecutor(1, get_context("spawn"), ranks.forget, ("TRITON_INTERPRET",)) as pool:
-        ptx = pool.submit(assembly_of_a_copy).result()
+def test_payloads_travel_in_words_of_16_bytes(compiler):
+    ptx = compiler.submit(assembly_of_a_copy).result()
     moves = re.findall(r"(?:ld|st)\.global\S*", ptx)
     assert moves
     assert all(".v4.b32" in move for move in moves), moves

@@ -80,6 +80,22 @@ def test_the_policy_says_what_the_advice_says():
     assert plain.codec == "none"
 
 
+def test_the_engine_says_whether_prompts_run_in_parts():
+    slow = advice.plan("llama-3-8b", "cpu-10gbe", ranks=2, rate="200mbit", tokens=1024)
+    assert len(slow.advice.parts) > 1
+    assert advice.overlap_in("transformers", slow) == ("off", [])
+    overlap, (why,) = advice.overlap_in("vllm", slow)
+    assert overlap == advice.policy_of(slow, overlap)[0].overlap == "auto"
+    assert "FLASHCOMM_OVERLAP=auto" in why
+    gpus = advice.plan(*SLOW, **OPTIONS)
+    assert len(gpus.advice.parts) > 1
+    overlap, (why,) = advice.overlap_in("vllm", gpus)
+    assert overlap == "off"
+    assert "no GPU has run this" in why
+    with pytest.raises(ValueError, match="--engine sglang: use transformers or vllm"):
+        advice.overlap_in("sglang", slow)
+
+
 def test_heads_that_ranks_do_not_divide_are_noted():
     assert advice.plan("llama-3-8b", "h100", ranks=1024).notes == ["32 heads do not divide by 1024: as if they did"]
 

@@ -13,7 +13,7 @@ from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compress
 from flashcomm.models.random import random_model
 from flashcomm.overlap import wrap
-from flashcomm.overlap.measuring import PartTimes
+from flashcomm.parts.measuring import PartTimes
 
 
 def test_compute_is_the_slowest_ranks_and_a_sum_the_shortest():

@@ -192,6 +192,8 @@ def refusals():
         (lambda: flashcomm.all_reduce(x, algorithm="three_step"), "unknown algorithm 'three_step'"),
         (lambda: flashcomm.all_reduce(x.int()), "compresses bf16, fp16 and fp32, not torch.int32"),
         (lambda: flashcomm.all_reduce(x, "int4static"), "needs to know the features of the model"),
+        (lambda: flashcomm.all_reduce(x, Affine(4, False, 32)), "makes a codec of class Affine.*: give its spelling"),
+        (lambda: flashcomm.encode(x, flashcomm.codec("int4g32")), "makes a codec of class Affine.*: give its spelling"),
         (lambda: flashcomm.all_reduce(x, async_op=True), "async_op_needs_a_graph_break"),
         (lambda: flashcomm.all_reduce(x, out=x[:2]), "refuse_out_unlike_the_result"),
         (lambda: flashcomm.reduce_scatter(x), r"splits dimension 0 over 2 ranks, which \[3, 128\] does not"),

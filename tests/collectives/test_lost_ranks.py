@@ -20,7 +20,7 @@ LOST = 1
 EVERY = bool(os.environ.get("FLASHCOMM_FAULTS"))
 CALLS = [
     (algorithm, by, number)
-    for i, algorithm in enumerate(faults.ALGORITHMS)
+    for i, algorithm in enumerate((*faults.ALGORITHMS, "ring", *(["broadcast"] * EVERY)))
     for j, by in enumerate(ranks.WAYS)
     for k, number in enumerate((signal.SIGKILL, signal.SIGSTOP))
     if EVERY or (i + j + k) % 2

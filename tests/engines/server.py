@@ -29,7 +29,8 @@ class Server:
         log: file for what it prints.
         arguments: beyond the model and the number of ranks.
         model: a Hugging Face model directory.
-        ranks: tensor-parallel ranks; they share the first two cores.
+        ranks: tensor-parallel ranks, in each stage; all share the first two cores.
+        stages: pipeline stages.
         dtype: of weights and activations.
         env: what asks flashcomm for something.
     """
@@ -40,6 +41,7 @@ class Server:
         *arguments: str,
         model: Path = MODEL,
         ranks: int = 2,
+        stages: int = 1,
         dtype: str = "bfloat16",
         env: "dict[str, str] | None" = None,
     ):
@@ -51,15 +53,16 @@ class Server:
         self._argv = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
             *("--served-model-name", "demo", "--host", "127.0.0.1", "--port", str(self.port)),
-            *("--tensor-parallel-size", str(ranks), "--max-model-len", "2048", "--max-num-seqs", "16"),
+            *("--tensor-parallel-size", str(ranks), "--pipeline-parallel-size", str(stages)),
+            *("--max-model-len", "2048", "--max-num-seqs", "16"),
             *("--dtype", dtype, "--chat-template", CHAT_TEMPLATE, "--no-enable-prefix-caching"),
             *("--worker-extension-cls", "probe.Probe", *arguments),
         ]
-        asked = ("FLASHCOMM_CODEC", "FLASHCOMM_POLICY", "TRITON_INTERPRET")
+        asked = ("FLASHCOMM_CODEC", "FLASHCOMM_OVERLAP", "FLASHCOMM_POLICY", "TRITON_INTERPRET")
         self._env = {name: value for name, value in os.environ.items() if name not in asked}
         self._env |= {
             "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(ranks)),
+            "VLLM_CPU_OMP_THREADS_BIND": "|".join(str(rank % 2) for rank in range(ranks * stages)),
             "VLLM_SERVER_DEV_MODE": "1",
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",

@@ -36,8 +36,8 @@ def group_of_sglang(name: str):
     return GroupCoordinator([[0, 1]], dist.get_rank(), "gloo", group_name=name, **options)
 
 
-def some_values() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(dist.get_rank())
+def some_values(seed: "int | None" = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(dist.get_rank() if seed is None else seed)
     return torch.randn(64, 256, generator=generator).to(torch.bfloat16)
 
 
@@ -64,6 +64,40 @@ def test_compresses_large_sums_of_the_tp_group(fresh_ranks, tmp_path):
     assert torch.allclose(first[1].float(), exact, rtol=2**-8, atol=0)
     assert stats["calls"] == {"all_reduce/one_step/int8g128": 2}
     assert stats["plain"] == {"message under the policy's min_bytes = 4 KiB": 1}
+
+
+def hops_of_rank():
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    pp = group_of_sglang("pp")
+    given = {"hidden_states": some_values(0), "residual": some_values(1), "__msg_type__": "proxy"}
+    results = {"hidden_states": some_values(2), "__msg_type__": "output"}
+    if dist.get_rank() == 0:
+        pp.send_tensor_dict(dict(given))
+        works = pp.send_tensor_dict(dict(given), async_send=True)
+        pp.send_tensor_dict(dict(results))
+        for work in works:
+            work.work.wait()
+        return True, flashcomm.stats()
+    found = [pp.recv_tensor_dict() for _ in range(3)]
+    same = [
+        got[name] is sent[name] or torch.equal(got[name], sent[name])
+        for got, sent in zip(found, (given, given, results), strict=True)
+        for name in ("hidden_states", "residual")
+        if name in sent
+    ]
+    return all(same), flashcomm.stats()
+
+
+def test_hops_between_stages_are_encoded(fresh_ranks, tmp_path):
+    (tmp_path / "policy.toml").write_text('codec = "none"\nmin_bytes = 4096\n[hops]\npp = "lossless"\n')
+    env = {"FLASHCOMM_POLICY": str(tmp_path / "policy.toml"), "LOCAL_SIZE": "0"}
+    (_, first), (same, second) = fresh_ranks(2, env=env).run(hops_of_rank)
+    assert same
+    # What the last stage sends to the first, such as hidden states that a client asked for, is not touched.
+    assert first["calls"] == {"hop/pp/lossless": 4}
+    assert not second["calls"]
 
 
 def decode_steps_of_rank():

@@ -82,6 +82,49 @@ def sequence_parallel(tokens, dim):
     assert all(promises.same(everyone, theirs) for theirs in promises.everyone(everyone))
 
 
+def gradients_of(up, down, x: torch.Tensor) -> list[torch.Tensor]:
+    """This rank's parts of the gradients of a block's parameters, and those of its input."""
+    block = parallel.parallelize_module(Block(), mesh(), {"up": up, "down": down})
+    x.requires_grad_()
+    y = block(x)
+    (y.square() / 2).sum().backward()
+    return [gradient.to_local() for gradient in (block.up.weight.grad, block.down.weight.grad)] + [x.grad]
+
+
+def is_close(ours, theirs) -> bool:
+    """Sums of whole numbers beyond 2**24, which differ in their last bits."""
+    return all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
+
+
+def training(tokens, dim):
+    """Gradients in fp32 are those of one process, also where shards are uneven; codecs act where they were asked."""
+    want, x = Block(), whole(tokens).requires_grad_()
+    (want(x).square() / 2).sum().backward()
+    rank, shard = dist.get_rank(), Shard(dim)
+    up, down = want.up.weight.grad.chunk(2)[rank], want.down.weight.grad.chunk(2, 1)[rank]
+
+    fp32 = {"codec": "fp32", "gradients": "fp32"}
+    flashcomm.reset_stats()
+    got = gradients_of(ColwiseParallel(**fp32), RowwiseParallel(**fp32), whole(tokens))
+    assert sum(flashcomm.stats()["calls"].values()) == 2, flashcomm.stats()
+    assert is_close(got, [up, down, x.grad])
+
+    for given, codecs in (
+        (fp32, {"fp32": 2}),
+        ({"codec": "fp32", "gradients": "int8g128"}, {"fp32": 1, "int8g128": 1}),
+    ):
+        flashcomm.reset_stats()
+        part = distribute_tensor(whole(tokens), mesh(), [shard])
+        styles = ColwiseParallel(**given, input_layouts=shard), RowwiseParallel(**given, output_layouts=shard)
+        *ours, mine = gradients_of(*styles, part)
+        assert flashcomm.stats()["calls"] == {
+            f"{verb}/one_step/{codec}": calls
+            for verb in ("all_gather", "reduce_scatter")
+            for codec, calls in codecs.items()
+        }, flashcomm.stats()
+        assert is_close([*ours, mine.full_tensor()], [up, down, x.grad]) == (given is fp32)
+
+
 @torch.no_grad()
 def shared_input():
     """Several column-wise linears have one input, which is gathered once."""
@@ -163,6 +206,12 @@ def test_sequence_parallel(dim):
     # Shards of 3 and 2, of 2 and 1, and one that is empty.
     for tokens in (5, 1):
         ranks.shared(2).run(sequence_parallel, tokens, dim)
+
+
+def test_training():
+    # Shards of 3 and 2, and one that is empty.
+    for tokens, dim in ((5, 1), (1, -2)):
+        ranks.shared(2).run(training, tokens, dim)
 
 
 def test_the_classes_are_those_of_torch():

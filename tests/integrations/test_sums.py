@@ -14,7 +14,7 @@ from flashcomm.accuracy.simulated import Simulation
 from flashcomm.integrations import worker_metrics
 from flashcomm.integrations.sums import Sums, asked_for, keys_of
 from flashcomm.integrations.transformers import Compression
-from flashcomm.policy import Policy, Rule
+from flashcomm.policy import Hops, Policy, Rule
 from flashcomm.simulate import all_reduce
 
 LOG = logging.getLogger("flashcomm.test")
@@ -37,12 +37,20 @@ def test_off_unless_asked_for(monkeypatch):
 
 def test_options_win_and_survive_the_way_to_workers(monkeypatch, tmp_path):
     monkeypatch.setenv("FLASHCOMM_CODEC", "int6g128")
-    policy = Policy(codec="none", layers=(Rule(match="*.o_proj", codec="int4g32"),), min_bytes=5, algorithm="one_step")
+    policy = Policy(
+        codec="none",
+        layers=(Rule(match="*.o_proj", codec="int4g32"),),
+        min_bytes=5,
+        algorithm="one_step",
+        hops=Hops(pp="lossless"),
+    )
     policy.save(tmp_path / "policy.toml")
     assert asked_for({"flashcomm": str(tmp_path / "policy.toml")}) == policy
     keys = json.loads(json.dumps(keys_of(policy)))
     assert asked_for({"flashcomm": keys}) == policy
     assert asked_for({"flashcomm": "int8g128"}) == Policy()
+    hops = {"codec": "none", "hops": {"pp": "int8g128"}}
+    assert asked_for({"flashcomm": hops}) == Policy(codec="none", hops=Hops(pp="int8g128"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +213,7 @@ def test_workers_write_what_they_count(monkeypatch, tmp_path):
     try:
         reporter.report()
         assert set(json.loads((tmp_path / "3.json").read_text())) == {
-            "calls", "plain", "errors", "wire_bytes", "plain_bytes",
+            "calls", "plain", "errors", "prefills", "prefill_ms", "wire_bytes", "plain_bytes",
         }  # fmt: skip
         assert [path.name for path in tmp_path.iterdir()] == ["3.json"]
     finally:

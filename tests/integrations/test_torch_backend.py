@@ -18,7 +18,7 @@ import ranks
 from flashcomm import collectives
 from flashcomm.demo import MODEL
 from flashcomm.integrations.torch_backend import CompressedGroup, _Handle, create, set_policy
-from flashcomm.policy import Policy, Rule
+from flashcomm.policy import Hops, Policy, Rule
 
 INT8 = "all_reduce/one_step/int8g128"
 LARGE = (128, 512)
@@ -183,6 +183,49 @@ def own_verbs_stay_what_they_are():
     assert promises.same(flashcomm.all_reduce(mine(), "int4g32"), total("int4g32"))
 
 
+def hops():
+    """send, recv and broadcast in the codecs of [hops], blocking or not; others, and small ones, are torch's own."""
+    given = Policy(hops=Hops(send="lossless", broadcast="int8g128"))
+    group, rank = dist.new_group(pg_options=given), dist.get_rank()
+    flashcomm.reset_stats()
+    x = promises.tensor(0, LARGE)
+    for _ in range(2):
+        out = torch.zeros_like(x)
+        if rank == 0:
+            dist.send(x, group=group, group_dst=1)
+        else:
+            assert dist.recv(out, group=group, group_src=0) == 0
+            assert promises.same(out, x)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, x, 1 - rank, group),
+            dist.P2POp(dist.irecv, out := torch.zeros_like(x), 1 - rank, group),
+        ]
+    )
+    assert [work.wait() for work in works] == [True, True]
+    assert promises.same(out, x)
+    want = flashcomm.decode(flashcomm.encode(x, "int8g128"), "int8g128", cols=LARGE[1], dtype=x.dtype)
+    for async_op in (False, True):
+        y = x.clone() if rank == 1 else torch.zeros_like(x)
+        work = dist.broadcast(y, 1, group, async_op=async_op)
+        assert work.wait() if async_op else work is None
+        assert promises.same(y, want)
+    sent, got = (3, 1) if rank == 0 else (1, 3)
+    calls = {"send/one_step/lossless": sent, "recv/one_step/lossless": got, "broadcast/one_step/int8g128": 2}
+    assert flashcomm.stats()["calls"] == calls
+    assert flashcomm.stats()["plain"] == {}
+    flashcomm.reset_stats()
+    for y in (torch.full((4,), float(rank)), torch.full(LARGE, float(rank)), torch.full(LARGE, rank)):
+        dist.send(y, 1, group) if rank == 0 else dist.recv(y, 0, group)
+        assert y.unique().tolist() == [0]
+    reasons = ["message under the policy's min_bytes = 64 KiB", "lossless keeps the bits of torch.bfloat16"]
+    assert [reason.partition(",")[0] for reason in flashcomm.stats()["plain"]] == reasons
+    # The default group has no [hops], so nothing is counted.
+    flashcomm.reset_stats()
+    dist.broadcast(x.clone(), 0)
+    assert not flashcomm.stats()["plain"]
+
+
 def policies():
     """A policy of a group, of groups made later, and one that the ranks do not share."""
     world = dist.group.WORLD
@@ -265,6 +308,7 @@ def ends():
         complex_numbers_and_negations,
         other_collectives,
         own_verbs_stay_what_they_are,
+        hops,
         policies,
         gradients,
     ],

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashcomm.codecs import parse
-from flashcomm.planner import Algorithm, Facts, LinkCosts, choose, overlap
+from flashcomm.planner import Algorithm, Facts, LinkCosts, choose
 from flashcomm.planner.advice import plan
+from flashcomm.planner.batches import pairs
 from flashcomm.planner.costs import Cost, Point, extra_s
 from flashcomm.planner.hardware import ACCELERATORS, LINKS, Cluster, accelerator, cluster
 from flashcomm.planner.overlap import Line, Profile
@@ -110,7 +111,7 @@ def test_a_prediction_is_its_formula():
     ranks, shape = by_hand(), replace(LLAMA, layers=3)
     found = predict(shape, ranks, "none", tokens=1024, rows=2)
     attention, mlp = shape.attention(2), shape.mlp(2)
-    seen = 2 * overlap.pairs(1024, 0, "all")
+    seen = 2 * pairs(1024, 0, "all")
     layer = sum(
         2e-4 / 2 + max(2048 * (w.flops / 1e12 + w.value_bytes / 1e10), w.weight_bytes / 1e10) for w in (attention, mlp)
     )

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from flashcomm.planner.overlap import MARGIN, Line, Profile, choose, pairs
+from flashcomm.planner.batches import pairs
+from flashcomm.planner.overlap import MARGIN, Line, Profile, choose
 
 
 def profile(token_s=1e-6, sum_s=1e-6, layers=8, pair_s=0.0, fixed_s=0.0, skips="first", **more):

@@ -237,6 +237,8 @@ class Machine:
         everyone = range(self.ranks)
         if call.name == "all_gather":
             return of(row // ready.rows, row % ready.rows)
+        if call.name == "broadcast":
+            return of(0, row)
         if call.name == "reduce_scatter":
             return [word for peer in everyone for word in of(peer, rank * ready.rows + row)]
         payloads = [word for peer in everyone for word in of(peer, row)]
@@ -304,6 +306,10 @@ def gather(rows, **kwargs):
     return Call(name="all_gather", rows=rows, piece=1, **kwargs)
 
 
+def broadcast(rows, **kwargs):
+    return Call(name="broadcast", rows=rows, piece=1, **kwargs)
+
+
 def scatter(rows, **kwargs):
     return Call(name="reduce_scatter", rows=rows, piece=1, **kwargs)
 
@@ -321,6 +327,7 @@ WORLDS = {
     "one_step, long rows": (2, 4, [one_step(4, **WIDE)]),
     "reduce_scatter": (2, 5, [scatter(10)]),
     "all_gather": (2, 5, [gather(5, cols=2)]),
+    "broadcast": (2, 5, [broadcast(5, cols=2)]),
     "two_step": (2, 4, [two_step(4, piece=2, cols=2)]),
     "two_step, no row for one rank": (2, 6, [two_step(3)]),
     "two_step, sums longer than values": (2, 4, [two_step(4, piece=2, codec="bf16:fp32")]),
@@ -329,6 +336,7 @@ WORLDS = {
     "one_step, three ranks": (3, 3, [one_step(3)]),
     "reduce_scatter, three ranks": (3, 2, [scatter(6)]),
     "all_gather, three ranks": (3, 3, [gather(3)]),
+    "broadcast, between others": (3, 3, [gather(1), broadcast(1), one_step(1)]),
     "two_step, three ranks": (3, 3, [two_step(3, piece=3), one_step(1)]),
     "two_step, three ranks, no row for one": (3, 3, [gather(1), two_step(2, piece=2)]),
 }

@@ -130,7 +130,7 @@ def test_no_step_is_told_but_through_the_guard():
         for path in package.rglob("*.py")
         if re.search(r"\btell\(", path.read_text()) and path.name != "base.py"
     }
-    assert told == {"bench/tune.py", "overlap/measuring.py"}
+    assert told == {"bench/tune.py", "parts/measuring.py"}
     named = {step for step in Step if any(f"Step.{step.name}" in path.read_text() for path in package.rglob("*.py"))}
     assert named == set(Step)
 

@@ -62,6 +62,8 @@ def _counted(function, name: str, launches: Counter):
 def gpu_tests():
     """Run the tests that are marked for GPUs: gloo and NCCL, symmetric memory, graphs, prompts, measuring."""
     files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+    # To skip those of one file shows as much as to skip all.
+    files = files[:1] if DRY else files
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rA", "--durations=0", *files]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

@@ -33,7 +33,8 @@ _EXPLANATION = (
     "one for all others, it is what 20 log-probabilities can tell. Top-1 is the share of tokens for which both rank "
     "the same token first, and delta log p the distance between both log-probabilities of the token that follows. In "
     "brackets the 95 % confidence interval of a bootstrap over windows. The floor, fp32, sends values as they are and "
-    "adds them in fp32 in the order of the ranks, where plain adds them in a ring, in the dtype of the model."
+    "adds them in fp32 in the order of the ranks, where plain adds them in a ring, in the dtype of the model. A hop "
+    "between pipeline stages adds nothing up, so it has no floor: its plain is exact."
 )
 
 
@@ -93,8 +94,8 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
     Args:
         rows: plain first.
         found: the measurement behind the rows.
-        facts: the origin of the figures: ``model``, ``ranks``, ``hosts``, ``algorithm``, ``dtype``, ``tokens``,
-            ``window``, ``text`` and ``machine``.
+        facts: the origin of the figures: ``model``, ``ranks``, ``stages`` if there are several, ``hosts``,
+            ``algorithm``, ``dtype``, ``tokens``, ``window``, ``text`` and ``machine``.
     """
     lines = ["# Accuracy", "", _origin(facts), "", _EXPLANATION, ""]
     lines += markdown_table(HEAD, [[f"`{row[0]}`", *row[1:]] for row in map(cells, rows)])
@@ -102,8 +103,8 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
         "",
         "## By sum",
         "",
-        "The error that a sum adds, and its distance from plain's, to which all errors before it have led; relative to",
-        "the sum.",
+        "The error that a sum or a hop adds, and its distance from plain's, to which all errors before it have led;",
+        "relative to the sum.",
         "",
     ]
     lines += markdown_table(
@@ -145,12 +146,22 @@ def page(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> str:
     )
 
 
+def whom(facts: dict) -> str:
+    """The ranks and stages that are simulated, in words.
+
+    >>> whom({"ranks": 4, "hosts": 2}), whom({"ranks": 1, "hosts": 0, "stages": 2})
+    ('4 ranks on 2 hosts', '2 pipeline stages of one rank')
+    """
+    hosts = f" on {facts['hosts']} hosts" if facts["hosts"] else ""
+    ranks = f"{facts['ranks']} ranks{hosts}" if facts["ranks"] > 1 else "one rank"
+    return f"{facts['stages']} pipeline stages of {ranks}" if "stages" in facts else ranks
+
+
 def _origin(facts: dict) -> str:
     machine = facts["machine"]
     commit = f", commit {machine['commit']}" if machine["commit"] else ""
-    hosts = f" on {facts['hosts']} hosts" if facts["hosts"] else ""
     return (
-        f"{facts['model']} in {facts['dtype']}, as {facts['ranks']} ranks{hosts} compute it ({facts['algorithm']}), "
+        f"{facts['model']} in {facts['dtype']}, as {whom(facts)} compute it ({facts['algorithm']}), "
         f"simulated in one process: {facts['tokens']:,} tokens of {facts['text']} in windows of {facts['window']:,}. "
         f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, {machine['date']}{commit}."
     )

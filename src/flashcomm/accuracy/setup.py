@@ -34,6 +34,8 @@ class Setup:
     text: str = HELD_OUT_NAME
     """The texts' name in reports."""
     ranks: int
+    stages: int = 1
+    """Pipeline stages, each of `ranks` ranks."""
     hosts: int
     algorithm: str
     tokens: int
@@ -74,6 +76,7 @@ class Setup:
         return {
             "model": self.model,
             "ranks": self.ranks,
+            **({"stages": self.stages} if self.stages > 1 else {}),
             "hosts": self.hosts,
             "algorithm": self.algorithm,
             "dtype": self.dtype,

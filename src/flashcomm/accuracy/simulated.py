@@ -6,12 +6,14 @@ computed one by one too. Their outputs are joined; outputs of modules that reduc
 A model with fewer key/value heads than ranks runs as in engines, where ranks hold copies of them.
 The layers between them treat heads and features one by one, and run once for all ranks.
 
+With pipeline stages, what the last layer of a stage hands on is encoded and decoded once, before the next stage's first
+layer. Engines may hand on the output of the last MLP and the residual apart, and encode both.
+
 The bits equal those of ranks that use as many threads for matrix products as this process does, without gradients.
 
 Source: our own.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,21 +22,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashcomm import simulate
+from flashcomm import kernels, simulate
+from flashcomm.accuracy import shards
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply
 from flashcomm.models import heads
 from flashcomm.policy import Policy
-
-# Styles of transformers' plans, of modules.
-_JOINED = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
-_LINEAR = ("rowwise", "rowwise_rep", "rowwise_split_input")
-_EMBEDDING = ("embedding_rowwise",)
-_EXPERTS = ("moe_tp_experts",)
-# Without gradients, these compute the same on a rank as in one process.
-_WHOLE = ("replicate", "replicated_with_grad_allreduce", "local_params", "mla_kv_a_proj", "embedding_colwise")
 
 Observer = Callable[[str, Sequence[torch.Tensor], torch.Tensor], None]
 
@@ -46,38 +41,56 @@ class Simulation:
     policy: Policy
     """Codec of each sum; may be replaced between forward passes."""
     modules: dict[str, int]
-    """Number of features of each sum, by the name of the module that is summed."""
+    """Number of features of each sum, by the name of the module that is summed; and of each hop, by that of the layer
+    that hands it on."""
+    hops: frozenset[str]
+    """The layers that hand on a hop to the next pipeline stage."""
     plain: Counter[str]
-    """Number of sums that stayed plain, by the policy's reason."""
+    """Number of sums and hops that stayed plain, by the policy's reason."""
     observe: Observer | None
-    """Called after each sum with the module's name, the ranks' terms and the sum."""
+    """Called after each sum with the module's name, the ranks' terms and the sum; a hop has one term."""
 
     def __init__(
-        self, model: Any, ranks: int, policy: Policy, *, hosts: int = 0, calibration: Calibration | None = None
+        self,
+        model: Any,
+        ranks: int,
+        policy: Policy,
+        *,
+        stages: int = 1,
+        hosts: int = 0,
+        calibration: Calibration | None = None,
     ):
         self.ranks, self.policy, self.hosts, self.calibration = ranks, policy, hosts, calibration
         self.modules, self.plain, self.observe = {}, Counter(), None
         self._dtype = model.dtype
         self._patches = Patches("flashcomm.accuracy.simulated")
-        planned = list(_planned(model))
-        _check(model, ranks, [(name, style) for name, _, style, _ in planned])
+        planned = list(shards.planned(model)) if ranks > 1 or stages == 1 else []
+        shards.check(model, ranks, [(name, style) for name, _, style, _ in planned], stages)
         self._kv_heads = heads.heads_of(model.config.get_text_config())[1]
         self._copied = heads.replicated({name: style for name, _, style, _ in planned}, self._kv_heads, ranks)
         for name, module, style, parameters in planned:
-            if style in (*_LINEAR, *_EMBEDDING, *_EXPERTS):
+            if style in (*shards.LINEAR, *shards.EMBEDDING, *shards.EXPERTS):
                 hidden = model.config.get_text_config().hidden_size
                 self.modules[name] = getattr(module, "out_features", getattr(module, "embedding_dim", hidden))
-            if style not in _WHOLE:
+            if style not in shards.WHOLE:
                 self._replace(name, module, style, parameters)
+        boundaries = dict(shards.hop_layers(model, stages)) if stages > 1 else {}
+        self.hops = frozenset(boundaries)
+        for name, receiver in boundaries.items():
+            self.modules[name] = model.config.get_text_config().hidden_size
+            self._receive(name, receiver)
 
     def undo(self):
         """Restore the model. Harmless when repeated."""
         self._patches.undo()
 
     def bits_per_value(self, policy: Policy) -> float:
-        """Bits on the wire per value, mean over all sums of a token."""
-        bits = (w * policy.codec_for(name).bits_per_value(w, self._dtype) for name, w in self.modules.items())
+        """Bits on the wire per value, mean over all sums and hops of a token."""
+        bits = (w * self._codec(policy, name).bits_per_value(w, self._dtype) for name, w in self.modules.items())
         return sum(bits) / sum(self.modules.values())
+
+    def _codec(self, policy: Policy, name: str) -> Codec:
+        return policy.hops.codec("pp") if name in self.hops else policy.codec_for(name)
 
     def compressed(self, name: str, parts: Sequence[torch.Tensor], codec: Codec, algorithm: str) -> torch.Tensor:
         """Sum the ranks' terms of the module `name` in `codec`, as with ``batch_invariant=True``."""
@@ -98,7 +111,7 @@ class Simulation:
             return torch.cat([piece for same in zip(*parts, strict=True) for piece in same], -1)
 
         def linear(x: torch.Tensor) -> torch.Tensor:
-            parts = self._each_rank(module, parameters, lambda rank: forward(_slice(x, -1, rank, self.ranks)))
+            parts = self._each_rank(module, parameters, lambda rank: forward(shards.stripe(x, -1, rank, self.ranks)))
             total, bias = self._sum(name, parts), module._parameters.get("bias")
             return total if bias is None else total + bias
 
@@ -110,9 +123,33 @@ class Simulation:
             found, owner = forward(ids), (ids // stripe).unsqueeze(-1)
             return self._sum(name, [found.masked_fill(owner != rank, 0) for rank in range(self.ranks)])
 
-        kinds = {**dict.fromkeys(_JOINED, joined), **dict.fromkeys(_LINEAR, linear)}
-        kinds |= {**dict.fromkeys(_EXPERTS, experts), **dict.fromkeys(_EMBEDDING, embedding)}
+        kinds = {**dict.fromkeys(shards.JOINED, joined), **dict.fromkeys(shards.LINEAR, linear)}
+        kinds |= {**dict.fromkeys(shards.EXPERTS, experts), **dict.fromkeys(shards.EMBEDDING, embedding)}
         self._patches.replace(module, "forward", kinds[style])
+
+    def _receive(self, name: str, layer: nn.Module):
+        """Make the first layer of a stage see what it decodes from the hop that the layer `name` hands on."""
+        forward = layer.forward
+
+        def received(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            return forward(self._hop(name, hidden_states), *args, **kwargs)
+
+        self._patches.replace(layer, "forward", received)
+
+    def _hop(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        choice, cols = self.policy.choose_hop("pp", x.numel() * x.element_size(), x.dtype), x.shape[-1]
+
+        def compressed() -> torch.Tensor:
+            payload = kernels.encode(x.reshape(-1, cols), choice.codec)
+            return kernels.decode(payload, choice.codec, cols=cols, dtype=x.dtype).view(x.shape)
+
+        found = apply(choice, compressed=compressed, plain=lambda: x, count=self._count)
+        if self.observe:
+            self.observe(name, [x], found)
+        return found
+
+    def _count(self, reason: str):
+        self.plain.update([reason])
 
     def _each_rank(
         self, module: nn.Module, styles: Mapping[str, str], call: Callable[[int], torch.Tensor], ranks: int = 0
@@ -123,7 +160,7 @@ class Simulation:
         try:
             outputs = []
             for rank in range(ranks):
-                held: Any = {n: _parameter(n, p, styles[n], rank, ranks) for n, p in whole.items()}
+                held: Any = {n: shards.parameter(n, p, styles[n], rank, ranks) for n, p in whole.items()}
                 module._parameters.update(held)
                 outputs.append(call(rank))
             return outputs
@@ -136,8 +173,7 @@ class Simulation:
         def compressed() -> torch.Tensor:
             return self.compressed(name, parts, choice.codec, choice.algorithm)
 
-        count = lambda reason: self.plain.update([reason])  # noqa: E731
-        total = apply(choice, compressed=compressed, plain=lambda: ring_sum(parts), count=count)
+        total = apply(choice, compressed=compressed, plain=lambda: ring_sum(parts), count=self._count)
         if self.observe:
             self.observe(name, parts, total)
         return total
@@ -149,6 +185,7 @@ def simulated(
     ranks: int,
     policy: Policy | None = None,
     *,
+    stages: int = 1,
     hosts: int = 0,
     calibration: Calibration | None = None,
 ) -> Iterator[Simulation]:
@@ -156,9 +193,10 @@ def simulated(
 
     Args:
         model: a transformers model in one process, with a tensor-parallel plan in its configuration.
-        ranks: number of ranks to simulate.
+        ranks: number of ranks to simulate, in each pipeline stage; 1 only with several stages.
         policy: codec of each sum, and algorithm; None for plain. ``none`` and messages under ``min_bytes`` are summed
             by a ring in the dtype of the model; all others are compressed, as with ``batch_invariant=True``.
+        stages: number of pipeline stages, as `flashcomm.planner.stages` cuts them; the policy's codec for hops counts.
         hosts: number of hosts, with equally many ranks, for the algorithm ``hierarchical``.
         calibration: for codecs that need one, made with the same number of ranks.
 
@@ -174,7 +212,9 @@ def simulated(
         with simulated(model, 8, Policy(codec="int4g128", algorithm="one_step")):
             logits = model(input_ids).logits
     """
-    simulation = Simulation(model, ranks, policy or Policy(codec="none"), hosts=hosts, calibration=calibration)
+    simulation = Simulation(
+        model, ranks, policy or Policy(codec="none"), stages=stages, hosts=hosts, calibration=calibration
+    )
     try:
         yield simulation
     finally:
@@ -228,53 +268,3 @@ def ring_sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             total = total + stripe[owner - step]
         totals.append(total)
     return torch.cat(totals).view(parts[0].shape)
-
-
-def _planned(model: Any) -> Iterator[tuple[str, nn.Module, str, dict[str, str]]]:
-    """Yield (name, module, style, styles of its parameters) of every module in the model's plan."""
-    plan = getattr(model, "_tp_plan", None) or {}
-    styles = {name: plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name)) for name, _ in model.named_modules()}
-    for name, module in model.named_modules():
-        if style := styles[name]:
-            parameters = [key for key, _ in module.named_parameters(recurse=False)]
-            general = re.sub(r"\.\d+(?=\.|$)", ".*", name)
-            yield name, module, style, {key: plan.get(f"{general}.{key}", style) for key in parameters}
-
-
-def _check(model: Any, ranks: int, styles: Sequence[tuple[str, str]]):
-    if getattr(model, "_device_mesh", None) is not None:
-        raise ValueError("this model is split over ranks already: load it in one process, without a plan")
-    if ranks < 2:
-        raise ValueError(f"{ranks} rank(s) sum nothing: simulate 2 or more")
-    if not styles:
-        raise ValueError(f"{type(model).__name__} has no tensor-parallel plan, so there are no sums to simulate")
-    known = (*_JOINED, *_LINEAR, *_EMBEDDING, *_EXPERTS, *_WHOLE)
-    for name, style in styles:
-        if style not in known:
-            raise NotImplementedError(
-                f"module {name!r} is split in the style {style!r}. Simulated: {', '.join(known)}. "
-                "'flashcomm demo --model' measures any model on real ranks"
-            )
-    found = heads.heads_of(model.config.get_text_config())
-    if not heads.divides(ranks, *found):
-        raise ValueError(f"ranks={ranks} {heads.refusal(*found, 'this model')}")
-
-
-def _parameter(name: str, whole: torch.Tensor, style: str, rank: int, ranks: int) -> torch.Tensor | None:
-    """The part of a parameter that a rank holds; None for a bias that is added after the sum."""
-    packed = 2 if style.startswith("packed_") else 1
-    if "rowwise" in style:
-        return None if name == "bias" else _slice(whole, -1, rank, ranks, packed)
-    if "colwise" in style:
-        # The first dimension of a weight, or of each expert's weight, is that of the outputs.
-        return _slice(whole, max(whole.dim() - 2, 0), rank, ranks, packed)
-    return whole
-
-
-def _slice(x: torch.Tensor, dim: int, rank: int, ranks: int, packed: int = 1) -> torch.Tensor:
-    """A rank's stripe, contiguous; taken from each of `packed` equal parts that follow each other."""
-    length = x.shape[dim] // packed
-    size = -(-length // ranks)
-    start = min(rank * size, length)
-    pieces = [part.narrow(dim, start, min(size, length - start)) for part in x.chunk(packed, dim)]
-    return pieces[0].contiguous() if packed == 1 else torch.cat(pieces, dim)

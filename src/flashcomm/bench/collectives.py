@@ -1,5 +1,7 @@
 """`flashcomm bench all_reduce` and the other verbs: compressed against plain over sizes, in the manner of nccl-tests.
 
+A message of `send` leads from rank 1 to rank 0; plain is torch's own `send` and `recv`.
+
 Every answer is checked before anything is timed. Variants take turns. Each rank times its own call after a barrier, and
 the slowest rank's time counts. Leaving a barrier takes longer than a small message, so up to 64 KiB a time is the mean
 of 20 calls in a row. From there to 1 MiB there are five times as many rounds, because single calls of that size vary.
@@ -20,7 +22,7 @@ import torch.distributed as dist
 import flashcomm
 from flashcomm import codecs, settings, simulate
 from flashcomm.bench.timing import interleaved
-from flashcomm.codecs import Codec, Pair
+from flashcomm.codecs import Codec, Pair, Plain
 from flashcomm.collectives.group import group_of
 from flashcomm.lab import hosts as labs
 from flashcomm.lab import launch
@@ -85,7 +87,7 @@ def rounds_and_calls(message_bytes: int, repeats: int) -> tuple[int, int]:
 
 def part_shape(op: str, size: int, ranks: int, dtype: torch.dtype) -> tuple[int, int]:
     """(rows, cols) of the part of a message that one rank gives or gets; of an all-reduce the whole message."""
-    values = max(1, size // dtype.itemsize // (1 if op == "all_reduce" else ranks))
+    values = max(1, size // dtype.itemsize // _parts(op, ranks))
     cols = min(values, _ROW)
     return values // cols, cols
 
@@ -97,7 +99,12 @@ def message_bytes(op: str, size: int, ranks: int, dtype: torch.dtype) -> int:
     96
     """
     rows, cols = part_shape(op, size, ranks, dtype)
-    return rows * cols * dtype.itemsize * (1 if op == "all_reduce" else ranks)
+    return rows * cols * dtype.itemsize * _parts(op, ranks)
+
+
+def _parts(op: str, ranks: int) -> int:
+    """Parts of a message, one from or for each rank."""
+    return 1 if op in ("all_reduce", "send") else ranks
 
 
 def run(
@@ -114,7 +121,7 @@ def run(
     """Measure one operation on ranks of this machine, on rows of 4,096 values, or on one shorter row.
 
     Args:
-        op: ``all_reduce``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``.
+        op: ``all_reduce``, ``reduce_scatter``, ``all_gather``, ``all_to_all``, or ``send`` between two ranks.
         specs: codecs; ``none`` is always measured too.
         ranks: world size.
         sizes: message sizes in bytes; rounded down to whole rows for each rank, up to one value.
@@ -157,18 +164,22 @@ def _measure_size(
         flashcomm.reset_stats()
         call()
         stats = flashcomm.stats()
-        (done,) = stats["records"]
-        chosen, sent = done.algorithm, done.codec
+        done = stats["records"]
+        # torch's own send is in nobody's counts.
+        chosen, sent = (done[0].algorithm, done[0].codec) if done else ("plain", "none")
+        wire_bytes = stats["wire_bytes"] if done else case.message_bytes
+        if op == "send":
+            wire_bytes = int(slowest([wire_bytes], device)[0])
         sqnr = case.check(out.cpu(), codecs.parse(sent), chosen)
         name = f"{codec}/{algorithm}"
         variants[name] = _repeated(call, calls)
-        interface_bytes, cpu_ms = _usage(variants[name], calls, device)
+        interface_bytes, cpu_ms = usage(variants[name], calls, device)
         facts[name] = {
             "codec": str(codec),
             "algorithm": algorithm,
             "chosen": chosen,
             "sent": sent,
-            "wire_bytes": stats["wire_bytes"],
+            "wire_bytes": wire_bytes,
             "interface_bytes": interface_bytes,
             "cpu_ms": cpu_ms,
             "sqnr_db": sqnr,
@@ -182,14 +193,14 @@ def _measure_size(
         after=torch.cuda.synchronize if device.type == "cuda" else lambda: None,
         combine=lambda seconds: [s / calls for s in slowest(seconds, device)],
     )
-    rate = settings.text(labs.RATE_VARIABLE) if settings.given(labs.RATE_VARIABLE) else None
+    rate = _lab_rate()
     shared = {
         "op": op,
         "ranks": ranks,
         "ranks_per_host": int(os.environ.get("LOCAL_WORLD_SIZE") or ranks),
         "backend": dist.get_backend(),
         "dtype": str(dtype).removeprefix("torch."),
-        "link": _link(rate, ranks),
+        "link": link_name(ranks),
         "message_bytes": case.message_bytes,
         "repeats": rounds,
         "calls_per_time": calls,
@@ -222,14 +233,19 @@ def _pairs(op: str, specs: Sequence[str], algorithms: Sequence[str]) -> list[tup
     pairs = [("none", "plain")]
     for spec in specs:
         for algorithm in algorithms:
-            one_format = op == "all_to_all" or (op == "all_reduce" and algorithm == "one_step")
+            one_format = op in ("all_to_all", "send") or (op == "all_reduce" and algorithm == "one_step")
             if spec != "none" and not (one_format and isinstance(codecs.parse(spec), Pair)):
                 pairs.append((spec, algorithm))
     return pairs
 
 
 def _caller(op: str, x: torch.Tensor, codec: Codec, algorithm: str, out: torch.Tensor) -> Callable[[], object]:
-    return lambda: getattr(flashcomm, op)(x, codec, algorithm=algorithm, out=out)
+    if op != "send":
+        return lambda: getattr(flashcomm, op)(x, codec, algorithm=algorithm, out=out)
+    plain = isinstance(codec, Plain)
+    if dist.get_rank() == 0:
+        return lambda: dist.recv(out, src=1) if plain else flashcomm.recv(out, src=1, codec=codec)
+    return lambda: dist.send(x, dst=0) if plain else flashcomm.send(x, dst=0, codec=codec)
 
 
 def _repeated(call: Callable[[], object], times: int) -> Callable[[], object]:
@@ -247,7 +263,7 @@ def slowest(values: Sequence[float], device: "torch.device | str" = "cpu") -> li
     return longest.tolist()
 
 
-def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
+def usage(variant: Callable[[], object], calls: int, device: torch.device) -> tuple[int | None, float]:
     """(bytes on the interface, milliseconds of CPU time) of one call."""
     in_lab, times = settings.given(labs.RATE_VARIABLE), 3
     dist.barrier()
@@ -262,8 +278,14 @@ def _usage(variant: Callable[[], object], calls: int, device: torch.device) -> t
     return sent, 1e3 * spent.item() / dist.get_world_size() / calls / times
 
 
-def _link(rate: str | None, ranks: int) -> str:
-    if rate is not None:
+def _lab_rate() -> str | None:
+    """Rate of this host's link in a lab; None outside of one."""
+    return settings.text(labs.RATE_VARIABLE) if settings.given(labs.RATE_VARIABLE) else None
+
+
+def link_name(ranks: int) -> str:
+    """The ``link`` of a row: the rate in a lab, ``local`` on one machine, or ``network``."""
+    if (rate := _lab_rate()) is not None:
         return rate or "unlimited"
     return "local" if int(os.environ.get("LOCAL_WORLD_SIZE") or ranks) == ranks else "network"
 
@@ -309,7 +331,7 @@ class Case:
         """Each rank's contribution to this rank's result."""
         if self.op in ("reduce_scatter", "all_to_all"):
             return [x.chunk(self.ranks)[self.rank] for x in self.xs]
-        return self.xs
+        return self.xs[1:] if self.op == "send" else self.xs
 
     def check(self, out: torch.Tensor, codec: Codec, chosen: str) -> float | None:
         """The SQNR of this rank's result in dB, None if it is exact.
@@ -317,6 +339,8 @@ class Case:
         Raises:
             RuntimeError: it is wrong, or not what the other ranks have.
         """
+        if self.op == "send" and self.rank:
+            return None
         what = f"{self.op} of {self.message_bytes} bytes, {codec} {chosen}"
         if self.op in ("all_reduce", "all_gather"):
             digests: list[bytes] = [b""] * self.ranks

@@ -21,8 +21,9 @@ import flashcomm
 from flashcomm import planner
 from flashcomm.bench import tune
 from flashcomm.machine import Seat, crowd
+from flashcomm.planner.batches import pairs
 from flashcomm.planner.hardware import Cluster
-from flashcomm.planner.overlap import CROWDED, Line, pairs
+from flashcomm.planner.overlap import CROWDED, Line
 from flashcomm.planner.shapes import Shape, Workload
 
 PROBE = Shape(

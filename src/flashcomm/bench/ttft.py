@@ -27,8 +27,9 @@ from flashcomm.bench.timing import interleaved
 from flashcomm.integrations.transformers import Compression, compress
 from flashcomm.lab.hosts import RATE_VARIABLE
 from flashcomm.models.load import load_model
-from flashcomm.overlap import Overlap, turns, wrap
-from flashcomm.overlap.measuring import PartTimes, Stopwatch
+from flashcomm.overlap import Overlap, wrap
+from flashcomm.parts import turns
+from flashcomm.parts.measuring import PartTimes, Stopwatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashcomm.cli.base import Algorithm, Calibration, Dtype, Json, codec_list, fail, new_table, stdout
-from flashcomm.cli.simulation import Hosts, Model, Seed, SimulatedRanks, Texts, Window, setup
+from flashcomm.cli.simulation import Hosts, Model, Seed, Texts, Window, setup
 from flashcomm.report.rows import write_json
 
 if TYPE_CHECKING:
@@ -17,15 +17,26 @@ if TYPE_CHECKING:
     from flashcomm.report.progress import Step
 
 
-_OF_SUMS = ("tp", "policy", "algorithm", "hosts", "calibration")
-"""Options that say how sums are made, which caches are not."""
+_OF_SUMS = ("tp", "pp", "policy", "algorithm", "hosts", "calibration")
+"""Options of what ranks and stages send, which caches are not."""
 CACHE_CODECS = "lossless,ec8,ec6,ec5,ec4,ec3.5,int8g64,int4g64+hadamard,int4g64"
 
 
 def measure_accuracy(
     context: typer.Context,
     model: Model = Path("demo"),
-    tp: SimulatedRanks = 8,
+    tp: Annotated[
+        int | None,
+        typer.Option("--tp", help="Ranks to simulate, in one process; 8, or 1 with --pp, if not given.", min=1),
+    ] = None,
+    pp: Annotated[
+        int,
+        typer.Option(
+            help="Pipeline stages to simulate, each of --tp ranks: the codecs are then those of the hops between them, "
+            "and sums are plain. A policy's are its own.",
+            min=1,
+        ),
+    ] = 1,
     caches: Annotated[
         bool, typer.Option("--kv", help="Measure codecs of key/value caches, from prefill to decode, not of sums.")
     ] = False,
@@ -50,7 +61,7 @@ def measure_accuracy(
     ),
     json_file: Json = None,
 ):
-    """Measure what each codec costs this model over N ranks, simulated bit for bit in one process."""
+    """Measure what each codec costs this model over N ranks or pipeline stages, simulated in one process."""
     given_options = {name for name in context.params if _is_given(context, name)}
     if caches:
         if wrong := [f"--{name}" for name in _OF_SUMS if name in given_options]:
@@ -65,22 +76,33 @@ def measure_accuracy(
     if "new_tokens" in given_options:
         fail("--new-tokens is for --kv")
     specs = codec_list(codecs)
+    ranks = tp or (8 if pp == 1 else 1)
+    if ranks == pp == 1:
+        fail("--tp 1: one rank sends nothing. Give --tp 2 or more, or --pp 2 or more")
+    from flashcomm.policy import Hops, Policy
+
+    try:
+        policies = {path.stem: Policy.load(path) for path in policy or []}
+    except ValueError as error:
+        fail(str(error))
     given = setup(
-        model, specs, text, tp=tp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window, dtype=dtype,
-        calibration=calibration, seed=seed, out=out,
+        model, specs, text, tp=ranks, pp=pp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
+        dtype=dtype, calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
     from flashcomm.accuracy import report
     from flashcomm.accuracy.metrics import FLOOR
-    from flashcomm.policy import Policy
 
     try:
-        variants = {name: Policy(codec=name, algorithm=algorithm) for name in (FLOOR, *specs)}
-        variants |= {path.stem: Policy.load(path) for path in policy or []}
+        sums = [FLOOR, *specs] if pp == 1 else [FLOOR] if ranks > 1 else []
+        variants = {name: Policy(codec=name, algorithm=algorithm) for name in sums}
+        if pp > 1:
+            variants |= {name: Policy(codec="none", hops=Hops(pp=name)) for name in specs}
+        variants |= policies
         variants.pop("none", None)
         rows, document = given.keep(lambda step: _measure(given, variants, step))
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
-    table = new_table(f"{given.model} as {tp} ranks, {dtype}, {document['tokens']:,} tokens")
+    table = new_table(f"{given.model} as {report.whom(document)}, {dtype}, {document['tokens']:,} tokens")
     for place, name in enumerate(report.HEAD):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:
@@ -153,6 +175,7 @@ def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tu
         given.ranks,
         variants,
         texts,
+        stages=given.stages,
         hosts=given.hosts,
         calibration=given.calibrated(),
         folder=given.out / "windows",

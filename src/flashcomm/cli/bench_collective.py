@@ -37,7 +37,8 @@ def bench_collective(op: str):
 
     def command(
         tp: Annotated[
-            str | None, typer.Option(help="Comma-separated world sizes, 2,4 if not given; under torchrun its own.")
+            str | None,
+            typer.Option(help=f"Comma-separated world sizes, {_worlds(op)} if not given; under torchrun its own."),
         ] = None,
         codecs: Annotated[
             str, typer.Option(help="Comma-separated codecs; plain is always measured.")
@@ -76,7 +77,11 @@ def bench_collective(op: str):
             fail("--mpi compares ranks of this machine without a slow link: leave out --rate, and torchrun")
         if mpi and (reason := open_mpi.unavailable()):
             fail(reason)
-        worlds = [number_of_ranks(text) for text in (tp or "2,4").split(",")]
+        worlds = [number_of_ranks(text) for text in (tp or _worlds(op)).split(",")]
+        if op == "send" and (worlds != [2] or os.environ.get("WORLD_SIZE", "2") != "2"):
+            fail("bench send measures a message between two ranks: leave --tp out, and start two")
+        if op == "send" and mpi:
+            fail("--mpi has no send to compare with: leave it out")
         for ranks in worlds:
             checked_lab(ranks, rate, ranks_per_host)
         warm_up(specs)
@@ -100,12 +105,19 @@ def bench_collective(op: str):
             draw(rows, plot)
         write_rows(json_file, op, rows)
 
-    command.__doc__ = f"Measure compressed {op} against the backend's own, taking turns; every answer is checked first."
+    own = "torch's own, from one host to another" if op == "send" else "the backend's own"
+    command.__doc__ = f"Measure compressed {op} against {own}, taking turns; every answer is checked first."
     return command
 
 
+def _worlds(op: str) -> str:
+    return "2" if op == "send" else "2,4"
+
+
 def _algorithms(op: str) -> tuple[str, ...]:
-    return tuple(name for name in ALGORITHMS if name != "plain") if op == "all_reduce" else ("auto", "one_step")
+    if op == "all_reduce":
+        return tuple(name for name in ALGORITHMS if name != "plain")
+    return ("auto",) if op == "send" else ("auto", "one_step")
 
 
 def _join(tp: str | None, rate: str | None, arguments: tuple) -> list | None:

@@ -8,6 +8,7 @@ import typer
 import flashcomm
 from flashcomm.cli import (
     accuracy,
+    bench_attention,
     bench_codec,
     bench_collective,
     bench_gpu,
@@ -47,8 +48,9 @@ app.command("lab", context_settings={"allow_interspersed_args": False})(lab.run_
 app.command()(env.env)
 bench_app.command("codec")(bench_codec.bench_codec)
 bench_app.command("gpu")(bench_gpu.bench_gpu)
-for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all"):
+for op in ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "send"):
     bench_app.command(op)(bench_collective.bench_collective(op))
+bench_app.command("attention")(bench_attention.bench_attention)
 bench_app.command("ttft")(bench_ttft.bench_ttft)
 bench_app.command("kv")(bench_kv.bench_kv)
 

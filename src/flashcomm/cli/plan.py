@@ -8,6 +8,7 @@ from rich.table import Table
 
 from flashcomm.cli.base import Json, check_plot, codec_list, fail, new_table, stdout
 from flashcomm.planner import advice, hardware, prefill
+from flashcomm.planner.layouts import advise_layout
 from flashcomm.report.palette import GREY, GRID, series
 from flashcomm.report.rows import write_json
 from flashcomm.units import bytes_text
@@ -18,7 +19,9 @@ def plan(
     machine: Annotated[
         str, typer.Option(help="A name such as l40, h100 or cpu-10gbe, or a file of 'flashcomm tune --save'.")
     ],
-    tp: Annotated[int | None, typer.Option("--tp", help="Tensor-parallel ranks, 4 if not given.", min=2)] = None,
+    tp: Annotated[
+        int | None, typer.Option("--tp", help="Ranks, 4 if not given; all tensor parallel in the first table.", min=2)
+    ] = None,
     prompt: Annotated[int, typer.Option(help="Tokens of each prompt.", min=1)] = 2048,
     batch: Annotated[int, typer.Option(help="Prompts per batch.", min=1)] = 1,
     codecs: Annotated[
@@ -30,6 +33,10 @@ def plan(
     ] = None,
     rate: Annotated[str | None, typer.Option(help="Rate of each host's link to the others, such as 100gbit.")] = None,
     link: Annotated[str | None, typer.Option(help="Link inside a host: pcie4, pcie4-sys, nvlink4 ...")] = None,
+    engine: Annotated[
+        str,
+        typer.Option(help="Engine that would run prompts in parts: transformers or vllm."),
+    ] = "transformers",
     policy: Annotated[
         Path | None, typer.Option(help="Write the policy to this file, for FLASHCOMM_POLICY.", dir_okay=False)
     ] = None,
@@ -38,26 +45,35 @@ def plan(
     ] = None,
     json_file: Json = None,
 ):
-    """Predict the time to first token in each codec, and say what to choose; nothing is started or loaded."""
+    """Predict the time to first token in each codec, and say what to choose; nothing is started or loaded.
+
+    The second table compares tensor-parallel ranks with pipeline stages, with both, and with one half of the ranks for
+    prompts alone.
+    """
     if plot:
         check_plot(plot)
     options = {"ranks_per_host": ranks_per_host, "rate": rate, "link": link}
     specs = codec_list(codecs) if codecs else None
     try:
         made = advice.plan(model, machine, ranks=tp, tokens=prompt, rows=batch, codecs=specs, **options)
+        overlap, why = advice.overlap_in(engine, made)
         if plot:
             draw(made, machine, plot, link)
     except ValueError as error:
         fail(str(error))
     stdout.print(_table(made))
-    for line in [*made.advice.reasons, *made.notes]:
+    for line in [*made.advice.reasons, *why, *made.notes]:
+        stdout.print(f"- {line}", highlight=False, soft_wrap=True)
+    stdout.print()
+    stdout.print(_layout_table(made))
+    for line in advise_layout(made.layouts):
         stdout.print(f"- {line}", highlight=False, soft_wrap=True)
     if policy:
-        chosen, comments = advice.policy_of(made)
+        chosen, comments = advice.policy_of(made, overlap)
         policy.parent.mkdir(parents=True, exist_ok=True)
         chosen.save(policy, comments)
         stdout.print(f"{policy}: {chosen}", highlight=False, soft_wrap=True)
-    write_json(json_file, made.as_dict())
+    write_json(json_file, {**made.as_dict(), "engine": engine, "overlap": overlap})
 
 
 def _table(planned: advice.Planned) -> Table:
@@ -83,6 +99,19 @@ def _table(planned: advice.Planned) -> Table:
             f"{plain.ttft_s / one.ttft_s:.2f}", parts, _ms(one.overlapped_s), f"{plain.ttft_s / one.overlapped_s:.2f}",
             pays,
         )  # fmt: skip
+    return table
+
+
+def _layout_table(planned: advice.Planned) -> Table:
+    """Layouts over codecs; sums, hops and cache in the same one."""
+    table = new_table(f"the same {planned.cluster.group.ranks} ranks in other layouts")
+    for name in ("layout", "codec"):
+        table.add_column(name, no_wrap=True)
+    for name in ("weights\nof a rank", "compute\nms", "sums\nms", "hops or\ncache ms", "TTFT\nms", "batches\na second"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for one in planned.layouts:
+        times = (_ms(seconds) for seconds in (one.compute_s, one.sums_s, one.sent_s, one.ttft_s))
+        table.add_row(one.layout, one.codec, f"{one.weights:.0%}", *times, f"{one.batches_s:.3g}")
     return table
 
 

@@ -13,9 +13,10 @@ from flashcomm.codecs.peaks import Peaks
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spec import parse
 from flashcomm.codecs.spike import Spike
+from flashcomm.codecs.stochastic import Stochastic
 
 __all__ = [
     "FLOAT_DTYPES", "Affine", "Block", "Cast", "Codec", "Entropy", "Features", "Hadamard", "Keep", "Levels", "Lossless",
-    "Pair", "Peaks", "Plain", "Spike", "Static", "decode_sum", "decode_sum_encode", "name_of", "named", "parse",
-    "parses_back",
+    "Pair", "Peaks", "Plain", "Spike", "Static", "Stochastic", "decode_sum", "decode_sum_encode", "name_of", "named",
+    "parse", "parses_back",
 ]  # fmt: skip

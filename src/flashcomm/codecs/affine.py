@@ -89,12 +89,16 @@ class Affine(Codec):
         finite = low.isfinite() & high.isfinite() & top.isfinite() & (top + zero).isfinite() & zero.isfinite()
         return scale, zero, ~finite
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, dither: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode [T, H]; `dither` [T, H], in spacings, is added before rounding: see `stochastic`."""
         cols = x.shape[1]
         x = groups.by_group(x.float(), self.group)
         scale, zero, bad = self._scale_and_zero(x)
         inverse = torch.where(scale > 0, like(scale, 1.0) / scale, 0.0)
-        code = torch.round((x - zero[..., None]) * inverse[..., None]).masked_fill(bad[..., None], 0).to(torch.int32)
+        code = (x - zero[..., None]) * inverse[..., None]
+        if dither is not None:
+            code = (code + groups.by_group(dither, self.group)).clamp(0, self.last)
+        code = torch.round(code).masked_fill(bad[..., None], 0).to(torch.int32)
         fields = [scale] if self.symmetric else [scale, zero]
         meta = torch.stack([(bits_of(f) >> 16 & 0xFFFF).masked_fill(bad, _NAN_BF16) for f in fields], -1)
         return torch.cat([planes.pack(code.flatten(1)[:, :cols], self.bits), groups.to_bytes(meta.flatten(1), 2)], 1)

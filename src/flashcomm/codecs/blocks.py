@@ -78,7 +78,8 @@ class Block(Codec):
         payload = scale.encode(amax.masked_fill(bad, 0), self.limit, bad)
         return payload, scale.decode(payload, amax.shape[1])
 
-    def encode(self, x: torch.Tensor) -> torch.Tensor:
+    def encode(self, x: torch.Tensor, dither: torch.Tensor | None = None) -> torch.Tensor:
+        """Encode [T, H]; `dither` [T, H], in spacings, is added before rounding: see `stochastic`."""
         cols = x.shape[1]
         if cols == 0:
             return torch.empty(x.shape[0], 0, dtype=torch.uint8, device=x.device)
@@ -87,7 +88,9 @@ class Block(Codec):
         payload, scale = self._scales(x)
         scale = scale[..., None]
         x = (x * (like(scale, 1.0) / scale)).masked_fill(scale.isnan(), 0.0)
-        return torch.cat([planes.pack(element.encode(x).flatten(1)[:, :cols], element.bits), payload], 1)
+        noise = None if dither is None else groups.by_group(dither, self.group)
+        codes = element.encode(x, dither=noise).flatten(1)[:, :cols]
+        return torch.cat([planes.pack(codes, element.bits), payload], 1)
 
     def decode(self, payload: torch.Tensor, cols: int, dtype: torch.dtype) -> torch.Tensor:
         element, scale = self.parts

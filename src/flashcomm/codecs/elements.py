@@ -61,10 +61,14 @@ class Element:
         exponent = torch.where(x == 0, self.lowest, exponent).clamp(self.lowest, highest)
         return from_bits(exponent.to(torch.int32) - self.mantissa + 127 << 23)
 
-    def encode(self, x: torch.Tensor, *, up: bool = False) -> torch.Tensor:
-        """fp32 -> int32 codes, rounded half to even, or away from zero if `up`; at most the largest element."""
+    def encode(self, x: torch.Tensor, *, up: bool = False, dither: torch.Tensor | None = None) -> torch.Tensor:
+        """fp32 -> int32 codes, rounded half to even, or away from zero if `up`; at most the largest element.
+
+        `dither`, in spacings, is added to magnitudes before they are rounded.
+        """
         spacing = self.spacing(x)
         count = x.abs().clamp_max(2 * self.top) / spacing
+        count = count if dither is None else count + dither
         count = torch.ceil(count) if up else torch.round(count)
         # Every binade above the first adds 2**mantissa codes; a count that reaches the next binade carries by itself.
         binades = (spacing.view(torch.int32) >> 23) - 127 + self.mantissa - self.lowest

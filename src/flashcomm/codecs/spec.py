@@ -14,6 +14,7 @@ nf4+peaks                         3 to 6 bits: a row's largest values kept, the 
 ec4.25                            entropy-coded rows of 2.5 to 10 bits per value, in eighths
 BASE+spike                        each group's smallest and largest value kept
 BASE+hadamard, BASE+taco          transformed first
+BASE+sr                           rounded up or down at random, without a mean error
 BASE+keep64                       1 feature in 64 kept, from a calibration, before any transform
 int4g128:int8g128                 a pair: the reduce-scatter's format, then the all-gather's
 bf16/int4g128                     levels: inside a host, then between hosts
@@ -44,6 +45,7 @@ from flashcomm.codecs.peers import PEERS, BareE4M3, Grouped
 from flashcomm.codecs.scales import SCALES
 from flashcomm.codecs.several import Levels, Pair
 from flashcomm.codecs.spike import Spike
+from flashcomm.codecs.stochastic import Stochastic
 from flashcomm.errors import did_you_mean
 
 DEFAULT_GROUP = 128
@@ -127,14 +129,15 @@ def _parse(spec: str) -> Codec:
         raise _unknown(base, f" in {spec!r}" if suffixes else "")
     kinds = [suffix.rstrip("0123456789") for suffix in suffixes]
     if len({"hadamard" if kind == "taco" else kind for kind in kinds}) < len(kinds):
-        raise ValueError(f"codec {spec!r}: +spike, +keepN and one of +hadamard and +taco, each once")
-    # Whatever the order in the name, features that are kept leave before values are transformed.
-    for suffix in sorted(suffixes, key=lambda suffix: suffix.startswith("keep")):
+        raise ValueError(f"codec {spec!r}: +spike, +sr, +keepN and one of +hadamard and +taco, each once")
+    # Whatever the order in the name: features that are kept leave before values are transformed, and then they are
+    # rounded.
+    for suffix in sorted(suffixes, key=lambda suffix: suffix.startswith("keep") - (suffix == "sr")):
         wrap = _wrapper(suffix)
         if wrap is None or isinstance(codec, Plain | Cast | Lossless | Grouped | BareE4M3):
             raise ValueError(
                 f"codec {spec!r}: +{suffix} is not known or not possible on {codec}. Allowed on formats with codes: "
-                "+spike, +hadamard or +taco, and +keepN such as +keep64"
+                "+spike or +sr, +hadamard or +taco, and +keepN such as +keep64"
             )
         codec = wrap(codec)
     return codec
@@ -145,6 +148,7 @@ def _wrapper(suffix: str) -> "Callable[[Any], Codec] | None":
         return lambda base: Keep(base, int(match[1]))
     return {
         "spike": Spike,
+        "sr": Stochastic,
         "hadamard": Hadamard,
         "taco": lambda base: Hadamard(base, adaptive=True),
     }.get(suffix)
@@ -202,5 +206,6 @@ def allowed() -> str:
         f"{', '.join((*NAMES, *PEERS))}, fp8gN, {', '.join(n for n in ELEMENTS if n.startswith('fp'))} "
         f"or int3s to int5s with gN and _{', _'.join(SCALES)} (scale), int2static to int8static, "
         f"nf{min(LEVELS)}+peaks to nf{max(LEVELS)}+peaks, ec{FEWEST / 8:g} to ec{MOST / 8:g} in eighths of a bit such "
-        f"as ec4.25{more}; on them +spike, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels INSIDE/BETWEEN"
+        f"as ec4.25{more}; on them +spike or +sr, +hadamard or +taco, +keepN; a pair FIRST:SECOND; or levels "
+        "INSIDE/BETWEEN"
     )

@@ -101,6 +101,26 @@ def all_to_all(
     return exchange.finish()
 
 
+def broadcast(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, root: int, pieces: int = 1) -> int:
+    """Write rank `root`'s x[T, H] to every rank's out[T, H] as its payload decodes; return the bytes sent.
+
+    Of other ranks only the shape of x counts. A rank whose `out` is empty decodes nothing, as one that only sends.
+    """
+    rows, cols = x.shape
+    rank, ranks = messages.ranks.rank, messages.ranks.world_size
+    sizes = [rows if r == root else 0 for r in range(ranks)]
+    gather = messages.gather(sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device, codec.varies)
+    for piece in gather.pieces:
+        if rank == root:
+            kernels.encode(x[piece], codec, out=gather.place(piece))
+        gather.send(piece)
+    if out.numel():
+        for sender, piece, payload in gather.arrivals():
+            if sender == root:
+                kernels.decode(payload, codec, cols=cols, dtype=out.dtype, out=out[piece])
+    return gather.finish()
+
+
 ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": reduce_scatter, "all_gather": all_gather}
 """Algorithms over messages of one level, by the name of their task."""
 

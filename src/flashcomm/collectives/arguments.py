@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from flashcomm import codecs, kernels, planner
 from flashcomm.codecs import FLOAT_DTYPES, Codec, Levels, Pair, Plain
@@ -78,7 +79,10 @@ def _overlaps(x: torch.Tensor) -> bool:
     return len(places.unique()) < x.numel()
 
 
-CUTS_THE_GRADIENT = "flashcomm is for inference and would cut the gradient: call it under torch.no_grad()"
+CUTS_THE_GRADIENT = (
+    "flashcomm is for inference and would cut the gradient: call it under torch.no_grad(), or take the verbs of "
+    "flashcomm.training, which gradients pass through"
+)
 
 
 def check_grad(x: torch.Tensor):
@@ -119,11 +123,43 @@ def single_step(codec: Codec, place: int, algorithm: str) -> Codec:
 
 def exchangeable(x: torch.Tensor, codec: Codec, algorithm: str) -> Codec:
     """Check that rows of `x` can be exchanged in the codec, and return it."""
-    if isinstance(codec, Pair):
-        raise ValueError(f"all_to_all sends once, so it takes a single codec, not the pair {codec}")
     if x.dim() < 2:
         raise ValueError(f"all_to_all exchanges rows: x needs at least 2 dimensions, not {list(x.shape)}")
+    return sent_once(codec, "all_to_all", algorithm)
+
+
+def sent_once(codec: Codec, verb: str, algorithm: str = "auto") -> Codec:
+    """Check that a codec is one format, for a verb that sends once, and return it."""
+    if isinstance(codec, Pair):
+        raise ValueError(f"{verb} sends once, so it takes a single codec, not the pair {codec}")
     return single_step(codec, 0, algorithm)
+
+
+def group_rank(group: dist.ProcessGroup, role: str, rank: int | None, in_group: int | None) -> int:
+    """A rank of a group, from a global rank or the rank in the group, as torch takes them.
+
+    Args:
+        group: the process group.
+        role: ``dst`` or ``src``, for errors.
+        rank: global rank.
+        in_group: rank in the group.
+
+    Raises:
+        ValueError: none of them, both of them, or a rank outside of the group.
+    """
+    if (rank is None) == (in_group is None):
+        given = "both" if rank is not None else "neither"
+        unsupported = "; receiving from any rank is not supported, because both ends compare what they do"
+        raise ValueError(
+            f"give {role}, a global rank, or group_{role}, a rank of the group, not {given}"
+            + (unsupported if role == "src" and rank is None else "")
+        )
+    members = dist.get_process_group_ranks(group)
+    if rank is not None and rank not in members:
+        raise ValueError(f"{role} = {rank} is not in the group: use one of the global ranks {members}")
+    if in_group is not None and not 0 <= in_group < len(members):
+        raise ValueError(f"group_{role} = {in_group}: use a rank of the group, 0 to {len(members) - 1}")
+    return members.index(rank) if rank is not None else int(in_group or 0)
 
 
 def part_shape(shape: torch.Size, ranks: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ Deciding takes longer than a small sum, so what `_decide` makes of a codec, shap
 `start` is the one way in, for the public verbs and for the operators of compiled graphs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from flashcomm.collectives import arguments, routes
 from flashcomm.collectives.group import Group, group_of
 from flashcomm.collectives.rules import ALL_REDUCE, ALL_TO_ALL, Rows, Splits, Verb
 from flashcomm.collectives.stats import Tally, tally
-from flashcomm.errors import CollectiveError, TimedOut, Unavailable, kind_of
+from flashcomm.errors import CollectiveError, RanksDisagree, TimedOut, Unavailable, kind_of
 from flashcomm.transports import pages
 from flashcomm.transports.backend import Backend
 from flashcomm.transports.base import OnRows, Ranks, Run, Task, nothing_to_abandon
@@ -91,7 +91,8 @@ class Work:
 class Call:
     """One collective, decided and checked on this rank."""
 
-    verb: Verb
+    verb: str
+    """Name, such as ``all_reduce``."""
     ranks: Ranks
     backend: Backend
     plan: planner.Plan
@@ -126,7 +127,7 @@ class Call:
             x = x.resolve_conj()
             arguments.check_writable(out)
         if self.refusal:
-            raise Unavailable(f"strict: {self.verb.name} of {list(out.shape)} {out.dtype} {self.refusal}")
+            raise Unavailable(f"strict: {self.verb} of {list(out.shape)} {out.dtype} {self.refusal}")
         if async_op:
             return self._start_later(x, out)
         lane = self.lane
@@ -163,7 +164,7 @@ class Call:
 
     def _start_later(self, x: torch.Tensor, out: torch.Tensor) -> Work:
         lane, plain = self.lane, self.plan.algorithm == "plain"
-        if lane is not None and plain and self.verb is ALL_REDUCE and out.is_contiguous() and not lane.late:
+        if lane is not None and plain and self.verb == ALL_REDUCE.name and out.is_contiguous() and not lane.late:
             # On the backend's own thread or stream, where it keeps its place among the caller's collectives.
             work = self.backend.all_reduce(x, out, async_op=True)
             self.tally.add(self.plain_bytes, self.plain_bytes)
@@ -185,11 +186,11 @@ class Call:
 
     def _failure(self, error: BaseException) -> CollectiveError:
         """The error that the caller gets for `error`."""
-        ranks = self.ranks
-        return kind_of(error)(
-            f"{self.verb.name} over {ranks.world_size} ranks failed on rank {ranks.rank} ({self.contract}): {error}. "
-            "A peer that is gone, or that does not join within the group's timeout, looks like this"
-        )
+        ranks, kind = self.ranks, kind_of(error)
+        text = f"{self.verb} over {ranks.world_size} ranks failed on rank {ranks.rank} ({self.contract}): {error}"
+        if kind is RanksDisagree:
+            return kind(text)
+        return kind(f"{text}. A peer that is gone, or that does not join within the group's timeout, looks like this")
 
 
 # Types of a codec argument under which a call is remembered; a tuple, because `str | Codec` would be made anew in
@@ -223,8 +224,8 @@ def start(
     except RuntimeError:
         # A nested tensor has no shape.
         raise arguments.not_dense(x, "x") from None
-    if strict or batch_invariant or because:
-        key = (*key, strict, batch_invariant, because)
+    if strict or batch_invariant or because or verb.root is not None:
+        key = (*key, strict, batch_invariant, because, verb.root)
     # Splits vary from call to call, so they would crowd out calls that repeat.
     repeats = (splits is _EQUAL or splits == _EQUAL) and isinstance(codec, _KEYS)
     call = home.calls.get(key) if repeats else None
@@ -252,6 +253,8 @@ def _decide(
     asked = arguments.fitting(codec, x)
     if verb is ALL_TO_ALL:
         asked = arguments.exchangeable(x, asked, algorithm)
+    elif verb.root is not None:
+        asked = arguments.sent_once(asked, verb.name)
     elif verb.place is not None:
         asked = arguments.single_step(asked, verb.place, algorithm)
     rows = verb.rows(x, splits, ranks.rank, ranks.world_size)
@@ -278,10 +281,10 @@ def _decide(
         home.agree(f"codec={plan.codec.identity}", x.device)
     moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
     task = _task(verb, plan, rows, x) if moves and plan.algorithm != "plain" else None
-    load = partial(routes.load, task, home) if task else lambda: None
+    load = partial(routes.load, task, home.meet(x.device).lane) if task else lambda: None
     home.agree(contract, x.device, load, known_as=_without_rows(contract, verb, x))
     return Call(
-        verb=verb,
+        verb=verb.name,
         ranks=ranks,
         backend=home.backend,
         plan=plan,
@@ -317,6 +320,7 @@ def _task(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor) -> Task:
         device=x.device,
         pieces=plan.pieces,
         splits=rows.splits,
+        root=verb.root or 0,
     )
 
 
@@ -361,8 +365,18 @@ def _refusal(plan: planner.Plan, device: str) -> str | None:
 def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor) -> str:
     """The text that all ranks must agree on before the first transfer."""
     shape = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
-    dtype, size = str(x.dtype).removeprefix("torch."), "x".join(map(str, shape)) or "scalar"
-    return f"op={verb.name}, algorithm={algorithm}, codec={codec}, dtype={dtype}, shape={size}"
+    op = verb.name if verb.root is None else f"{verb.name} from rank {verb.root}"
+    return f"op={op}, algorithm={algorithm}, {describe(str(codec), x.dtype, shape)}"
+
+
+def describe(codec: str, dtype: torch.dtype, shape: Sequence[object]) -> str:
+    """Text of a format, dtype and shape.
+
+    >>> describe("int8g128", torch.bfloat16, (2, 64))
+    'codec=int8g128, dtype=bfloat16, shape=2x64'
+    """
+    size = "x".join(map(str, shape)) or "scalar"
+    return f"codec={codec}, dtype={str(dtype).removeprefix('torch.')}, shape={size}"
 
 
 def _without_rows(contract: str, verb: Verb, x: torch.Tensor) -> str:

@@ -11,7 +11,7 @@ program, because they are registered as effects, which torch orders like prints.
 in step. Not ordered by torch: these calls and other collectives of the same graph (`torch.distributed`'s, a DTensor's)
 that do not depend on each other; they keep the same order on all ranks, as long as all ranks compile the same graph.
 
-Not supported: gradients. An asynchronous call breaks the graph.
+Not supported: gradients; `flashcomm.training` runs between graphs. An asynchronous call breaks the graph.
 """
 
 from collections.abc import Sequence

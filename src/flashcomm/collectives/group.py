@@ -21,6 +21,7 @@ from flashcomm.errors import CollectiveError, RanksDisagree, kind_of
 from flashcomm.transports import lanes
 from flashcomm.transports.backend import Backend, backend_of, timeout_s
 from flashcomm.transports.base import Failure, Ranks, Step
+from flashcomm.transports.channels import Channel
 
 _CONTRACT_BYTES = 512
 # In the place of a contract that a rank cannot keep, before the reason. No contract begins like this.
@@ -66,6 +67,7 @@ class Group:
         )
         self.calls: dict[tuple, Any] = {}
         """Decided calls, by their arguments."""
+        self._channels: dict[tuple, Channel] = {}
         self._contracts: set[str] = set()
         self._meetings: dict[torch.device, lanes.Meeting] = {}
         self._unmet = planner.Facts(
@@ -134,6 +136,13 @@ class Group:
             self._levels = Group(inside, self._tag, keep=True), Group(between, self._tag, keep=True)
         return self._levels
 
+    def channel(self, sender: int, receiver: int, tag: int, device: torch.device) -> Channel:
+        """The channel from one rank to another, of which this rank is one; made when first asked for."""
+        key = sender, receiver, tag, device
+        if key not in self._channels:
+            self._channels[key] = Channel(self.backend.group, *key, timeout_s=self.ranks.timeout_s)
+        return self._channels[key]
+
     def remember(self, key: tuple, call: Any):
         """Keep a decided call; ranks have agreed on its contract."""
         if len(self.calls) >= _MAX_CALLS:
@@ -180,7 +189,9 @@ class Group:
         texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in everyone.cpu().numpy()]
         for rank, text in enumerate(texts):
             if text.startswith(_FAILED):
-                raise Failure(Step.KERNELS, CollectiveError, text.removeprefix(_FAILED)).error(rank) from cause
+                raise Failure(Step.KERNELS, CollectiveError, text.removeprefix(_FAILED)).error(
+                    f"rank {rank}"
+                ) from cause
         if len(set(texts)) > 1:
             other = next(rank for rank, theirs in enumerate(texts) if theirs != texts[0])
             raise RanksDisagree(

@@ -7,21 +7,21 @@ import torch
 
 from flashcomm import kernels
 from flashcomm.codecs import Levels
-from flashcomm.collectives.algorithms import ALGORITHMS, all_to_all, cut
+from flashcomm.collectives.algorithms import ALGORITHMS, all_to_all, broadcast, cut
 from flashcomm.collectives.group import Group
 from flashcomm.collectives.hierarchical import hierarchical, inside_tasks
 from flashcomm.transports.base import OnRows, Run, Step, Task
 from flashcomm.transports.lanes import Lane
 
 
-def load(task: Task, group: Group):
+def load(task: Task, lane: Lane):
     """Load what the task needs and may be missing on this rank alone, so that it fails before others wait for it."""
     kernels.load(task.codec, task.device.type)
     if any(single.varies for single in task.codec.formats):
         from flashcomm.transports import rows
 
         rows.load()
-    for memory in group.meet(task.device).lane.memories:
+    for memory in lane.memories:
         memory.load(task)
 
 
@@ -45,6 +45,8 @@ def route(task: Task, lane: Lane, finish: Callable[[], object]) -> Run:
             return run
     if task.splits:
         algorithm = partial(all_to_all, in_rows=task.splits[0], out_rows=task.splits[1])
+    elif task.name == "broadcast":
+        algorithm = partial(broadcast, root=task.root, pieces=task.pieces)
     else:
         algorithm = partial(ALGORITHMS[task.name], pieces=task.pieces)
 

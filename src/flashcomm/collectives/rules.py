@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ class Verb:
     """Cut x into rows, from x, its splits, the rank and the number of ranks; ValueError if that is impossible."""
     plain: Callable[[Backend, torch.Tensor, torch.Tensor, Rows], Any]
     """Run the backend's own collective on rows of x and contiguous rows of the result."""
+    root: int | None = None
+    """The rank that sends, of a broadcast."""
 
 
 def _bytes(x: torch.Tensor) -> int:
@@ -98,3 +101,18 @@ ALL_GATHER = Verb(
     name="all_gather", place=1, rows=_all_gather, plain=lambda backend, x, out, _: backend.all_gather(x, out)
 )
 ALL_TO_ALL = Verb(name="all_to_all", place=0, rows=_all_to_all, plain=_plain_all_to_all)
+
+
+@lru_cache(maxsize=1024)
+def from_root(root: int) -> Verb:
+    """The broadcast of rank `root`."""
+
+    def rows(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
+        return _rows(x, x.shape, _bytes(x) * (ranks - 1) if rank == root else 0)
+
+    def plain(backend: Backend, x: torch.Tensor, out: torch.Tensor, _: Rows):
+        if out.data_ptr() != x.data_ptr():
+            out.copy_(x)
+        backend.broadcast(out, root).wait()
+
+    return Verb(name="broadcast", place=0, root=root, rows=rows, plain=plain)

@@ -10,8 +10,11 @@ input or output changes its layout, on a mesh of one dimension:
     Partial -> Shard        `flashcomm.reduce_scatter`: the same, under sequence parallelism
     Shard -> Replicate      `flashcomm.all_gather`: before a column-wise module, under sequence parallelism
 
-Any other change is torch's own; sums and gathers among those are counted in `flashcomm.stats()`. Not supported:
-gradients.
+Any other change is torch's own; sums and gathers among those are counted in `flashcomm.stats()`.
+
+With `gradients`, a second codec, the classes train: a gradient goes back from the new layout to the old one in that
+codec. Its layouts are torch's, so the sum of gradients before a column-wise module is the change Partial -> Replicate,
+or Partial -> Shard under sequence parallelism. Without it, tensors that require gradients are refused.
 
 Source: the layouts are those of Reducing Activation Recomputation (arXiv 2205.05198); to compress them is our own.
 """
@@ -35,6 +38,7 @@ class RowwiseParallel(parallel.RowwiseParallel):
     Args:
         codec: wire format of the all-reduce, or of the reduce-scatter if `output_layouts` is a `Shard`.
         algorithm: as for `flashcomm.all_reduce`, or for `flashcomm.reduce_scatter`.
+        gradients: wire format of the gradients' collective; None to refuse gradients.
         input_layouts, output_layouts, use_local_output: those of torch's class.
 
     Raises:
@@ -50,15 +54,16 @@ class RowwiseParallel(parallel.RowwiseParallel):
         *,
         codec: str | Codec = "int8g128",
         algorithm: str = "auto",
+        gradients: str | Codec | None = None,
         input_layouts: Placement | None = None,
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
     ):
         super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self.codec, self.algorithm = _usable(codec), algorithm
+        self.codec, self.algorithm, self.gradients = _usable(codec), algorithm, _usable_gradients(gradients)
 
     def _prepare_output_fn(self, output_layouts, use_local_output, mod, outputs, device_mesh):
-        outputs = redistribute(outputs, output_layouts, self.codec, self.algorithm)
+        outputs = redistribute(outputs, output_layouts, self.codec, self.algorithm, self.gradients)
         return outputs.to_local() if use_local_output else outputs
 
 
@@ -67,6 +72,7 @@ class ColwiseParallel(parallel.ColwiseParallel):
 
     Args:
         codec: wire format of the all-gather.
+        gradients: wire format of the gradients' collective; None to refuse gradients.
         input_layouts, output_layouts, use_local_output: those of torch's class.
 
     Raises:
@@ -81,18 +87,19 @@ class ColwiseParallel(parallel.ColwiseParallel):
         self,
         *,
         codec: str | Codec = "int8g128",
+        gradients: str | Codec | None = None,
         input_layouts: Placement | None = None,
         output_layouts: Placement | None = None,
         use_local_output: bool = True,
     ):
         super().__init__(input_layouts=input_layouts, output_layouts=output_layouts, use_local_output=use_local_output)
-        self.codec = _usable(codec)
+        self.codec, self.gradients = _usable(codec), _usable_gradients(gradients)
 
     def _prepare_input_fn(self, input_layouts, desired_input_layouts, mod, inputs, device_mesh):
         x = inputs[0]
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, device_mesh, input_layouts, run_check=False)
-        return redistribute(x, desired_input_layouts, self.codec)
+        return redistribute(x, desired_input_layouts, self.codec, gradients=self.gradients)
 
 
 class PrepareModuleInput(parallel.PrepareModuleInput):
@@ -100,6 +107,7 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
 
     Args:
         codec: wire format of the all-gather.
+        gradients: wire format of the gradients' collective; None to refuse gradients.
         input_layouts, desired_input_layouts, input_kwarg_layouts, desired_input_kwarg_layouts, use_local_output: those
             of torch's class.
 
@@ -116,6 +124,7 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
         self,
         *,
         codec: str | Codec = "int8g128",
+        gradients: str | Codec | None = None,
         input_layouts: Placement | tuple[Placement | None, ...] | None = None,
         desired_input_layouts: Placement | tuple[Placement | None, ...] | None = None,
         input_kwarg_layouts: dict[str, Placement] | None = None,
@@ -129,7 +138,7 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
             desired_input_kwarg_layouts=desired_input_kwarg_layouts,
             use_local_output=use_local_output,
         )
-        self.codec = _usable(codec)
+        self.codec, self.gradients = _usable(codec), _usable_gradients(gradients)
 
     def _prepare_input_arg(
         self, input: Any, mesh: DeviceMesh, input_layout: Placement | None, desired_layout: Placement | None
@@ -137,12 +146,16 @@ class PrepareModuleInput(parallel.PrepareModuleInput):
         if input_layout is None or desired_layout is None:
             return super()._prepare_input_arg(input, mesh, input_layout, desired_layout)
         x = input if isinstance(input, DTensor) else DTensor.from_local(input, mesh, (input_layout,), run_check=False)
-        x = redistribute(x, (desired_layout,), self.codec)
+        x = redistribute(x, (desired_layout,), self.codec, gradients=self.gradients)
         return x.to_local() if self.use_local_output else x
 
 
 def redistribute(
-    x: DTensor, placements: "tuple[Placement, ...]", codec: str | Codec = "int8g128", algorithm: str = "auto"
+    x: DTensor,
+    placements: "tuple[Placement, ...]",
+    codec: str | Codec = "int8g128",
+    algorithm: str = "auto",
+    gradients: str | Codec | None = None,
 ) -> DTensor:
     """``x.redistribute(placements=placements)``, in `codec` where that sums or gathers.
 
@@ -150,7 +163,8 @@ def redistribute(
         x: bf16, fp16 or fp32 of any shape; a shard may have any size, also 0 or another than its peers'.
         placements: one for each dimension of x's mesh.
         codec: wire format.
-        algorithm: of the collective that does it.
+        algorithm: of the collectives that do it, in both directions.
+        gradients: wire format of the way back of gradients; None to refuse an `x` that requires one.
 
     Returns:
         The same values in the new layout, those that crossed the wire rounded by the codec; where they are replicated,
@@ -163,6 +177,34 @@ def redistribute(
 
         y = redistribute(x @ w, (Replicate(),), "int8g128")  # x is Shard(1), w is Shard(0), so x @ w is Partial
     """
+    if gradients is not None and x.requires_grad and torch.is_grad_enabled():
+        moved = _Redistribute.apply(x, placements, codec, algorithm, codecs.parse(gradients))
+        assert isinstance(moved, DTensor)
+        return moved
+    return _moved(x, placements, codec, algorithm)
+
+
+class _Redistribute(torch.autograd.Function):
+    """A change of layout that gradients take back, in a codec of their own, as torch's does without one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: DTensor, placements: "tuple[Placement, ...]", codec: Any, algorithm: str, gradients: Codec
+    ) -> DTensor:
+        # The gradient of a sum is that of each of its terms, so ranks that have it all keep it.
+        ctx.back = tuple(Replicate() if old.is_partial() else old for old in x.placements)
+        ctx.algorithm, ctx.gradients = algorithm, gradients
+        if x.placements == placements:
+            # An input that is returned itself would be taken for one that was changed in place.
+            return _dtensor(x.to_local(), x, placements)
+        return _moved(x, placements, codec, algorithm)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: DTensor) -> Any:
+        return _moved(gradient, ctx.back, ctx.gradients, ctx.algorithm), None, None, None, None
+
+
+def _moved(x: DTensor, placements: "tuple[Placement, ...]", codec: str | Codec, algorithm: str) -> DTensor:
     if x.placements == placements:
         return x
     verb = _verb(x, placements)
@@ -171,8 +213,12 @@ def redistribute(
     local = x.to_local()
     if isinstance(local, functional.AsyncCollectiveTensor):
         local = functional.wait_tensor(local)
-    out = verb(local, x, placements[0], codec, algorithm)
-    return DTensor.from_local(out, x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
+    return _dtensor(verb(local, x, placements[0], codec, algorithm), x, placements)
+
+
+def _dtensor(local: torch.Tensor, x: DTensor, placements: "tuple[Placement, ...]") -> DTensor:
+    """The tensor of x's shape whose part on this rank is `local`."""
+    return DTensor.from_local(local, x.device_mesh, placements, run_check=False, shape=x.shape, stride=x.stride())
 
 
 def _verb(x: DTensor, placements: "tuple[Placement, ...]") -> Any:
@@ -247,6 +293,10 @@ def _padded(rows: torch.Tensor, count: int) -> torch.Tensor:
 def _done(out: "torch.Tensor | collectives.Work") -> torch.Tensor:
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def _usable_gradients(codec: str | Codec | None) -> Codec | None:
+    return None if codec is None else _usable(codec)
 
 
 def _usable(codec: str | Codec) -> Codec:

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import collectives, planner
-from flashcomm.codecs import Codec
+from flashcomm.codecs import Codec, Plain
+from flashcomm.collectives.call import Work, start
 from flashcomm.collectives.group import group_of
+from flashcomm.collectives.rules import ALL_REDUCE
 from flashcomm.collectives.stats import record_plain, warn_declined
 from flashcomm.integrations import worker_metrics
 from flashcomm.policy import Choice, Policy
@@ -53,6 +55,20 @@ def apply(
     return plain()
 
 
+def start_plain(x: torch.Tensor, codec: Codec, group: Any, reason: str | None, **options: Any) -> Any:
+    """Start an uncompressed sum of our own, by the backend, or by the fastest algorithm if a codec was asked for.
+
+    Args:
+        x: the values.
+        codec: of the module, which this sum does without.
+        group: the ranks.
+        reason: why it stays plain; counted.
+        options: of `flashcomm.all_reduce`: ``out``, ``async_op``.
+    """
+    exact = codec if isinstance(codec, Plain) else "bf16" if x.dtype == torch.bfloat16 else "fp32"
+    return start(ALL_REDUCE, x, exact, group, because=reason, **options)
+
+
 def refuse_unbound(codecs: Iterable[Codec], why: str | None = None):
     """Refuse codecs that lack their calibration.
 
@@ -79,7 +95,7 @@ def asked_for(options: Any = None) -> Policy | None:
         options: a mapping whose key ``flashcomm`` is a codec, the path of a policy (``.toml``), or a policy's keys.
 
     Returns:
-        A policy that compresses something, or None.
+        A policy that compresses something or overlaps, or None.
 
     Raises:
         ValueError: a policy that cannot be read, is not allowed, or that no engine can serve.
@@ -95,9 +111,9 @@ def asked_for(options: Any = None) -> Policy | None:
             policy = _parsed(given)
         except ValueError as error:
             raise ValueError(f"option {OPTION}: {error}") from None
-    if policy is None or not policy.codecs:
+    if policy is None or not (policy.codecs or policy.hops.codecs or policy.overlap != "off"):
         return None
-    refuse_unbound(policy.codecs, "which engines do not have yet")
+    refuse_unbound((*policy.codecs, *policy.hops.codecs), "which engines do not have yet")
     return policy
 
 
@@ -128,6 +144,10 @@ class Sums:
         self.policy, self.group, self._in_decode, self._log = policy, group, in_decode, log
         self._group = group_of(group)
         self._declined: dict[tuple[int, Codec, str], str | None] = {}
+        self.hosts: int | None = None
+        """Number of hosts, once the ranks have met; None if they do not know."""
+        self.compresses = False
+        """Whether large sums are compressed, once the ranks have met."""
 
     def reduce(self, x: torch.Tensor, codec: Codec, plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         """Sum `x` over the ranks.
@@ -139,6 +159,23 @@ class Sums:
         """
         choice = self._choose(x, codec)
         return apply(choice, compressed=partial(self._compressed, x, choice), plain=partial(plain, x))
+
+    def start(self, x: torch.Tensor, codec: Codec) -> Work:
+        """Start to sum `x`; a plain sum is ours, too, because the engine's own may block.
+
+        Args:
+            x: not changed; must not change before the sum is there.
+            codec: wire format, if it is compressed.
+        """
+        choice = self._choose(x, codec)
+        options = {"group": self.group, "async_op": True}
+        return apply(
+            choice,
+            compressed=lambda: collectives.all_reduce(x, choice.codec, algorithm=choice.algorithm, **options),  # pyright: ignore[reportReturnType]
+            plain=lambda: start_plain(x, codec, reason=choice.reason, **options),
+            # The call itself counts the reason.
+            count=lambda reason: None,
+        )
 
     def _compressed(self, x: torch.Tensor, choice: Choice) -> torch.Tensor:
         try:
@@ -169,12 +206,16 @@ class Sums:
     def meet(self, device: torch.device):
         """Learn how the ranks reach each other, and log what will be done; before the first sum, on all ranks."""
         meeting = self._group.meet(device)
-        # On all ranks, because it refuses an algorithm that this group cannot serve.
-        plan = self._plan(_LARGE_BYTES, self.policy.codecs[0], device)
+        but = ""
+        if self.policy.codecs:
+            # On all ranks, because it refuses an algorithm that this group cannot serve.
+            plan = self._plan(_LARGE_BYTES, self.policy.codecs[0], device)
+            but = f"; but auto sends values as they are: {plan.reason}" if plan.declined else ""
+        self.hosts = self._group.facts_for(device).hosts
+        self.compresses = bool(self.policy.codecs) and not but
         ranks = self._group.ranks
         if ranks.rank:
             return
-        but = f"; but auto sends values as they are: {plan.reason}" if plan.declined else ""
         self._log.info(
             "flashcomm compresses %s; %d ranks over %s%s", self.policy, ranks.world_size, meeting.carrier, but
         )

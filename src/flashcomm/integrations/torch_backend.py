@@ -5,7 +5,9 @@
 
 It is gloo on the CPU and NCCL on GPUs, with one operation replaced: an all-reduce that sums bf16, fp16 or fp32 and is
 large enough for the policy goes through `flashcomm.all_reduce`. So do the all-reduces of functional collectives, of
-DTensor and of compiled graphs. Everything else is torch's own. Sub-groups have the policy of the default group.
+DTensor and of compiled graphs. If the policy's ``[hops]`` name a codec for ``send`` or ``broadcast``, large ones go
+through `flashcomm.isend`, `irecv` and `broadcast`. Everything else is torch's own. Sub-groups have the policy of the
+default group.
 
 A `CompressedGroup` holds a plain group of torch, which does everything else. It must be a plain one: torch calls the
 inherited methods of a subclass of `ProcessGroup` with the interpreter locked, and gloo's threads may need the
@@ -16,6 +18,7 @@ policy. Not supported: coalesced all-reduces, which stay plain; `split_group`, w
 """
 
 import logging
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -25,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from flashcomm import codecs, collectives
+from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations.agreement import exchange
 from flashcomm.integrations.sums import apply, refuse_unbound
 from flashcomm.policy import CODEC_VARIABLE, FILE_VARIABLE, Choice, Policy
@@ -82,13 +86,76 @@ class CompressedGroup(dist.ProcessGroup):
             work = collectives.Work(x)
         return work.backend_work or _Handle(work, x)
 
-    def _choose(self, x: torch.Tensor) -> Choice | None:
-        """Ask the policy about a sum of `x`; None for a sum that no policy could compress, which is not counted."""
+    def send(self, tensors: Sequence[torch.Tensor], dst: int, tag: int = 0) -> dist.Work:
+        """Send one tensor to a rank of the group; compressed if the policy's ``[hops]`` say so, as on the other end.
+
+        Args:
+            tensors, dst, tag: those of `ProcessGroup.send`.
+
+        Returns:
+            A `torch.distributed.Work`, under way.
+
+        Raises:
+            ValueError: a codec that cannot encode this tensor; raised before any communication.
+            RuntimeError: one of `flashcomm.send`, by ``wait()``.
+        """
+        return self._hop("send", "send", tensors, partial(collectives.isend, tag=tag, group_dst=dst), (dst, tag))
+
+    def recv(self, tensors: Sequence[torch.Tensor], src: int, tag: int = 0) -> dist.Work:
+        """Receive into one tensor; as `send`."""
+        return self._hop("recv", "send", tensors, partial(collectives.irecv, tag=tag, group_src=src), (src, tag))
+
+    def broadcast(self, tensors: "torch.Tensor | Sequence[torch.Tensor]", *args: Any, **kwargs: Any) -> dist.Work:
+        """Write one tensor of the root to every rank; as `send`.
+
+        Args:
+            tensors, args, kwargs: those of `ProcessGroup.broadcast`.
+        """
+        options = args[0] if args else kwargs.get("opts", kwargs.get("root", 0))
+        call = partial(
+            collectives.broadcast,
+            group_src=getattr(options, "rootRank", options),
+            async_op=getattr(options, "asyncOp", True),
+        )
+        tensors = [tensors] if isinstance(tensors, torch.Tensor) else tensors
+        return self._hop("broadcast", "broadcast", tensors, call, args, kwargs)
+
+    def _hop(
+        self,
+        verb: str,
+        kind: str,
+        tensors: Sequence[torch.Tensor],
+        call: Callable[..., Any],
+        args: tuple = (),
+        kwargs: "dict[str, Any] | None" = None,
+    ) -> dist.Work:
+        """Make one operation, compressed by `call` if the policy's codec for this `kind` of hop serves the tensor."""
+        plain = partial(getattr(self._plain, verb), tensors, *args, **kwargs or {})
+        x = tensors[0] if len(tensors) == 1 else None
+        if x is None or not self._may_compress(x) or self.policy is None or kind not in self.policy.hops.kinds:
+            return plain()
+        choice = self._unless_complex(x, self.policy.choose_hop(kind, x.numel() * x.element_size(), x.dtype))
+
+        def compressed() -> dist.Work:
+            work = call(x.detach(), group=self, codec=choice.codec)
+            return _Handle(work if isinstance(work, collectives.Work) else collectives.Work(x), x)
+
+        return apply(choice, compressed=compressed, plain=plain, count=partial(record_plain, verb))
+
+    def _may_compress(self, x: torch.Tensor) -> bool:
+        """Whether some policy could compress operations on `x`; others are not counted."""
         if self.policy is None or is_plain() or self.size() == 1:
+            return False
+        return x.is_floating_point() and x.layout is torch.strided and x.device.type in ("cpu", "cuda")
+
+    def _choose(self, x: torch.Tensor) -> Choice | None:
+        """Ask the policy about a sum of `x`; None for a sum that no policy could compress."""
+        if self.policy is None or not self._may_compress(x):
             return None
-        if not x.is_floating_point() or x.layout is not torch.strided or x.device.type not in ("cpu", "cuda"):
-            return None
-        choice = self.policy.choose(x.numel() * x.element_size(), x.dtype)
+        return self._unless_complex(x, self.policy.choose(x.numel() * x.element_size(), x.dtype))
+
+    @staticmethod
+    def _unless_complex(x: torch.Tensor, choice: Choice) -> Choice:
         if choice.reason is None and x.dim() > 1 and x.shape[-1] == 2:
             # Complex numbers come as pairs of reals, which nobody can tell from others, and not every rank alike.
             return choice.declined("rows of 2 values, as of complex numbers")
@@ -123,8 +190,8 @@ def _plain_method(name: str) -> Any:
 # Methods that torch looks for in a subclass, by their names in this release and before.
 for _name in (
     *("allgather", "allgather_into_tensor_coalesced", "all_gather_single_coalesced", "allreduce_coalesced"),
-    *("alltoall_base", "all_to_all_single", "barrier", "broadcast", "reduce_scatter"),
-    *("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "send", "recv"),
+    *("alltoall_base", "all_to_all_single", "barrier", "reduce_scatter"),
+    *("reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced"),
 ):
     if hasattr(dist.ProcessGroup, _name):
         setattr(CompressedGroup, _name, _plain_method(_name))
@@ -229,7 +296,8 @@ def _check(policy: Any) -> Policy | None:
     if policy is not None and not isinstance(policy, Policy):
         raise ValueError(f'a flashcomm.policy.Policy is needed, such as Policy(codec="int8g128"), not {policy!r}')
     if policy is not None:
-        refuse_unbound([codecs.parse(policy.codec)], "and a process group sees no modules")
+        served = (codecs.parse(policy.codec), *(policy.hops.codec(kind) for kind in ("send", "broadcast")))
+        refuse_unbound(served, "and a process group sees no modules")
     return policy
 
 
@@ -263,5 +331,7 @@ def _announce(policy: Policy | None, ranks: int):
         )
         return
     _log.info("backend flashcomm compresses sums over %d ranks: %s", ranks, policy)
+    if policy.overlap != "off":
+        _log.warning("backend flashcomm sees no prompts: the policy's overlap is for engines that run them")
     if policy.layers:
         _log.warning("backend flashcomm sees no modules: of the policy it uses %s, and no [[layers]]", policy.codec)

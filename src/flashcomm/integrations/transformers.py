@@ -17,6 +17,7 @@ counted in `flashcomm.stats()`, and so is a sum over the model's ranks that no m
 
 import contextvars
 import functools
+import logging
 import re
 import threading
 from collections.abc import Callable, Iterable
@@ -31,13 +32,11 @@ from torch.distributed import distributed_c10d
 
 from flashcomm import codecs, collectives
 from flashcomm.calibration import Calibration, MovingReach
-from flashcomm.codecs import Codec, Features, Plain
-from flashcomm.collectives.call import start
-from flashcomm.collectives.rules import ALL_REDUCE
+from flashcomm.codecs import Codec, Features
 from flashcomm.collectives.stats import record_plain
 from flashcomm.integrations import loaded
 from flashcomm.integrations.patches import Patches
-from flashcomm.integrations.sums import apply, refuse_unbound
+from flashcomm.integrations.sums import apply, refuse_unbound, start_plain
 from flashcomm.policy import Policy
 from flashcomm.transports.backend import is_plain
 
@@ -47,6 +46,7 @@ _handles: "list[Compression]" = []
 
 _OUTSIDE = "outside of the plan: made by no module that is compressed"
 """Reason for a sum over the ranks of a compressed model that stays plain."""
+_log = logging.getLogger("flashcomm")
 _patch_lock = threading.Lock()
 _patches = Patches(__name__)
 
@@ -87,6 +87,8 @@ def compress(
         handle.undo()
     """
     options = {"strict": strict, "batch_invariant": batch_invariant}
+    if isinstance(codec, Policy) and codec.overlap != "off":
+        _log.warning("a model's prompts run in parts by flashcomm.overlap.prefill, not by the policy's overlap")
     if isinstance(calibration, str | Path):
         calibration = Calibration.load(calibration)
     return Compression(model, _parsed(codec), modules=modules, algorithm=algorithm, calibration=calibration, **options)
@@ -279,12 +281,7 @@ class Compression:
         choice = policy.choose(x.numel() * x.element_size(), x.dtype, name, self._decoding, codec=codec)
         algorithm = choice.algorithm if self.algorithm == "auto" else self.algorithm
 
-        def plain():
-            # By the fastest algorithm, unless no codec was asked for.
-            cast = codec if isinstance(codec, Plain) else "bf16" if x.dtype == torch.bfloat16 else "fp32"
-            reason = choice.reason
-            return start(ALL_REDUCE, x, cast, self.group, out=out, async_op=async_op, because=reason)
-
+        plain = functools.partial(start_plain, x, codec, self.group, choice.reason, out=out, async_op=async_op)
         compressed = functools.partial(reduce, codec=codec, algorithm=algorithm, **self._options)
         # The call itself counts the reason.
         return apply(choice, compressed=compressed, plain=plain, count=lambda reason: None)

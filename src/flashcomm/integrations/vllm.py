@@ -1,12 +1,12 @@
-"""Compress the sums of vLLM's tensor-parallel workers. vLLM finds this by its entry point; it is off by default.
+"""Compress the sums of vLLM's tensor-parallel workers, and the hops between its pipeline stages. Off by default.
 
     FLASHCOMM_CODEC=int8g128 vllm serve MODEL -tp 2
     FLASHCOMM_POLICY=policy.toml vllm serve MODEL -tp 2
     vllm serve MODEL -tp 2 --additional-config '{"flashcomm": "int8g128"}'
 
-How: the process that reads the command line checks the policy and writes it into vLLM's own configuration, which every
-worker gets, and which is a part of the key under which vLLM keeps compiled models. A worker that finds it there
-replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
+How: vLLM finds us by our entry point. The process that reads the command line checks the policy and writes it into
+vLLM's own configuration, which every worker gets, and which is a part of the key under which vLLM keeps compiled
+models. A worker that finds it there replaces one method of vLLM's group of ranks, for the group named ``tp`` alone:
 
     `GroupCoordinator.all_reduce`             becomes an operator of ours, eager and compiled, or
     `GroupCoordinator._all_reduce_out_place`  which vLLM's own operator calls on GPUs, if all layers get the same codec
@@ -18,6 +18,8 @@ Rules for layers: the class of row-parallel linears notes whose turn it is while
 becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
 that no such layer makes, of the embedding and of experts, get the policy's first codec.
 
+Hops between pipeline stages are those of the group named ``pp``: `flashcomm.integrations.vllm_hops`.
+
 Tested with vLLM 0.32, 0.30 and 0.27.1 on the CPU; no GPU has run this.
 
 Source: our own; the hook points are vLLM's documented ones but for the two methods.
@@ -28,6 +30,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,9 +42,11 @@ if importlib.util.find_spec("vllm") is None:
     )
 
 from flashcomm import codecs
-from flashcomm.integrations import worker_metrics
+from flashcomm.integrations import vllm_hops, worker_metrics
+from flashcomm.integrations.hops import Hops
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
+from flashcomm.integrations.vllm_overlap import StepOverlap
 from flashcomm.policy import Policy
 
 _patches = Patches(__name__)
@@ -93,7 +98,7 @@ def _compressing(init: Callable) -> Callable:
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
         policy = asked_for(self.vllm_config.additional_config)
-        if policy and not worker and self.vllm_config.parallel_config.tensor_parallel_size > 1:
+        if policy and not worker and any(_asked(policy, self.vllm_config.parallel_config)):
             install(policy, self.vllm_config, self.rank)
 
     return __init__
@@ -112,16 +117,32 @@ def prepare(arguments: Any, policy: Policy):
     from vllm.platforms import current_platform
     from vllm.v1.worker import worker_base
 
-    if arguments.tensor_parallel_size == 1:
-        _log().info("flashcomm has nothing to compress: --tensor-parallel-size is 1")
+    if arguments.pipeline_parallel_size > 1 and policy.hops.pp == "none":
+        _log().info("flashcomm leaves the hops between pipeline stages to vLLM: its policy has no [hops] pp")
+    sums, hops = _asked(policy, arguments)
+    if not (sums or hops):
+        sizes = f"{arguments.tensor_parallel_size} and --pipeline-parallel-size {arguments.pipeline_parallel_size}"
+        _log().info("flashcomm has nothing to compress with %s: --tensor-parallel-size %s", policy, sizes)
         return
     if arguments.enable_dbo:
         raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
     arguments.additional_config = {**(arguments.additional_config or {}), OPTION: keys_of(policy)}
     # If workers live in this process, `register` is not called again after they were loaded.
     _replace(worker_base.WorkerBase, "__init__", _compressing)
-    if current_platform.is_cuda_alike():
+    if sums and current_platform.is_cuda_alike():
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
+
+
+def _asked(policy: Policy, sizes: Any) -> tuple[bool, bool]:
+    """Whether these numbers of ranks and stages have sums, and hops, that the policy asks for."""
+    return _has_sums(policy) and sizes.tensor_parallel_size > 1, (
+        policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1
+    )
+
+
+def _has_sums(policy: Policy) -> bool:
+    """Whether sums are compressed, or made while another part of the step computes."""
+    return bool(policy.codecs) or policy.overlap != "off"
 
 
 def adapt_passes(passes: Any, policy: Policy, ranks: int):
@@ -135,7 +156,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
     # Releases before 0.32 have these, too.
     off = [name for name in ("enable_sp", "fuse_gemm_comms") if hasattr(passes, name)]
     largest_bytes = passes.flashinfer_max_size(ranks)
-    if policy.layers or largest_bytes is None:
+    if policy.layers or policy.overlap != "off" or largest_bytes is None:
         off.append("fuse_allreduce_rms")
     elif passes.fuse_allreduce_rms is not False:
         least_bytes = min(largest_bytes, policy.min_bytes)
@@ -148,7 +169,7 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
 
 
 def install(policy: Policy, config: Any, rank: int):
-    """Compress the sums of this worker's ``tp`` group; called before it makes its groups and loads its model.
+    """Compress the sums of this worker's ``tp`` group and the hops of its ``pp`` group, before it makes its groups.
 
     Args:
         policy: says what is compressed.
@@ -160,11 +181,20 @@ def install(policy: Policy, config: Any, rank: int):
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms import current_platform
 
+    sums, hops = _asked(policy, config.parallel_config)
     worker = Worker(policy, config, rank)
     _replace(GroupCoordinator, "__init__", _meeting)
+    for owner, name, wrapper in worker.overlap.hooks() if worker.overlap else ():
+        _replace(owner, name, wrapper)
+    if hops:
+        worker.hops = Hops(policy)
+        _replace(GroupCoordinator, "isend_tensor_dict", partial(vllm_hops.sending, _hops_of))
+        _replace(GroupCoordinator, "irecv_tensor_dict", partial(vllm_hops.receiving, _hops_of))
+    if not sums:
+        return
     if policy.layers:
         _replace(RowParallelLinear, "forward", _noting_its_turn)
-    elif current_platform.use_custom_op_collectives():
+    elif worker.overlap is None and current_platform.use_custom_op_collectives():
         _replace(GroupCoordinator, "_all_reduce_out_place", _inside_vllms_operator)
         return
     _operator()
@@ -182,6 +212,13 @@ class Worker:
         self.turn = ""
         """Codec of the layer that runs; empty between such layers."""
         self.policy = policy
+        self.overlap = None if policy.overlap == "off" else StepOverlap(policy, config, _log())
+        """Steps in parts, if the policy asks for them."""
+        self.hops: Hops | None = None
+        """The hops between pipeline stages, if they are compressed."""
+        self._rank = rank
+        hidden, shares = config.model_config.get_hidden_size(), config.parallel_config.tensor_parallel_size
+        self._columns = {hidden, *([hidden // shares] if hidden % shares == 0 else [])}
         speculative = config.speculative_config
         self._decode_tokens = 1 + (speculative.num_speculative_tokens if speculative else 0)
         self._sums: dict[str, Sums] = {}
@@ -192,9 +229,21 @@ class Worker:
 
     def meet(self, group: Any):
         """Meet the ranks of a ``GroupCoordinator`` that has been made on all of them."""
+        if _kind(group) == "pp" and self.hops:
+            self.hops.meet(group.cpu_group, group.device, self._columns)
+            # vLLM's name for its hops in shared memory.
+            self.hops.shared = bool(group.use_cpu_custom_send_recv)
+            if self._rank == 0:
+                _log().info(self.hops.line(group.world_size))
+        if _kind(group) == "tp" and _has_sums(self.policy):
+            self._meet_for_sums(group)
+
+    def _meet_for_sums(self, group: Any):
         sums = Sums(self.policy, group.device_group, self.in_decode, _log())
         sums.meet(group.device)
         self._sums[group.unique_name] = sums
+        if self.overlap:
+            self.overlap.sums = sums
 
     def reduce(self, group: Any, x: torch.Tensor, codec: str, plain: Callable) -> torch.Tensor:
         """Sum `x` over a ``GroupCoordinator``, in `codec`, or in the policy's codec if that is empty."""
@@ -205,20 +254,33 @@ class Worker:
             lambda x: plain(group, x if x.is_cuda else x.clone(memory_format=torch.contiguous_format)),
         )
 
+    def reduce_in_part(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum `x` for the part of a step that runs; only while parts run."""
+        assert self.overlap is not None
+        # Other parts have their turns meanwhile, and one may begin.
+        turn, self.turn = self.turn, ""
+        try:
+            return self.overlap.reduce(x, codecs.named(turn or self.policy.codec))
+        finally:
+            self.turn = turn
+
     def use(self, policy: Policy):
         """Follow another policy from the next step on, on all ranks alike.
 
         Compiled graphs keep the codecs that the rules for layers gave them.
         """
         self.policy = policy
-        for sums in self._sums.values():
-            sums.policy = policy
+        if self.overlap:
+            self.overlap.use(policy)
+        for one in (*self._sums.values(), *([self.hops] if self.hops else [])):
+            one.policy = policy
 
     def in_decode(self) -> bool:
         """Whether no request of the running step has more tokens than a decode step computes."""
         from vllm.forward_context import get_forward_context, is_forward_context_available
 
-        if not is_forward_context_available():
+        # Only prefills run in parts, though some part may have none of their tokens.
+        if not is_forward_context_available() or (self.overlap and self.overlap.running):
             return False
         metadata = get_forward_context().attn_metadata
         if not isinstance(metadata, dict):
@@ -232,7 +294,7 @@ class Worker:
 def _meeting(init: Callable) -> Callable:
     def __init__(self, *args: Any, **kwargs: Any):  # noqa: N807
         init(self, *args, **kwargs)
-        if worker and self.world_size > 1 and _is_tensor_parallel(self):
+        if worker and self.world_size > 1:
             worker.meet(self)
 
     return __init__
@@ -240,7 +302,7 @@ def _meeting(init: Callable) -> Callable:
 
 def _inside_vllms_operator(plain: Callable) -> Callable:
     def _all_reduce_out_place(self, input_: torch.Tensor) -> torch.Tensor:
-        if worker is None or not _is_tensor_parallel(self):
+        if worker is None or _kind(self) != "tp":
             return plain(self, input_)
         return worker.reduce(self, input_, "", plain)
 
@@ -249,8 +311,11 @@ def _inside_vllms_operator(plain: Callable) -> Callable:
 
 def _by_our_operator(plain: Callable) -> Callable:
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:
-        if self.world_size == 1 or worker is None or not _is_tensor_parallel(self):
+        if self.world_size == 1 or worker is None or _kind(self) != "tp":
             return plain(self, input_)
+        # Not inside an operator, where parts cannot take turns.
+        if not torch.compiler.is_compiling() and worker.overlap and worker.overlap.running:
+            return worker.reduce_in_part(input_)
         return torch.ops.flashcomm.vllm_all_reduce(input_, self.unique_name, worker.turn)
 
     return all_reduce
@@ -275,8 +340,13 @@ def _codec_of(layer: str) -> str:
     return str(worker.policy.codec_for(layer))
 
 
-def _is_tensor_parallel(group: Any) -> bool:
-    return group.unique_name.split(":")[0] == "tp"
+def _kind(group: Any) -> str:
+    """The name of a ``GroupCoordinator``, such as ``tp`` or ``pp``."""
+    return group.unique_name.split(":")[0]
+
+
+def _hops_of(group: Any) -> Hops | None:
+    return worker.hops if worker and group.world_size > 1 and _kind(group) == "pp" else None
 
 
 @functools.cache

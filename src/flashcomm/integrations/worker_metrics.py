@@ -9,6 +9,9 @@ several API servers, put a line into the log instead.
     flashcomm_sent_bytes_total{rank="0"} 36765696
     flashcomm_saved_bytes_total{rank="0"} 34537472
     flashcomm_errors_total{error="PeerLost",rank="0"} 1
+    flashcomm_prefills_total{how="2 parts",rank="0"} 32
+    flashcomm_prefill_predicted_seconds_total{how="2 parts",rank="0"} 28.1
+    flashcomm_prefill_measured_seconds_total{how="2 parts",rank="0"} 28.6
 
 Source: our own.
 """
@@ -27,6 +30,8 @@ from flashcomm import collectives, settings
 
 FOLDER_VARIABLE = "FLASHCOMM_STATS"
 """Folder to which workers write their counts; the process that answers /metrics makes and removes it."""
+_KEPT = ("calls", "plain", "errors", "prefills", "prefill_ms", "wire_bytes", "plain_bytes")
+"""Keys of `flashcomm.stats()`, and the errors, that workers write."""
 FILE_EVERY_S, LOG_EVERY_S = 1.0, 60.0
 
 _folder: "tempfile.TemporaryDirectory | None" = None
@@ -65,14 +70,23 @@ class Metrics:
         sent = Counts("flashcomm_sent_bytes", "Bytes that this rank sent to others.", labels=["rank"])
         saved = Counts("flashcomm_saved_bytes", "Bytes that plain would have sent beyond these.", labels=["rank"])
         errors = Counts("flashcomm_errors", "Collectives that failed.", labels=["rank", "error"])
+        prefills = Counts("flashcomm_prefills", "Steps with prompts, as what ran.", labels=["rank", "how"])
+        times = [
+            Counts(f"flashcomm_prefill_{kind}_seconds", f"Seconds of such steps, {kind}.", labels=["rank", "how"])
+            for kind in ("predicted", "measured")
+        ]
         for path in sorted(self._folder.glob("*.json")):
             rank, counts = path.stem, json.loads(path.read_text())
-            for family, entries in ((calls, counts["calls"]), (plain, counts["plain"]), (errors, counts["errors"])):
-                for name, count in entries.items():
+            families = {"calls": calls, "plain": plain, "errors": errors, "prefills": prefills}
+            for kind, family in families.items():
+                for name, count in counts[kind].items():
                     family.add_metric([rank, name], count)
+            for how, of_how in counts["prefill_ms"].items():
+                for family, kind in zip(times, ("predicted", "measured"), strict=True):
+                    family.add_metric([rank, how], of_how[kind] * of_how["prompts"] / 1e3)
             sent.add_metric([rank], counts["wire_bytes"])
             saved.add_metric([rank], counts["plain_bytes"] - counts["wire_bytes"])
-        return calls, plain, sent, saved, errors
+        return calls, plain, sent, saved, errors, prefills, *times
 
 
 class Reporter:
@@ -110,7 +124,7 @@ class Reporter:
             self.report()
 
     def _write(self, folder: Path, counts: dict):
-        kept = {name: counts[name] for name in ("calls", "plain", "errors", "wire_bytes", "plain_bytes")}
+        kept = {name: counts[name] for name in _KEPT}
         partial = folder / f"{self._rank}.partial"
         try:
             partial.write_text(json.dumps(kept))
@@ -129,11 +143,12 @@ def line(counts: dict) -> str:
     """Write counts as a sentence.
 
     >>> line({"calls": {"all_reduce/one_step/int8g128": 17}, "plain": {"decode step": 34}, "errors": {},
-    ...       "wire_bytes": 33 << 20, "plain_bytes": 64 << 20})
-    '17 sums as all_reduce/one_step/int8g128; 34 plain (decode step); sent 33.0 MiB, 31.0 MiB less than plain'
+    ...       "prefills": {}, "wire_bytes": 33 << 20, "plain_bytes": 64 << 20})
+    '17 all_reduce/one_step/int8g128; 34 plain (decode step); sent 33.0 MiB, 31.0 MiB less than plain'
     """
-    parts = [f"{count} sums as {call}" for call, count in counts["calls"].items()]
+    parts = [f"{count} {call}" for call, count in counts["calls"].items()]
     parts += [f"{count} plain ({reason})" for reason, count in counts["plain"].items()]
     parts += [f"{count} failed ({error})" for error, count in counts["errors"].items()]
+    parts += [f"{count} prefills: {how}" for how, count in counts["prefills"].items()]
     sent, plain = counts["wire_bytes"] / 2**20, counts["plain_bytes"] / 2**20
     return "; ".join([*parts, f"sent {sent:.1f} MiB, {plain - sent:.1f} MiB less than plain"])

@@ -18,7 +18,14 @@ from flashcomm.kernels.arguments import check_payloads, check_values
 
 
 def _name_in_graphs(self: Codec) -> str:
-    return codecs.name_of(self)
+    try:
+        return codecs.name_of(self)
+    except AttributeError as error:
+        # Torch makes the object when the graph runs, and passes one that has no attributes yet.
+        raise ValueError(
+            f"a compiled function makes a codec of class {type(self).__name__}, which the graph cannot name: give its "
+            "spelling, such as codec='int4g32', or make the codec outside of the function"
+        ) from error
 
 
 # A function whose result is a constant of the graph takes strings. Before torch 2.13 only a method of an object that is

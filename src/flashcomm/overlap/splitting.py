@@ -16,15 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flashcomm.parts.planned import Refused
+
 _CACHES = ("DynamicCache", "StaticCache")
 _LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # They choose their frequencies by the longest position of a call, so a shorter call would get others.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
-
-
-class Refused(Exception):
-    """Raised if a prompt cannot be split; the message says why, in words that do not vary with the prompt."""
 
 
 class Prompt(NamedTuple):

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from flashcomm.codecs import parse
-from flashcomm.planner import hardware, prefill, shapes
+from flashcomm.planner import hardware, layouts, placement, prefill, shapes
 from flashcomm.planner.costs import extra_s
 from flashcomm.planner.hardware import Cluster
+from flashcomm.planner.layouts import LayoutPrediction, advise_layout
+from flashcomm.planner.placement import Placement
 from flashcomm.planner.prefill import Advice, Prediction
 from flashcomm.planner.shapes import Shape
 from flashcomm.policy import Policy
 
+ENGINES = ("transformers", "vllm")
 RATES = ("100mbit", "200mbit", "500mbit", "1gbit", "2gbit", "5gbit", "10gbit", "25gbit", "50gbit", "100gbit")
 """Rates between hosts at which formats with slow kernels are compared."""
 
@@ -36,6 +39,8 @@ class Planned:
     predictions: tuple[Prediction, ...]
     """One per codec, plain first."""
     advice: Advice
+    layouts: tuple[LayoutPrediction, ...]
+    """Ways to put the model on the ranks, in each codec that layouts are compared in."""
     limits: tuple[str, ...] = ()
     """Sentences about the rates up to which formats with slow kernels are worth their time."""
 
@@ -51,6 +56,8 @@ class Planned:
             "facts": [*self.cluster.facts, *self.notes],
             "rows": [one.as_dict() for one in self.predictions],
             "advice": self.advice.as_dict(),
+            "layouts": [one.as_dict() for one in self.layouts],
+            "layout_advice": list(advise_layout(self.layouts)),
         }
 
     @property
@@ -105,7 +112,10 @@ def plan(
             for one in RATES
         ]
         limits = [_limit(shape, at, spec, codecs, tokens, rows) for spec in codecs if extra_s(parse(spec), 1)]
+    layout_codecs = layouts.CODECS if cluster.group.connected else layouts.GPU_CODECS
+    placed = _placement(machine, cluster, options)
     return Planned(
+        layouts=tuple(layouts.compare_layouts(shape, placed, layout_codecs, tokens=tokens, rows=rows)),
         limits=tuple(limits), shape=shape, cluster=cluster, tokens=tokens, rows=rows, predictions=predictions,
         advice=prefill.advise(predictions),
     )  # fmt: skip
@@ -142,10 +152,45 @@ def _cluster(machine: str, ranks: int | None, options: dict[str, Any]) -> Cluste
     return cluster
 
 
-def policy_of(planned: Planned) -> tuple[Policy, list[str]]:
-    """Make the policy that follows the advice, and comments with the evidence."""
+def _placement(machine: str, cluster: Cluster, options: dict[str, Any]) -> Placement:
+    if Path(machine).suffix == ".json":
+        return placement.measured(cluster)
+    per_host, rate, link = options.values()
+    return placement.named(machine, cluster.group.ranks, ranks_per_host=per_host, rate=rate, link=link)
+
+
+def overlap_in(engine: str, planned: Planned) -> tuple[str, list[str]]:
+    """Value of a policy's key ``overlap`` for an engine, and sentences that say why.
+
+    Args:
+        engine: one of `ENGINES`.
+        planned: from `plan`.
+
+    Raises:
+        ValueError: an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"--engine {engine}: use {' or '.join(ENGINES)}")
+    if len(planned.advice.parts) == 1 or engine == "transformers":
+        return "off", []
+    group = planned.cluster.group
+    if not (group.connected or group.shared):
+        return "off", [
+            "vllm: GPUs run its V2 model runner, which cannot run steps in parts; with VLLM_USE_V2_MODEL_RUNNER=0 it "
+            "can be tried, but no GPU has run this"
+        ]
+    if group.hosts == 1 and planned.advice.codec == "none":
+        return "off", ["vllm: its sums over one host's shared memory take the cores, so nothing computes meanwhile"]
+    return "auto", [
+        'vllm: FLASHCOMM_OVERLAP=auto, or overlap = "auto" in the policy; each step of up to '
+        "--max-num-batched-tokens is cut by times measured in the server"
+    ]
+
+
+def policy_of(planned: Planned, overlap: str = "off") -> tuple[Policy, list[str]]:
+    """Make the policy that follows the advice, with a value for ``overlap``, and comments with the evidence."""
     advice, plain = planned.advice, planned.predictions[0]
-    policy = Policy(codec=advice.codec, min_bytes=advice.min_bytes)
+    policy = Policy(codec=advice.codec, min_bytes=advice.min_bytes, overlap=overlap)
     prompts = f"{planned.rows} x {planned.tokens} tokens"
     comments = [
         f"flashcomm plan: {planned.shape.name}, {planned.cluster.name}, {prompts}; predicted, not measured",

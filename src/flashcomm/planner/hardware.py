@@ -231,6 +231,35 @@ def cluster(
     >>> cluster("l40", 4).group.hosts, cluster("h100", 1024).group.hosts
     (1, 128)
     """
+    one, ways = accelerator(name), paths(name, ranks, ranks_per_host=ranks_per_host, rate=rate, link=link)
+    inside, hosts, rate, wire = ways.inside, ways.hosts, rate or one.rate, LINKS[link or one.link]
+    sends = 2 * (ranks - 1) / ranks / (ways.bytes_s if hosts == 1 else min(ways.bytes_s, ways.host_bytes_s))
+    facts = [f"{name}: {one.tflops:g} TFLOPS, {one.memory_gbytes_s:g} GB/s ({one.source})"]
+    if inside > 1:
+        facts.append(f"{link or one.link}: {wire.achieved:g} of {wire.gbytes_s:g} GB/s ({wire.source})")
+    if hosts > 1:
+        facts.append(f"between {hosts} hosts: {rate} each")
+    peak = 1e12 * one.tflops
+    return Cluster(
+        name=f"{ranks} x {name}",
+        group=Facts(ranks=ranks, hosts=hosts, connected=one.is_cpu, costs=ways.costs(f"{ranks} x {name}")),
+        flops=one.matmul_share * peak,
+        attention_flops=one.attention_share * peak,
+        bytes_s=1e9 * one.memory_share * one.memory_gbytes_s,
+        plain_core=CPU_PLAIN_CORE_S if one.is_cpu else wire.sm_share * sends,
+        # Half of the bytes travel, and the codecs compute.
+        codec_core=CPU_CODEC_CORE_S
+        if one.is_cpu
+        else wire.sm_share * sends / 2 + ways.codec_s("two_step", 1.0, 0.5) - 3 * ways.stage_s,
+        crowded=CROWDED if one.is_cpu else 0.0,
+        facts=tuple(facts),
+    )
+
+
+def paths(
+    name: str, ranks: int, *, ranks_per_host: int | None = None, rate: str | None = None, link: str | None = None
+) -> "Paths":
+    """Look up what carries the messages of a cluster; arguments and errors as of `cluster`."""
     one = accelerator(name)
     if ranks < 2:
         raise ValueError(f"{ranks} rank: one rank sends nothing. Give 2 or more")
@@ -240,44 +269,22 @@ def cluster(
     if link is not None and link not in LINKS:
         raise ValueError(f"unknown link {link!r}. Allowed: {', '.join(LINKS)}")
     wire = LINKS[link or one.link]
-    hosts, rate = ranks // inside, rate or one.rate
-    paths = _Paths(
+    return Paths(
         ranks=ranks,
         inside=inside,
         bytes_s=1e9 * wire.achieved * (inside - 1 if wire.per_peer else 1),
         call_s=wire.call_s,
-        host_bytes_s=ETHERNET_SHARE * bits_per_second(rate) / 8,
+        host_bytes_s=ETHERNET_SHARE * bits_per_second(rate or one.rate) / 8,
         network_s=CPU_STEP_S if one.is_cpu else NETWORK_S,
         codec_bytes_s=CPU_CODEC_BYTES_S if one.is_cpu else 1e9 * one.memory_share * one.memory_gbytes_s,
         stage_s=0.0 if one.is_cpu else STAGE_S,
         pieces=_CPU_PIECES if one.is_cpu else (1,),
         plain_core_s=CPU_PLAIN_CORE_S if one.is_cpu else 0.0,
     )
-    sends = 2 * (ranks - 1) / ranks / (paths.bytes_s if hosts == 1 else min(paths.bytes_s, paths.host_bytes_s))
-    facts = [f"{name}: {one.tflops:g} TFLOPS, {one.memory_gbytes_s:g} GB/s ({one.source})"]
-    if inside > 1:
-        facts.append(f"{link or one.link}: {wire.achieved:g} of {wire.gbytes_s:g} GB/s ({wire.source})")
-    if hosts > 1:
-        facts.append(f"between {hosts} hosts: {rate} each")
-    peak = 1e12 * one.tflops
-    return Cluster(
-        name=f"{ranks} x {name}",
-        group=Facts(ranks=ranks, hosts=hosts, connected=one.is_cpu, costs=paths.costs(f"{ranks} x {name}")),
-        flops=one.matmul_share * peak,
-        attention_flops=one.attention_share * peak,
-        bytes_s=1e9 * one.memory_share * one.memory_gbytes_s,
-        plain_core=CPU_PLAIN_CORE_S if one.is_cpu else wire.sm_share * sends,
-        # Half of the bytes travel, and the codecs compute.
-        codec_core=CPU_CODEC_CORE_S
-        if one.is_cpu
-        else wire.sm_share * sends / 2 + paths.codec_s("two_step", 1.0, 0.5) - 3 * paths.stage_s,
-        crowded=CROWDED if one.is_cpu else 0.0,
-        facts=tuple(facts),
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Paths:
+class Paths:
     """Rates and latencies of the links and codecs that carry a message."""
 
     ranks: int

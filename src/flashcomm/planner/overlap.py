@@ -3,7 +3,7 @@
 A decoder computes segments, each of which ends with a sum over ranks. A segment of n tokens that attend to p pairs of
 query and key takes ``fixed_s + n * token_s + p * pair_s``: matrix products are linear, attention is quadratic. A sum
 takes ``fixed_s + n * token_s``, and the cores are busy for some share of it. Parts take turns as in
-`flashcomm.overlap.turns`, so the time of a split follows from a walk through the turns, with one core and one link.
+`flashcomm.parts.turns`, so the time of a split follows from a walk through the turns, with one core and one link.
 
 Shape legend: P parts, S segments.
 
@@ -19,6 +19,8 @@ from typing import Protocol
 
 import numpy as np
 
+from flashcomm.planner.batches import Batch, PartWork, Rows
+
 MOST_PARTS = 4
 MARGIN = 0.97
 """Factor on the time in one piece below which a split is worth it."""
@@ -28,9 +30,6 @@ _MORE, _LESS_EVEN = 0.98, 0.99
 """Factors that more parts, and less even ones, must win by: the model's own error is of that size, and few even parts
 lose the least by it."""
 _RATIOS = tuple(1.15**n for n in sorted(range(-5, 6), key=abs))
-# Kernels leave out whole blocks: 512 and 1,024 causal tokens take 0.9 and 0.65 of the time that a mask of as many pairs
-# takes. sdpa on a CPU, 2 cores of an AMD EPYC, 2026-11-21.
-_BLOCK = 192
 CROWDED = 0.1
 """Share by which computing and sending take longer at once than one after the other, times the threads for each core:
 prompts in two parts took 1.07 to 1.17 times the CPU time of one piece. llama-160m, 2 and 4 ranks on 2 cores of an AMD
@@ -113,6 +112,8 @@ class Profile:
     In parts there is no such wait: ranks compute another part instead of waiting for each other at every sum."""
     crowded: float = 0.0
     """Share by which segments and sums take longer while they run at once; 0 if the ranks leave a core idle."""
+    whole: float = 1.0
+    """Measured over predicted time in one piece, where that runs as a compiled graph and parts do not."""
     skips: str = "none"
     """Parts whose attention leaves out the keys that follow a token: ``all``, the ``first``, or ``none``."""
 
@@ -129,18 +130,17 @@ class Profile:
             rows: prompts in the batch.
             before: tokens that the cache holds already.
         """
-        starts = [before, *itertools.accumulate(sizes[:-1], initial=before)][1:] if len(sizes) > 1 else [before]
-        tokens = [rows * size for size in sizes]
-        attended = [rows * pairs(size, start, self.skips) for size, start in zip(sizes, starts, strict=True)]
+        return self.turns_s(Rows(sum(sizes), rows, before).parts(sizes, self.skips))
+
+    def turns_s(self, parts: Sequence[PartWork]) -> float:
+        """Predict seconds of parts that take turns; of one part, of one piece."""
         # In one piece all ranks wait for each sum anyway.
-        busy, late, slow = (self.busy, 1.0, 1 + self.crowded) if len(sizes) > 1 else (0.0, 1 + self.uneven, 1.0)
-        computes = {
-            line: [slow * late * seconds for seconds in map(line.seconds, tokens, attended)] for line in self.segments
-        }
-        transfers = [slow * seconds for seconds in map(self.sum.seconds, tokens)]
+        busy, late, slow = (self.busy, 1.0, 1 + self.crowded) if len(parts) > 1 else (0.0, 1 + self.uneven, 1.0)
+        computes = {line: [slow * late * line.seconds(*part) for part in parts] for line in self.segments}
+        transfers = [slow * self.sum.seconds(part.tokens) for part in parts]
         core = link = 0.0
         burst = self.burst_s
-        ready = [0.0] * len(sizes)
+        ready = [0.0] * len(parts)
 
         def run(segments: Sequence[Line]):
             nonlocal core, link, burst
@@ -171,13 +171,20 @@ class Profile:
 
     def compute_s(self, tokens: int, rows: int = 1, before: int = 0) -> float:
         """Predict seconds of the segments of a prompt in one piece."""
-        attended = rows * pairs(tokens, before, self.skips)
-        times = [segment.seconds(rows * tokens, attended) for segment in self.segments]
-        return sum(times) + (self.layers - 1) * sum(times[1:-1])
+        return self._compute_s(*Rows(tokens, rows, before).parts((tokens,), self.skips))
 
     def communication_s(self, tokens: int, rows: int = 1) -> float:
         """Predict seconds of the sums of a prompt in one piece."""
         return self.sums * self.sum.seconds(rows * tokens)
+
+    def bound_s(self, batch: Batch) -> float:
+        """Predict the larger of the seconds of all segments and of all sums, which no overlap can be faster than."""
+        (work,) = batch.parts((batch.tokens,), self.skips)
+        return max(self._compute_s(work), self.communication_s(work.tokens))
+
+    def _compute_s(self, work: PartWork) -> float:
+        times = [segment.seconds(*work) for segment in self.segments]
+        return sum(times) + (self.layers - 1) * sum(times[1:-1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,19 +199,8 @@ class Split:
     """Predicted seconds in one piece."""
 
 
-def pairs(tokens: int, before: int, skips: str) -> float:
-    """Count the query-key pairs that attention computes, hidden pairs too unless it leaves them out.
-
-    >>> pairs(100, 0, "first"), pairs(1000, 0, "first"), pairs(1000, 500, "first"), pairs(1000, 500, "all")
-    (10000.0, 692000.0, 1500000.0, 1192000.0)
-    """
-    skipped = skips == "all" or (skips == "first" and before == 0)
-    return tokens * (before + tokens) - (tokens * max(0.0, tokens / 2 - _BLOCK) if skipped else 0.0)
-
-
-@lru_cache(maxsize=1024)
 def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Split:
-    """Choose the fastest parts for a prompt; one piece unless parts win by `MARGIN`.
+    """Choose the fastest parts for prompts of one length.
 
     Args:
         profile: of the model and codec.
@@ -218,9 +214,20 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
     >>> choose(Profile(segments=even.segments, sum=Line(token_s=1e-9)), 1024).sizes
     (1024,)
     """
-    whole = profile.seconds((tokens,), rows, before)
+    return fastest(profile, Rows(tokens, rows, before))
+
+
+@lru_cache(maxsize=1024)
+def fastest(profile: Profile, batch: Batch) -> Split:
+    """Choose the fastest parts for a batch; one piece unless parts win by `MARGIN`."""
+    tokens = batch.tokens
+
+    def seconds_of(sizes: tuple[int, ...]) -> float:
+        return profile.turns_s(batch.parts(sizes, profile.skips))
+
+    whole = profile.whole * seconds_of((tokens,))
     best, least = (tokens,), MARGIN * whole
-    if max(profile.compute_s(tokens, rows, before), profile.communication_s(tokens, rows)) >= least:
+    if profile.bound_s(batch) >= least:
         # Even perfect overlap would not win.
         return Split(sizes=best, seconds=whole, whole_s=whole)
     for count in range(2, MOST_PARTS + 1):
@@ -228,7 +235,8 @@ def choose(profile: Profile, tokens: int, rows: int = 1, before: int = 0) -> Spl
             sizes = _geometric(tokens, count, ratio)
             if sizes is None:
                 continue
-            seconds = profile.seconds(sizes, rows, before)
+            sizes = batch.fitted(sizes)
+            seconds = seconds_of(sizes)
             more = _MORE if count > len(best) else _LESS_EVEN
             if seconds < (more if len(best) > 1 else 1.0) * least:
                 best, least = sizes, seconds

@@ -144,7 +144,7 @@ def profile(shape: Shape, cluster: Cluster, codec: Codec, tokens: int) -> Profil
     sums = SumCosts(cluster=cluster, codec=codec, token_bytes=2 * shape.hidden)
     ranks = cluster.group.ranks
     look_up = Line(fixed_s=cluster.segment_s, token_s=4 * shape.hidden / cluster.bytes_s)
-    layer = (_line(shape.attention(ranks), cluster), _line(shape.mlp(ranks), cluster))
+    layer = (line(shape.attention(ranks), cluster), line(shape.mlp(ranks), cluster))
     segments = (look_up, *layer, look_up)
     return Profile(
         segments=segments,
@@ -184,7 +184,7 @@ def predict(shape: Shape, cluster: Cluster, codec: str, *, tokens: int, rows: in
         algorithm=str(Algorithm(name=plan.algorithm, pieces=plan.pieces)),
         compute_s=costs.compute_s(tokens, rows),
         sums_s=costs.communication_s(tokens, rows),
-        head_s=_line(shape.head(cluster.group.ranks), cluster).seconds(rows),
+        head_s=line(shape.head(cluster.group.ranks), cluster).seconds(rows),
         split=overlap.choose(costs, tokens, rows),
         min_bytes=_costs(cluster.group).pays_from(parsed),
     )
@@ -259,7 +259,8 @@ def _costs(group: Facts) -> LinkCosts:
 
 
 @lru_cache(maxsize=256)
-def _line(work: Workload, cluster: Cluster) -> Line:
+def line(work: Workload, cluster: Cluster) -> Line:
+    """Predict the seconds of one segment of a layer on a rank of a cluster, by tokens and pairs."""
     return Line(
         fixed_s=cluster.segment_s,
         token_s=work.flops / cluster.flops + work.value_bytes / cluster.bytes_s,

@@ -66,20 +66,27 @@ class Backend:
         """Write every rank's `x` to `out`."""
         _all_gather(out.view(-1), x.reshape(-1), group=self.group)
 
+    def broadcast(self, x: torch.Tensor, root: int) -> Any:
+        """Start writing rank `root`'s contiguous `x` to every rank's; return the backend's handle."""
+        with plain_sums():
+            return dist.broadcast(x, group=self.group, group_src=root, async_op=True)
+
 
 class BackendLink:
-    """A `base.Link` of gloo's point-to-point messages.
+    """A `base.Link` of a backend's point-to-point messages: gloo's, or NCCL's in a channel.
 
     Args:
         group: the process group.
-        tag: keeps these messages apart from those of other lanes and of the caller.
+        tag: keeps these messages apart from those of other lanes and of the caller; NCCL knows no tags.
+        members: ranks of the group that count as 0, 1 and so on here; all of them if not given.
     """
 
     tells_lengths = False
 
-    def __init__(self, group: dist.ProcessGroup, tag: int):
+    def __init__(self, group: dist.ProcessGroup, tag: int, members: Sequence[int] | None = None):
         self._backend, self._tag = Backend(group), tag
-        self._global_ranks = dist.get_process_group_ranks(group)
+        everyone = dist.get_process_group_ranks(group)
+        self._global_ranks = everyone if members is None else [everyone[rank] for rank in members]
         self.timeout_s = timeout_s(group)
 
     def send(self, part: torch.Tensor, peer: int) -> Transfer:
@@ -96,8 +103,11 @@ class BackendLink:
     def _start(self, operation: Any, part: torch.Tensor, peer: int) -> Transfer:
         if not part.numel():
             return _NOTHING
-        work = operation(part, self._global_ranks[peer], group=self._backend.group, tag=self._tag)
-        return _BackendTransfer(work, time.monotonic() + self.timeout_s, part.numel())
+        with plain_sums():
+            work = operation(part, self._global_ranks[peer], group=self._backend.group, tag=self._tag)
+        # On GPUs a limit would make the host wait; there the backend's own watchdog has one.
+        end = None if part.is_cuda else time.monotonic() + self.timeout_s
+        return _BackendTransfer(work, end, part.numel())
 
 
 class _BackendTransfer:
@@ -106,14 +116,17 @@ class _BackendTransfer:
     gloo counts anew in every wait; here all messages of a call share one clock, because they begin with it.
     """
 
-    def __init__(self, work: Any = None, end: float = 0.0, length: int = 0):
+    def __init__(self, work: Any = None, end: float | None = None, length: int = 0):
         self._work, self._end, self.length = work, end, length
 
     def wait(self):
         """See `base.Transfer`."""
         if self._work is not None:
-            # gloo takes zero for no limit.
-            self._work.wait(timedelta(milliseconds=max(1, 1000 * (self._end - time.monotonic()))))
+            if self._end is None:
+                self._work.wait()
+            else:
+                # gloo takes zero for no limit.
+                self._work.wait(timedelta(milliseconds=max(1, 1000 * (self._end - time.monotonic()))))
             self._work = None
 
 
@@ -124,7 +137,7 @@ _plain: "contextvars.ContextVar[bool]" = contextvars.ContextVar("plain", default
 
 @contextlib.contextmanager
 def plain_sums():
-    """Keep torch's all-reduces plain inside this context, also where ``flashcomm`` is the backend of the group."""
+    """Keep torch's operations plain inside this context, also where ``flashcomm`` is the backend of the group."""
     before = _plain.set(True)
     try:
         yield

@@ -48,9 +48,9 @@ class Failure:
     kind: type[Exception]
     why: str
 
-    def error(self, rank: int) -> Exception:
-        """The error that every rank raises if the step failed on `rank`."""
-        return self.kind(f"rank {rank} could not {self.step.value} while the ranks met: {self.why}")
+    def error(self, rank: str) -> Exception:
+        """The error that every rank raises if the step failed on the rank of that name."""
+        return self.kind(f"{rank} could not {self.step.value} while the ranks met: {self.why}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,12 @@ class Ranks:
     """Seconds after which a rank that has not come is an error."""
     tell: Callable[[Any], list]
     """Every rank's fact, in rank order; all ranks call it together."""
+    members: tuple[int, ...] | None = None
+    """Numbers by which errors name the ranks, if not by their own: a channel's two ranks are 0 and 1."""
+
+    def name(self, rank: int) -> str:
+        """A rank as errors name it."""
+        return f"rank {rank if self.members is None else self.members[rank]}"
 
     @property
     def peers(self) -> list[int]:
@@ -93,7 +99,7 @@ class Ranks:
         results = self.tell(mine)
         for rank, result in enumerate(results):
             if isinstance(result, Failure):
-                raise result.error(rank) from cause
+                raise result.error(self.name(rank)) from cause
         return results
 
 
@@ -238,7 +244,8 @@ class Task:
     """A collective on rows, without its values."""
 
     name: str
-    """``one_step``, ``two_step``, ``hierarchical``, ``reduce_scatter``, ``all_gather`` or ``all_to_all``."""
+    """``one_step``, ``two_step``, ``hierarchical``, ``reduce_scatter``, ``all_gather``, ``all_to_all`` or
+    ``broadcast``."""
     codec: Codec
     rows: int
     cols: int
@@ -249,6 +256,8 @@ class Task:
     """Pieces in which a message travels."""
     splits: tuple[Sequence[int], Sequence[int]] | None = None
     """Rows to each rank and from each rank, of ``all_to_all``."""
+    root: int = 0
+    """Rank that sends, of ``broadcast``."""
 
 
 class Run(Protocol):

@@ -91,6 +91,9 @@ class BulkGather:
         self._own = messages.buffers.take("own", device, max(sizes), width)
         self._works: dict[int, Any] = {}
         self._sent_bytes = 0
+        senders = [rank for rank, size in enumerate(sizes) if size]
+        self._root = senders[0] if len(senders) == 1 and count > 1 else None
+        """The only rank that sends anything, if there is one."""
 
     def place(self, piece: slice) -> torch.Tensor:
         """See `base.Gather`."""
@@ -99,8 +102,15 @@ class BulkGather:
     def send(self, piece: slice):
         """See `base.Gather`."""
         received = self._payloads[piece]
-        self._works[piece.start] = self._backend.gather(received, self._own[piece])
-        self._sent_bytes += received[1:].numel()
+        if self._root is None:
+            self._works[piece.start] = self._backend.gather(received, self._own[piece])
+            self._sent_bytes += received[1:].numel()
+            return
+        whole = received[self._root]
+        if self._ranks.rank == self._root:
+            whole.copy_(self._own[piece])
+            self._sent_bytes += received[1:].numel()
+        self._works[piece.start] = self._backend.broadcast(whole, self._root)
 
     def wait_gone(self, piece: slice):
         """See `base.Gather`. The backend's messages leave by themselves."""

@@ -110,6 +110,7 @@ class Connections:
 
     def __init__(self, ranks: Ranks):
         self.rank, self.ranks, self.timeout_s = ranks.rank, ranks.world_size, ranks.timeout_s
+        self._name = ranks.name
         # Half of the timeout: a rank where this failed waits for the others, which are still trying.
         self._patience_s = min(_CONNECT_S, ranks.timeout_s / 2)
         self._failure: type[CollectiveError] = CollectiveError
@@ -138,7 +139,7 @@ class Connections:
         for rank, why in reversed(list(enumerate(whys))):
             if why:
                 self.close()
-                return None, f"rank {rank}: {why}"
+                return None, f"{ranks.name(rank)}: {why}"
         for peer, connection in self._sockets.items():
             connection.setblocking(False)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -180,7 +181,7 @@ class Connections:
                 except OSError as error:
                     reason = f": {error.strerror or error}"
             else:
-                return f"cannot reach rank {peer} at {' or '.join(candidates or theirs)}, port {port}{reason}"
+                return f"cannot reach {self._name(peer)} at {' or '.join(candidates or theirs)}, port {port}{reason}"
         while len(self._sockets) < self.ranks - 1 and (left := end - time.monotonic()) > 0:
             listener.settimeout(left)
             with contextlib.suppress(TimeoutError):
@@ -189,7 +190,7 @@ class Connections:
                 if peer is not None:
                     self._sockets[peer] = connection
         missing = [peer for peer in range(self.ranks) if peer != self.rank and peer not in self._sockets]
-        return f"rank {missing[0]} did not connect within {self._patience_s:g} s" if missing else ""
+        return f"{self._name(missing[0])} did not connect within {self._patience_s:g} s" if missing else ""
 
     def close(self, why: str = "closed"):
         """See `base.Link`. Of several reasons, later calls give the first."""
@@ -291,7 +292,7 @@ class Connections:
     def _fail(self, kind: type[CollectiveError], peer: int, what: str) -> NoReturn:
         if not self.broken:
             self._failure = kind
-        self.close(f"rank {peer} {what}, as rank {self.rank} sees it")
+        self.close(f"{self._name(peer)} {what}, as {self._name(self.rank)} sees it")
         raise kind(self.broken)
 
 

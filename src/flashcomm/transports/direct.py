@@ -47,8 +47,8 @@ class Direct:
 class _Spread:
     """Packed rows on their way, which are spread when they have arrived; a `base.Transfer`."""
 
-    def __init__(self, link: Link, part: torch.Tensor, peer: int):
-        self._part, self._peer = part, peer
+    def __init__(self, link: Link, ranks: Ranks, part: torch.Tensor, peer: int):
+        self._part, self._peer = part, ranks.name(peer)
         self._transfer: Transfer | None = link.receive(part, peer, up_to=True)
         self.length = part.numel()
 
@@ -67,7 +67,7 @@ class _Spread:
         if not rows.spread(self._part, self.length):
             count, bound = self._part.shape
             raise RanksDisagree(
-                f"rank {self._peer} sends {self.length} bytes that are not {count} rows of at most {bound} bytes"
+                f"{self._peer} sends {self.length} bytes that are not {count} rows of at most {bound} bytes"
             )
         self._transfer = None
 
@@ -90,8 +90,8 @@ class _Pending:
 
     def _expect(self, part: torch.Tensor, piece: slice, peer: int):
         if part.numel():
-            link = self._link
-            self._coming[piece.start, peer] = _Spread(link, part, peer) if self._packs else link.receive(part, peer)
+            receive = partial(_Spread, self._link, self._ranks) if self._packs else self._link.receive
+            self._coming[piece.start, peer] = receive(part, peer)
 
     def _send(self, part: torch.Tensor, peer: int):
         if part.numel():
@@ -230,7 +230,7 @@ class DirectExchange:
         """See `base.Exchange`."""
         going, coming = self.sent.split(self._in_rows), self._received.split(self._out_rows)
         # Parts without rows too: a Link that checks lengths finds ranks with splits that do not fit together.
-        receive = partial(_Spread, self._link) if self._packs else self._link.receive
+        receive = partial(_Spread, self._link, self._ranks) if self._packs else self._link.receive
         pending: list[Transfer] = [receive(coming[peer], peer) for peer in self._ranks.peers]
         for peer in self._ranks.peers:
             part = _packed(going[peer], going[peer]) if self._packs else going[peer]

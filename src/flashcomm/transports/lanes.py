@@ -24,7 +24,7 @@ import torch.distributed as dist
 from flashcomm import machine, settings
 from flashcomm.transports import gpus
 from flashcomm.transports.backend import Backend, BackendLink, backend_of
-from flashcomm.transports.base import Memory, Messages, Ranks, Step
+from flashcomm.transports.base import Link, Memory, Messages, Ranks, Step
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
 from flashcomm.transports.connections import Connections
@@ -180,12 +180,7 @@ def _open(
     why_not: dict[str, str],
 ) -> Lane:
     """Open every transport that all ranks can, and note the reason for each that does not open."""
-    memories: list[Memory] = []
-    if why := _why_not(device.type == "cpu", num_hosts, [site.why_not_shared for site in sites]):
-        why_not[SharedMemory.name] = why
-    else:
-        shared, why_not[SharedMemory.name] = SharedMemory.open(ranks, threads=min(site.threads for site in sites))
-        memories += [shared] if shared else []
+    memories = _share(ranks, device, sites, num_hosts, why_not)
     if why := _why_not(device.type == "cuda", 1, [site.why_not_symmetric for site in sites]):
         why_not[SymmetricMemory.name] = why
     else:
@@ -194,12 +189,45 @@ def _open(
     if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
         why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
         return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
+    link = _connect(ranks, bool(memories), why_not) or BackendLink(group, tag)
+    return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
+
+
+def open_pair(ranks: Ranks, link: Link, device: torch.device) -> tuple[Direct, tuple[Memory, ...], int]:
+    """Open the transports between two ranks, which come here together and without the rest of their group.
+
+    Args:
+        ranks: the two.
+        link: carries messages where nothing faster opens.
+        device: of the tensors.
+
+    Returns:
+        Messages, memories and the number of hosts.
+    """
+    sites = ranks.each(Step.SITE, partial(_site, device))
+    num_hosts = len({site.host for site in sites})
+    memories = _share(ranks, device, sites, num_hosts, {})
+    if device.type == "cpu":
+        link = _connect(ranks, bool(memories), {}) or link
+    return Direct(link, ranks, Buffers()), tuple(memories), num_hosts
+
+
+def _share(
+    ranks: Ranks, device: torch.device, sites: list[Site], num_hosts: int, why_not: dict[str, str]
+) -> list[Memory]:
+    if why := _why_not(device.type == "cpu", num_hosts, [site.why_not_shared for site in sites]):
+        why_not[SharedMemory.name] = why
+        return []
+    shared, why_not[SharedMemory.name] = SharedMemory.open(ranks, threads=min(site.threads for site in sites))
+    return [shared] if shared else []
+
+
+def _connect(ranks: Ranks, shared: bool, why_not: dict[str, str]) -> Connections | None:
     connections, why = Connections.open(ranks)
     why_not[Connections.name] = why
-    if not connections and not memories and ranks.rank == 0:
+    if not connections and not shared and ranks.rank == 0:
         _log.warning("flashcomm sends gloo's messages, which are slower than connections: %s", why)
-    link = connections or BackendLink(group, tag)
-    return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
+    return connections
 
 
 def _why_not(serves: bool, num_hosts: int, refusals: list[str]) -> str:

@@ -26,6 +26,7 @@ from flashcomm.codecs.hadamard import Hadamard
 from flashcomm.codecs.lossless import LAYOUTS, Lossless
 from flashcomm.codecs.peaks import BLOCK, Peaks, levels, reach, table
 from flashcomm.codecs.spike import Spike
+from flashcomm.codecs.stochastic import Stochastic
 from flashcomm.kernels.cpu import huffman, ops, steps
 from flashcomm.kernels.cpu.ops import BF16, FP16, FP32, PAIRS
 from flashcomm.kernels.cpu.program import ADDING, KINDS, ROOM, SUMS, Operand, Program, Row
@@ -58,7 +59,7 @@ def _decode_cast(codec: Cast, p: Program, source: Operand, y: Row):
 
 
 @append_encode.register
-def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
+def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand, noise: Operand | None = None):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     x = x if x.kind == PAIRS else steps.readable(p, x, group)
     low, high = steps.ranges(p, x, group)
@@ -71,7 +72,10 @@ def _encode_affine(codec: Affine, p: Program, x: Row, target: Operand):
         return
     unit, (zeros, inverses) = steps.spread(p, x.kind, group, zero, inverse)
     codes = target if codec.bits == 8 and p.cols % 16 == 0 else p.array()
-    p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
+    if noise:
+        p.add(ops.quantise_dithered, x.at, p.cols, unit, zeros, inverses, last, noise, codes)
+    else:
+        p.add(ops.quantise, x.at, x.kind, p.cols, unit, zeros, inverses, 0, codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
         steps.pack(p, codes, p.cols, codec.bits, target)
@@ -92,7 +96,7 @@ def _decode_affine(codec: Affine, p: Program, source: Operand, y: Row):
 
 
 @append_encode.register
-def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
+def _encode_block(codec: Block, p: Program, x: Row, target: Operand, noise: Operand | None = None):
     group, count = min(codec.group, p.cols), groups.count(p.cols, codec.group)
     element, _ = codec.parts
     x = steps.readable(p, x, group)
@@ -114,8 +118,11 @@ def _encode_block(codec: Block, p: Program, x: Row, target: Operand):
         steps.pack(p, meta, count, 5, behind)
     unit, (inverses,) = steps.spread(p, x.kind, group, inverse)
     codes = target if element.bits == 8 and p.cols % 16 == 0 else p.array()
-    form = (element.bits, element.mantissa, element.lowest, element.last)
-    p.add(ops.round_floats, x.at, x.kind, p.cols, unit, inverses, *form, codes)
+    form = (element.mantissa, element.lowest, element.last)
+    if noise:
+        p.add(ops.round_floats_dithered, x.at, p.cols, unit, inverses, *form, noise, codes)
+    else:
+        p.add(ops.round_floats, x.at, x.kind, p.cols, unit, inverses, element.bits, *form, codes)
     p.add(ops.forget, flag, inverse, p.cols, group, codes)
     if codes is not target:
         steps.pack(p, codes, p.cols, element.bits, target)
@@ -144,6 +151,21 @@ def _decode_block(codec: Block, p: Program, source: Operand, y: Row):
     form = (element.bits, element.mantissa, element.lowest, ADDING if row.at == SUMS else 0)
     p.add(ops.read_floats, codes, p.cols, unit, scales, *form, row.at, row.kind)
     steps.deliver(p, row, y)
+
+
+@append_encode.register
+def _encode_stochastic(codec: Stochastic, p: Program, x: Row, target: Operand):
+    x, noise = steps.wide(p, x), p.array()
+    p.add(ops.dither, x.at, p.cols, codec.group, noise)
+    if isinstance(codec.base, Affine):
+        _encode_affine(codec.base, p, x, target, noise)
+    else:
+        _encode_block(codec.base, p, x, target, noise)
+
+
+@append_decode.register
+def _decode_stochastic(codec: Stochastic, p: Program, source: Operand, y: Row):
+    append_decode(codec.base, p, source, y)
 
 
 @append_encode.register

@@ -197,7 +197,7 @@ class _Region:
             offers = ranks.each(Step.CREATE, lambda: region._create(nonce, mine))
             for rank, (_, descriptor, _, refusal) in enumerate(offers):
                 if descriptor < 0:
-                    return None, f"rank {rank} cannot create memory: {refusal}"
+                    return None, f"{ranks.name(rank)} cannot create memory: {refusal}"
             pid, descriptor, theirs, _ = offers[0]
             pids = [offer[0] for offer in offers]
             refusals = ranks.each(Step.MAP, lambda: region._map(pid, descriptor, theirs, pids))
@@ -206,7 +206,7 @@ class _Region:
                 os.close(file)
         for rank, refusal in enumerate(refusals):
             if refusal:
-                return None, f"rank {rank} cannot share memory with rank 0: {refusal}"
+                return None, f"{ranks.name(rank)} cannot share memory with {ranks.name(0)}: {refusal}"
         return region, ""
 
     def _create(self, nonce: bytes, opened: list[int]) -> tuple[int, int, bytes, str]:
@@ -266,7 +266,8 @@ class _Region:
             given_up = self._given_up(missing).any()
             kind = PeerLost if given_up else TimedOut
             what = "has given up after an error" if given_up else "did not come within the group's timeout"
-        return kind, f"rank {missing} {what} while rank {self._ranks.rank} waited for it in shared memory"
+        name = self._ranks.name
+        return kind, f"{name(missing)} {what} while {name(self._ranks.rank)} waited for it in shared memory"
 
     def give_up(self):
         """Let the others know that this rank does not go on."""

@@ -167,24 +167,49 @@ def all_gather(
     codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, rank: int, ranks: int
 ) -> Prepared:
     """Prepare ``algorithms.all_gather`` for x[rows, cols]."""
+    return _copies(codec, rows, cols, dtype, out_dtype, function=loops.gather, senders=ranks, copies=ranks - 1)
+
+
+def broadcast(
+    codec: Codec, rows: int, cols: int, dtype: torch.dtype, out_dtype: torch.dtype, rank: int, ranks: int, root: int
+) -> Prepared:
+    """Prepare ``algorithms.broadcast`` for x[rows, cols] of rank `root`."""
+    copies = ranks - 1 if rank == root else 0
+    return _copies(codec, rows, cols, dtype, out_dtype, function=loops.broadcast, senders=1, copies=copies, mine=root)
+
+
+def _copies(
+    codec: Codec,
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    *,
+    function: Callable[..., int],
+    senders: int,
+    copies: int,
+    mine: int = 0,
+) -> Prepared:
+    """Prepare rows that are encoded once and decoded as they are, `copies` times by other ranks."""
     rows, cols = shorten(rows, cols, codec, 1, PIECE_BYTES)
     width = codec.payload_bytes(cols, dtype)
     encode, decode = cpu.encoder(codec, cols, cpu.KINDS[dtype]), cpu.decoder(codec, cols, cpu.KINDS[out_dtype], 1)
     return Prepared(
-        function=loops.gather,
+        function=function,
         programs=(encode.each, decode.each),
         scratch_bytes=max(encode.scratch_bytes, decode.scratch_bytes),
         width=width,
+        mine=mine,
         piece=_piece(cols * dtype.itemsize, width),
         rows=rows,
         cols=cols,
         x_rows=rows,
-        out_rows=ranks * rows,
+        out_rows=senders * rows,
         x_stride=cols * dtype.itemsize,
         out_stride=cols * out_dtype.itemsize,
         most_threads=_threads(rows, cols, dtype),
         half_bytes=width,
-        sent=(ranks - 1) * rows * width,
+        sent=copies * rows * width,
     )
 
 
@@ -198,14 +223,19 @@ def _threads(rows: int, cols: int, dtype: torch.dtype) -> int:
     return min(rows, 1 + rows * cols * dtype.itemsize // _BYTES_PER_THREAD)
 
 
-_COLLECTIVES = {"one_step": one_step, "two_step": two_step, "reduce_scatter": reduce_scatter, "all_gather": all_gather}
-
-
+_COLLECTIVES: dict[str, Callable[..., Prepared]] = {
+    "one_step": one_step,
+    "two_step": two_step,
+    "reduce_scatter": reduce_scatter,
+    "all_gather": all_gather,
+    "broadcast": broadcast,
+}
 _LOOPS = {
     "one_step": loops.sum_stripes,
     "two_step": loops.two_step,
     "reduce_scatter": loops.sum_stripes,
     "all_gather": loops.gather,
+    "broadcast": loops.broadcast,
 }
 
 
@@ -223,4 +253,6 @@ def prepare(task: Task, rank: int, ranks: int) -> Prepared | None:
     """Prepare a task; None where shared memory does not serve it."""
     if not _serves(task):
         return None
-    return _COLLECTIVES[task.name](task.codec, task.rows, task.cols, task.dtype, task.out_dtype, rank, ranks)
+    whose = {"root": task.root} if task.name == "broadcast" else {}
+    function = _COLLECTIVES[task.name]
+    return function(task.codec, task.rows, task.cols, task.dtype, task.out_dtype, rank, ranks, **whose)

@@ -17,7 +17,7 @@ Names: src, dst and other arrays are addresses; a row has n values in `count` gr
 their bits, `..._bits`; `flag` is the address of an int32 that is not 0 if a group decodes to NaN.
 
 One file per idea, as in `codecs`: `rows`, `ranges`, `planes`; `affine`, `blocks`, `spikes`, `transforms`, `peaks`,
-`calibrated`, `entropy`, `lossless`.
+`calibrated`, `entropy`, `lossless`, `stochastic`.
 
 Source: our own. Bit planes: FlashCommunication V2 (arXiv 2508.03760), bit splitting.
 """
@@ -74,6 +74,7 @@ from flashcomm.kernels.cpu.ops.spikes import (
     two_largest,
     two_smallest,
 )
+from flashcomm.kernels.cpu.ops.stochastic import dither, quantise_dithered, round_floats_dithered
 from flashcomm.kernels.cpu.ops.transforms import (
     adapt,
     hadamard,

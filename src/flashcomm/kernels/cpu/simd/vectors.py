@@ -81,6 +81,9 @@ for _op, _instruction in (
     _declare_operator(_op, octets, [types.int64], _instruction)
 
 
+_declare_operator(operator.mul, words, [types.int64], "mul")
+
+
 def _at(builder, address, element, count):
     pointee = ir.VectorType(element, count) if count > 1 else element
     return builder.inttoptr(address, ir.PointerType(pointee))

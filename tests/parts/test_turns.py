@@ -9,9 +9,8 @@ import pytest
 pytest.importorskip("greenlet", reason="pip install greenlet")
 import greenlet
 
-from flashcomm.overlap import turns
-from flashcomm.overlap.prompts import cut
-from flashcomm.overlap.splitting import Refused
+from flashcomm.parts import turns
+from flashcomm.parts.planned import Refused, cut
 
 
 class Arrival:

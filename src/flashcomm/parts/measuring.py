@@ -17,7 +17,8 @@ import torch
 
 from flashcomm.collectives.group import group_of
 from flashcomm.machine import Seat, crowd
-from flashcomm.planner.overlap import CROWDED, Line, Profile, pairs
+from flashcomm.planner.batches import PartWork
+from flashcomm.planner.overlap import CROWDED, Line, Profile
 
 SHARES = (1, 2, 5)
 """Shares of the tokens, for the parts of a timed prompt."""
@@ -56,7 +57,7 @@ class Stopwatch:
         self._restart()
 
     def wait(self, start: Callable[[], Any], name: str) -> torch.Tensor:
-        """Make a sum, in place of `flashcomm.overlap.turns.wait`."""
+        """Make a sum, in place of `flashcomm.parts.turns.wait`."""
         self._segments.append(self._lap())
         self.names.append(name)
         self.latest = result = start().wait()
@@ -98,9 +99,7 @@ def profile_of(
     parts: Sequence[PartTimes],
     rates: Sequence[Rate],
     names: Sequence[str],
-    sizes: Sequence[int],
-    rows: int,
-    before: int,
+    work: Sequence[PartWork],
     skips: str,
     group: Any,
     device: torch.device,
@@ -111,9 +110,7 @@ def profile_of(
         parts: times of each part on this rank, in order.
         rates: of sums as long as those of some parts, the longest part among them.
         names: the module of each sum of a part.
-        sizes: tokens of each part.
-        rows: prompts in the batch.
-        before: tokens that the cache held before.
+        work: of each part.
         skips: see `Profile.skips`.
         group: the ranks.
         device: of the computation.
@@ -123,28 +120,29 @@ def profile_of(
     times = [[PartTimes(*part) for part in theirs] for theirs, *_ in told]
     # Layers repeat, so the segments before the sums of the same module of each layer are alike.
     kinds = [re.sub(r"\d+", "*", name) for name in names] + ["end"]
-    starts = [before + sum(sizes[:n]) for n in range(len(sizes))]
     lines, usual_s, slowest_s = {}, 0.0, 0.0
     for kind in dict.fromkeys(kinds):
         places = [n for n, one in enumerate(kinds) if one == kind]
         points = []
-        for part, (size, start) in enumerate(zip(sizes, starts, strict=True)):
+        for part, of_part in enumerate(work):
             usual = max(statistics.median(rank[part].segments[n] for n in places) for rank in times)
-            points.append((rows * size, rows * pairs(size, start, skips), usual))
+            points.append((*of_part, usual))
             usual_s += max(sum(rank[part].segments[n] for n in places) for rank in times)
             slowest_s += sum(max(rank[part].segments[n] for rank in times) for n in places)
         lines[kind] = Line.through(points)
     steady = [[Rate(*rate) for rate in rates] for rates in zip(*(theirs for _, theirs, *_ in told), strict=True)]
     sums = Line.through([(rates[0].tokens, 0, max(rate.seconds for rate in rates)) for rates in steady])
-    longest = sizes.index(max(sizes))
+    longest = max(range(len(work)), key=lambda part: work[part].tokens)
     alone_s = statistics.median(map(min, zip(*(rank[longest].sums for rank in times), strict=True)))
     busy = max(rate.busy_s / rate.seconds for rates in steady for rate in rates)
     # A GPU computes and sends without the cores.
     crowded = crowd([seat for *_, seat in told]) if device.type == "cpu" else 0.0
+    segments, layers = _repeated([lines[kind] for kind in kinds])
     profile = Profile(
-        segments=tuple(lines[kind] for kind in kinds),
+        segments=segments,
+        layers=layers,
         sum=sums,
-        burst_s=max(0.0, sums.seconds(rows * max(sizes)) - alone_s),
+        burst_s=max(0.0, sums.seconds(work[longest].tokens) - alone_s),
         # A second of a core that ranks share keeps all of them from computing; if cores are left over, none.
         busy=min(1.0, crowded * busy),
         crowded=CROWDED * crowded,
@@ -153,3 +151,23 @@ def profile_of(
     )
     # Ranks may differ in their cores.
     return group_of(group).ranks.tell(profile)[0]
+
+
+def _repeated(segments: Sequence[Line]) -> tuple[tuple[Line, ...], int]:
+    """Find the layers that repeat between the first segment and the last, as `Profile.layers` counts them.
+
+    >>> a, b, c = (Line(fixed_s=seconds) for seconds in (1, 2, 3))
+    >>> _repeated([c, a, b, a, b, c]) == ((c, a, b, c), 2), _repeated([a, b, a, c]) == ((a, b, a, c), 1)
+    (True, True)
+    """
+    inner = list(segments[1:-1])
+    for length in range(1, len(inner) // 2 + 1):
+        layers, rest = divmod(len(inner), length)
+        if not rest and inner == layers * inner[:length]:
+            return (segments[0], *inner[:length], segments[-1]), layers
+    return tuple(segments), 1
+
+
+def slowest(ratio: float, group: Any) -> float:
+    """Return the largest of all ranks' figures, the same on every rank."""
+    return max(group_of(group).ranks.tell(ratio))

@@ -7,8 +7,9 @@ import torch
 
 pytest.importorskip("greenlet", reason="pip install greenlet")
 from flashcomm.machine import Seat
-from flashcomm.overlap import measuring
-from flashcomm.overlap.measuring import PartTimes, Rate, profile_of
+from flashcomm.parts import measuring
+from flashcomm.parts.measuring import PartTimes, Rate, profile_of
+from flashcomm.planner.batches import Rows
 from flashcomm.planner.overlap import CROWDED
 
 SIZES = (128, 256, 640)
@@ -49,12 +50,12 @@ def measured(monkeypatch, mine, *others, machines=None, cores=2, device="cpu"):
     ]
     monkeypatch.setattr(measuring, "group_of", lambda group: Ranks(*told))
     rates = [Rate(size, size * 3e-5, size * 1e-5) for size in SIZES[1:]]
-    return profile_of(mine, rates, NAMES, SIZES, 1, 0, "none", None, torch.device(device))
+    return profile_of(mine, rates, NAMES, Rows(sum(SIZES)).parts(SIZES, "none"), "none", None, torch.device(device))
 
 
 def test_lines_of_segments_and_sums(monkeypatch):
     profile = measured(monkeypatch, times(), times())
-    assert len(profile.segments) == len(NAMES) + 1
+    assert profile.sums == len(NAMES)
     assert math.isclose(profile.segments[0].seconds(1000), 1e-2, rel_tol=1e-6)
     assert math.isclose(profile.sum.seconds(1000), 3e-2, rel_tol=1e-6)
     assert profile.uneven == pytest.approx(0)
