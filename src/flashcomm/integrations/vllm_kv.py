@@ -154,6 +154,7 @@ class CompressedConnector(KVConnectorBase_V1):
         self._model = f"{vllm_config.model_config.model} {vllm_config.model_config.dtype} {self._ranks}"
         self._open: dict[str, _Prompt] = {}
         """Prompts by request, until they are stored or loaded."""
+        self._attention = vllm_config.compilation_config.static_forward_context
         self._layers: dict[str, Any] = {}
         """Layers of this worker that have a cache."""
         self._failed: set[int] = set()
@@ -218,10 +219,12 @@ class CompressedConnector(KVConnectorBase_V1):
 
     # In a worker.
 
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]):
+        """Note the layers that have a cache."""
+        self._layers = {name: self._attention[name] for name in kv_caches}
+
     def start_load_kv(self, forward_context: Any, **kwargs: Any):
-        """Load all layers of the prompts of this step."""
-        layers = forward_context.no_compile_layers.items()
-        self._layers = {name: layer for name, layer in layers if getattr(layer, "kv_cache", None) is not None}
+        """Load all layers of the prompts of this step; vLLM calls this behind a step that loads nothing."""
         for move in self._moves().load:
             try:
                 for name, layer in self._layers.items():
