@@ -42,8 +42,10 @@ test: $(STAMP)  ## everything that this machine can test; the rest is skipped wi
 
 setup-engines: $(ENGINES)/.current  ## another one, with vLLM
 
-test-engines: $(ENGINES)/.current  ## a real vLLM server on this machine, in an environment of its own
-	$(ENGINES)/bin/pytest -rs tests/engines
+ENGINE_TESTS ?= tests/engines
+
+test-engines: $(ENGINES)/.current  ## real vLLM servers on this machine, in an environment of its own (10 to 20 minutes)
+	$(ENGINES)/bin/pytest -rs $(ENGINE_TESTS)
 
 test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
 	$(BIN)/python tools/versions.py
