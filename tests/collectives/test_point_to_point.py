@@ -396,7 +396,9 @@ def kill_the_sender():
         os.kill(os.getpid(), signal.SIGKILL)
     flashcomm.recv(x, 0, codec="fp32")
     message, seconds = failure(partial(flashcomm.recv, x, 0, codec="fp32"), PeerLost)
-    assert "rank 0 has closed its connection, as rank 1 sees it" in message
+    # The reason that Linux gives, such as "Connection reset by peer", may stand between.
+    assert "rank 0 has closed its connection" in message
+    assert "as rank 1 sees it" in message
     return seconds
 
 
