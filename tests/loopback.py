@@ -146,6 +146,11 @@ class Collectives(Backend):
         """See `Backend`."""
         out.copy_(torch.stack(self.meet(x.clone())).view(out.shape))
 
+    def broadcast(self, x: torch.Tensor, root: int) -> _Sent:
+        """See `Backend`."""
+        x.copy_(self.meet(x.clone())[root])
+        return _Sent()
+
 
 class Group(groups.Group):
     """A group whose ranks have met already, in this process.

@@ -86,7 +86,7 @@ def ring(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: flo
         scale: factor of the scores.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    mine, coming = torch.stack([key, value]), torch.empty((2, *key.shape), dtype=key.dtype)
+    mine, coming = torch.stack([key, value]), torch.empty((2, *key.shape), dtype=key.dtype, device=key.device)
     partials, sent = [], 0
     for hop in range(ranks):
         works: list = []
@@ -161,7 +161,9 @@ def _measure_shape(shape: Shape, specs: Sequence[str], repeats: int, dtype: torc
     generator = torch.Generator().manual_seed(0)
     sizes = (shape.heads, shape.queries), (shape.key_heads, shape.keys), (shape.key_heads, shape.keys)
     query, key, value = (
-        torch.randn(shape.batch, heads, tokens, shape.head_size, generator=generator).to(dtype)
+        torch.randn(
+            shape.batch, heads, tokens, shape.head_size, generator=generator, dtype=torch.float32, device="cpu"
+        ).to(dtype)
         for heads, tokens in sizes
     )
     scale = shape.head_size**-0.5

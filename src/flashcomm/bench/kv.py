@@ -73,7 +73,9 @@ def rank_main(
     """
     rank, model = dist.get_rank(), load_model(directory, dtype, split=False)
     drawn = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.config.get_text_config().vocab_size, (1, tokens + 1), generator=drawn)
+    ids = torch.randint(
+        model.config.get_text_config().vocab_size, (1, tokens + 1), generator=drawn, dtype=torch.int64, device="cpu"
+    )
     prefill_s, layers = _prefill(model, ids[:, :-1]) if rank == 0 else (0.0, [])
     shared: list[Any] = [prefill_s, [tuple(x.shape for x in layer) for layer in layers]]
     dist.broadcast_object_list(shared, src=0)
@@ -84,7 +86,7 @@ def rank_main(
         for spec in list(times) if turn % 2 else reversed(times):
             dist.barrier()
             # All processes of a machine read the same clock, and hosts of a lab are one machine.
-            start = torch.tensor([time.monotonic()], dtype=torch.float64)
+            start = torch.tensor([time.monotonic()], dtype=torch.float64, device="cpu")
             dist.broadcast(start, src=0)
             if rank == 0:
                 _send(layers, spec)
@@ -139,7 +141,7 @@ def _send(layers: Sequence[kv.KV], spec: str):
             messages = list(layer)
         else:
             data = torch.frombuffer(bytearray(kv.encode(*layer, spec)), dtype=torch.uint8)
-            messages = [torch.tensor([data.numel()]), data]
+            messages = [torch.tensor([data.numel()], dtype=torch.int64, device="cpu"), data]
         pending += [(dist.isend(message, 1), message) for message in messages]
     for work, _ in pending:
         work.wait()
@@ -148,15 +150,15 @@ def _send(layers: Sequence[kv.KV], spec: str):
 def _receive(shapes: Sequence[Sequence[Sequence[int]]], spec: str, dtype: torch.dtype) -> tuple[list[kv.KV], int]:
     """Receive all layers from rank 0, and decode each while the next one arrives; returns them and their bytes."""
     if spec == RAW:
-        layers = [kv.KV(*(torch.empty(*shape, dtype=dtype) for shape in both)) for both in shapes]
+        layers = [kv.KV(*(torch.empty(*shape, dtype=dtype, device="cpu") for shape in both)) for both in shapes]
         for work in [dist.irecv(x, 0) for layer in layers for x in layer]:
             work.wait()
         return layers, sum(x.nbytes for layer in layers for x in layer)
-    lengths = torch.empty(len(shapes), 1, dtype=torch.int64)
+    lengths = torch.empty(len(shapes), 1, dtype=torch.int64, device="cpu")
     layers, total, before = [], 0, None
     for length in lengths:
         dist.recv(length, 0)
-        data = torch.empty(int(length), dtype=torch.uint8)
+        data = torch.empty(int(length), dtype=torch.uint8, device="cpu")
         work = dist.irecv(data, 0)
         total += data.numel()
         if before is not None:

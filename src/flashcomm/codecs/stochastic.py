@@ -92,7 +92,7 @@ def dither(x: torch.Tensor, group: int) -> torch.Tensor:
     cols = x.shape[1]
     if cols == 0:
         return x
-    counter = torch.arange(cols, device=x.device) % group * GOLDEN
+    counter = torch.arange(cols, dtype=torch.int64, device=x.device) % group * GOLDEN
     mixed = _mix((bits_of(x).long() + counter) & _WORD)
     missing = groups.count(cols, group) * group - cols
     keys = F.pad(mixed, (0, missing)).unflatten(1, (-1, group)).sum(2)

@@ -323,15 +323,17 @@ def _places(size: int, channels: int, dtype: torch.dtype, isa: str) -> tuple[tor
     """
     from vllm._custom_ops import cpu_attn_reshape_and_cache
 
-    numbers = torch.arange(size * channels).view(size, 1, channels)
-    found = torch.zeros(2, size * channels, dtype=torch.int64)
+    numbers = torch.arange(size * channels, dtype=torch.int64, device="cpu").view(size, 1, channels)
+    found = torch.zeros(2, size * channels, dtype=torch.int64, device="cpu")
     base = 128
     for digit in range(3):
         x = (numbers // base**digit % base).to(dtype)
-        block = torch.zeros(2, 1, 1, size, channels, dtype=dtype)
-        cpu_attn_reshape_and_cache(x, x.clone(), block[0], block[1], torch.arange(size), isa)
+        block = torch.zeros(2, 1, 1, size, channels, dtype=dtype, device="cpu")
+        cpu_attn_reshape_and_cache(
+            x, x.clone(), block[0], block[1], torch.arange(size, dtype=torch.int64, device="cpu"), isa
+        )
         found += block.flatten(1).long() * base**digit
     places = found.argsort(1)
-    if not torch.equal(found.gather(1, places), torch.arange(size * channels).expand(2, -1)):
+    if not torch.equal(found.gather(1, places), numbers.view(1, -1).expand(2, -1)):
         raise NotImplementedError(f"vLLM's {isa} attention changes keys or values of {dtype} as it stores them")
     return places[0].view(size, channels), places[1].view(size, channels)
