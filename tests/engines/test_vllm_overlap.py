@@ -92,7 +92,8 @@ from flashcomm.integrations import vllm
 from flashcomm.policy import Policy
 config = VllmConfig()
 config.model_config = SimpleNamespace(
-    is_encoder_decoder=False, is_multimodal_model=False, is_hybrid=False, is_attention_free=False
+    is_encoder_decoder=False, is_multimodal_model=False, is_hybrid=False, is_attention_free=False,
+    get_hidden_size=lambda: 64,
 )
 vllm.install(Policy(), config, 0)
 assert vllm.worker.overlap is None

@@ -31,7 +31,7 @@ def tensor_parallel():
         if over_ranks:
             styles = {"1": parallel.ColwiseParallel(), "3": parallel.RowwiseParallel()}
             parallel.parallelize_module(block, init_device_mesh("cpu", (2,)), styles)
-        optimizer, losses = torch.optim.SGD(block.parameters(), 0.5), []
+        optimizer, losses = torch.optim.SGD(block.parameters(), 2.0), []
         for _ in range(20):
             x = torch.randn(64, 64)
             loss = torch.nn.functional.mse_loss(block(x), x.flip(1))
