@@ -152,6 +152,7 @@ def _receive(shapes: Sequence[Sequence[Sequence[int]]], spec: str, dtype: torch.
     if spec == RAW:
         layers = [kv.KV(*(torch.empty(*shape, dtype=dtype, device="cpu") for shape in both)) for both in shapes]
         for work in [dist.irecv(x, 0) for layer in layers for x in layer]:
+            assert work is not None
             work.wait()
         return layers, sum(x.nbytes for layer in layers for x in layer)
     lengths = torch.empty(len(shapes), 1, dtype=torch.int64, device="cpu")
@@ -162,11 +163,12 @@ def _receive(shapes: Sequence[Sequence[Sequence[int]]], spec: str, dtype: torch.
         work = dist.irecv(data, 0)
         total += data.numel()
         if before is not None:
-            layers.append(kv.decode(before.numpy()))
+            layers.append(kv.decode(before.numpy().data))
+        assert work is not None
         work.wait()
         before = data
     assert before is not None
-    return [*layers, kv.decode(before.numpy())], total
+    return [*layers, kv.decode(before.numpy().data)], total
 
 
 @torch.inference_mode()
