@@ -9,6 +9,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from numba import njit
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import flashcomm
@@ -57,7 +58,9 @@ class Steps:
         return hooked
 
     def _interpreted(self, function: types.FunctionType) -> Callable:
-        hooked = {name: self._before(getattr(loops, name)) for name in ("_meet", "run_rows")}
+        # Called from Python, a wait that keeps the interpreter's lock would hold up this rank's other lanes.
+        meet = njit(nogil=True, error_model="numpy")(loops._meet.py_func)
+        hooked = {"_meet": self._before(meet), "run_rows": self._before(loops.run_rows)}
         python = types.FunctionType(function.__code__, {**vars(loops), **hooked})
         python.compile = lambda signature: None
         return python
