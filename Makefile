@@ -22,7 +22,7 @@ REAL_TOKENS ?= 4096
 real: $(STAMP)  ## a real model: the cost of each codec on a book, and 3 real ranks against the simulation (7 to 12 minutes)
 	folder=$$($(BIN)/python tools/real_model.py) && \
 	$(BIN)/flashcomm accuracy $$folder/SmolLM2-135M-Instruct --text $$folder/botchan.txt --tokens $(REAL_TOKENS) \
-	  --tp 3 --algorithm two_step --codecs $(REAL_CODECS) --out $$folder/accuracy \
+	  --tp 3 --algorithm two_step --dtype bfloat16 --codecs $(REAL_CODECS) --out $$folder/accuracy \
 	  --json results/accuracy_smollm2_tp3_cpu.json && \
 	rm -r $$folder/accuracy
 	$(BIN)/pytest -rs -m real tests/accuracy/test_real_model.py

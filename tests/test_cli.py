@@ -102,7 +102,7 @@ def test_version_and_help():
         (("lab", "--rate", "1gbps", "--", "true"), "rate '1gbps': give a number"),
         (("lab", "--ranks", "3", "--ranks-per-host", "2", "--", "true"), "3 ranks do not fill hosts of 2"),
         (("demo", "--tp", "1"), "one rank sends nothing. Use --tp 2 or more"),
-        (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: bfloat16, float16, float32"),
+        (("demo", "--dtype", "int8"), "unknown dtype 'int8'. Allowed: auto, bfloat16, float16, float32"),
         (("bench", "all_reduce", "--sizes", "16x"), "size '16x': give bytes, or a number with k or m"),
         (("bench", "all_reduce", "--tp", "one"), "give numbers of ranks of 2 or more"),
         (
@@ -329,11 +329,21 @@ def test_demo_shows_how_prompts_overlap(tmp_path):
         assert row["parts"] in (tmp_path / "report.html").read_text()
 
 
+def test_models_are_in_bfloat16_where_this_cpu_multiplies_it_fast(monkeypatch, capsys):
+    monkeypatch.setattr(base.machine, "multiplies_bf16_slowly", lambda: False)
+    assert base.model_dtype("auto") == "bfloat16"
+    monkeypatch.setattr(base.machine, "multiplies_bf16_slowly", lambda: True)
+    assert [base.model_dtype(dtype) for dtype in ("bfloat16", "float16")] == ["bfloat16", "float16"]
+    assert not capsys.readouterr().err
+    assert base.model_dtype("auto") == "float32"
+    assert "--dtype bfloat16" in capsys.readouterr().err
+
+
 def test_bench_ttft(tmp_path):
     options = ("--tokens", 320, "--repeats", 1, "--codecs", "int8g128", "--json", tmp_path / "t.json")
     done = run("bench", "ttft", "demo", *options, "--plot", tmp_path / "plots" / "t.png")
     assert done.exit_code == 0, done.output
-    assert "demo, 320 tokens, bfloat16, 2 ranks on this machine" in done.stdout
+    assert f"demo, 320 tokens, {base.model_dtype('auto')}, 2 ranks on this machine" in done.stdout
     rows = json.loads((tmp_path / "t.json").read_text())["rows"]
     assert [(row["codec"], row["overlap"]) for row in rows] == [
         ("none", False), ("none", True), ("int8g128", False), ("int8g128", True),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashcomm.cli.base import Algorithm, Calibration, Dtype, Json, codec_list, fail, new_table, stdout
+from flashcomm.cli.base import Algorithm, Calibration, Json, ModelDtype, codec_list, fail, new_table, stdout
 from flashcomm.cli.simulation import Hosts, Model, Seed, Texts, Window, setup
 from flashcomm.report.rows import write_json
 
@@ -50,7 +50,7 @@ def measure_accuracy(
     text: Texts = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the text to measure on.", min=32)] = 20480,
     window: Window = 1024,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
     calibration: Calibration = None,
     new_tokens: Annotated[
         int, typer.Option(help="With --kv: tokens of a window behind the prompt, and of a greedy text.", min=2)
@@ -67,9 +67,10 @@ def measure_accuracy(
         if wrong := [f"--{name}" for name in _OF_SUMS if name in given_options]:
             fail(f"--kv measures caches, which no rank sums: leave out {', '.join(wrong)}")
         specs = codec_list(codecs if "codecs" in given_options else CACHE_CODECS)
+        # Engines keep caches in bf16 whatever the CPU is.
         given = setup(
-            model, specs, text, tp=1, hosts=0, algorithm="auto", tokens=tokens, window=window, dtype=dtype,
-            calibration=None, seed=seed, out=out,
+            model, specs, text, tp=1, hosts=0, algorithm="auto", tokens=tokens, window=window,
+            dtype="bfloat16" if dtype == "auto" else dtype, calibration=None, seed=seed, out=out,
         )  # fmt: skip
         _measure_caches(given, specs, new_tokens, json_file)
         return
@@ -102,7 +103,7 @@ def measure_accuracy(
         rows, document = given.keep(lambda step: _measure(given, variants, step))
     except (ValueError, NotImplementedError) as error:
         fail(str(error))
-    table = new_table(f"{given.model} as {report.whom(document)}, {dtype}, {document['tokens']:,} tokens")
+    table = new_table(f"{given.model} as {report.whom(document)}, {given.dtype}, {document['tokens']:,} tokens")
     for place, name in enumerate(report.HEAD):
         table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for row in rows:

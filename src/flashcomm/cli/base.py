@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 import flashcomm
-from flashcomm import planner
+from flashcomm import machine, planner
 from flashcomm.lab import Lab
 from flashcomm.report import rows
 
@@ -37,7 +37,15 @@ Rate = Annotated[
     str | None, typer.Option(help="Put each host behind a link of this rate, such as 1gbit; see docs/guide-lab.md.")
 ]
 RanksPerHost = Annotated[int, typer.Option(help="Ranks that share a host, with --rate.", min=1)]
-Dtype = Annotated[str, typer.Option(help="Type of the weights and activations: bfloat16, float16 or float32.")]
+Dtype = Annotated[str, typer.Option(help="Type of the values: bfloat16, float16 or float32.")]
+ModelDtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Type of the weights and activations: bfloat16, float16, float32, or auto, which is bfloat16, but float32 "
+        "on a CPU that multiplies bfloat16 slowly.",
+    ),
+]
 
 
 _LAST_WORDS_S = 10.0
@@ -126,10 +134,26 @@ def model_directory(directory: Path, ranks: int, least_ranks: int = 1) -> Path:
     return directory
 
 
-def check_dtype(dtype: str):
-    """Allow the dtypes that all commands know."""
-    if dtype not in ("bfloat16", "float16", "float32"):
-        fail(f"unknown dtype {dtype!r}. Allowed: bfloat16, float16, float32")
+def check_dtype(dtype: str, *more: str):
+    """Allow the dtypes that all commands know, and the names `more`."""
+    allowed = (*more, "bfloat16", "float16", "float32")
+    if dtype not in allowed:
+        fail(f"unknown dtype {dtype!r}. Allowed: {', '.join(allowed)}")
+
+
+def model_dtype(dtype: str) -> str:
+    """Allow the dtypes that all commands know, and choose one for ``auto``."""
+    check_dtype(dtype, "auto")
+    if dtype != "auto":
+        return dtype
+    if not machine.multiplies_bf16_slowly():
+        return "bfloat16"
+    stderr.print(
+        "computing in float32, as this CPU multiplies bfloat16 slowly; --dtype bfloat16 does so nevertheless",
+        style="dim",
+        soft_wrap=True,
+    )
+    return "float32"
 
 
 def check_plot(path: Path):

@@ -8,19 +8,19 @@ from typing import Annotated
 import typer
 
 from flashcomm.cli.base import (
-    Dtype,
     Json,
+    ModelDtype,
     Ranks,
     RanksPerHost,
     Rate,
     bundled_or,
-    check_dtype,
     check_plot,
     checked_lab,
     codec_list,
     fail,
     in_lab,
     model_directory,
+    model_dtype,
     need,
     new_table,
     stderr,
@@ -44,7 +44,7 @@ def bench_ttft(
     ] = "int8g128,int4g128",
     tokens: Annotated[str, typer.Option(help="Comma-separated lengths of the prompt, 256 or more.")] = "1024",
     repeats: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 5,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
     rate: Rate = None,
     ranks_per_host: RanksPerHost = 1,
     plot: Annotated[
@@ -62,7 +62,7 @@ def bench_ttft(
     need("transformers", "transformers")
     specs = codec_list(codecs, plain_first=True)
     lengths = [_tokens(text) for text in tokens.split(",")]
-    check_dtype(dtype)
+    dtype = model_dtype(dtype)
     if (model is None) == (config is None):
         fail(f"give a model directory, or --config with one of {', '.join(CONFIGS)}")
     if config is not None and config not in CONFIGS:

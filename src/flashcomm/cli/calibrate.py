@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from flashcomm.cli.base import Dtype, Ranks, bundled_or, check_dtype, model_directory, read_text, stderr, stdout
+from flashcomm.cli.base import ModelDtype, Ranks, bundled_or, model_directory, model_dtype, read_text, stderr, stdout
 
 
 def calibrate(
@@ -16,14 +16,14 @@ def calibrate(
         Path | None, typer.Option(help="UTF-8 text like what the model will see; Python source if not given.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to run, in windows of 1,024.", min=1)] = 32768,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
 ):
     """Record how far each feature of a model's sums reaches, for codecs such as int4g128+keep64 and int4static."""
     from flashcomm.lab import launch
     from flashcomm.models import calibrate as calibrating
 
     directory = model_directory(bundled_or(model), tp, least_ranks=2)
-    check_dtype(dtype)
+    dtype = model_dtype(dtype)
     source = read_text(text) if text else None
     out.parent.mkdir(parents=True, exist_ok=True)
     stderr.print(f"loading the model on {tp} ranks ...", style="dim")

@@ -10,18 +10,18 @@ from rich.text import Text
 from flashcomm.cli.base import (
     DEMO_PROMPT,
     Algorithm,
-    Dtype,
     Json,
+    ModelDtype,
     Ranks,
     RanksPerHost,
     Rate,
     bundled_or,
     check_algorithm,
-    check_dtype,
     codec_list,
     fail,
     in_lab,
     model_directory,
+    model_dtype,
     need,
     new_table,
     read_text,
@@ -55,7 +55,7 @@ def demo(
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate with each codec.", min=1)] = 48,
     repeats: Annotated[int, typer.Option(help="Timed rounds of the time to first token.", min=1)] = 9,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
     rate: Rate = None,
     ranks_per_host: RanksPerHost = 1,
     overlap: Annotated[
@@ -72,7 +72,7 @@ def demo(
 
     specs = codec_list(codecs, plain_first=True)
     directory = model_directory(bundled_or(model or Path("demo")), tp, least_ranks=2)
-    check_dtype(dtype)
+    dtype = model_dtype(dtype)
     need("matplotlib", "plot")
     warm_up(specs)
     check_algorithm(algorithm, specs, tp)

@@ -9,16 +9,16 @@ from flashcomm.cli.base import (
     DEMO_PROMPT,
     Algorithm,
     Calibration,
-    Dtype,
     Json,
+    ModelDtype,
     Ranks,
     bundled_or,
     check_algorithm,
     check_calibration,
-    check_dtype,
     codec_list,
     fail,
     model_directory,
+    model_dtype,
     stderr,
     warm_up,
 )
@@ -33,7 +33,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What the model continues.")] = DEMO_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=1)] = 64,
     calibration: Calibration = None,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
     json_file: Json = None,
 ):
     """Generate text with a model over several ranks, its all-reduces compressed."""
@@ -44,7 +44,7 @@ def generate(
     if "," in codec:
         fail(f"--codec {codec!r}: give one codec")
     spec = codec_list(codec)[0]
-    check_dtype(dtype)
+    dtype = model_dtype(dtype)
     check_calibration(spec, calibration, tp)
     warm_up([spec])
     check_algorithm(algorithm, [spec], tp)

@@ -9,9 +9,9 @@ from flashcomm.cli.base import (
     bundled_or,
     check_algorithm,
     check_calibration,
-    check_dtype,
     fail,
     model_directory,
+    model_dtype,
     need,
     read_text,
     warm_up,
@@ -56,7 +56,6 @@ def setup(
     from flashcomm.accuracy.setup import Setup
 
     directory = model_directory(bundled_or(model), tp)
-    check_dtype(dtype)
     if hosts and tp % hosts:
         fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
     for spec in specs:
@@ -73,7 +72,7 @@ def setup(
         algorithm=algorithm,
         tokens=tokens,
         window=window,
-        dtype=dtype,
+        dtype=model_dtype(dtype),
         seed=seed,
         calibration=calibration,
         out=out,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flashcomm.cli.base import Algorithm, Calibration, Dtype, Json, codec_list, fail, stdout
+from flashcomm.cli.base import Algorithm, Calibration, Json, ModelDtype, codec_list, fail, stdout
 from flashcomm.cli.simulation import Hosts, Model, Seed, SimulatedRanks, Texts, Window, setup
 from flashcomm.report.rows import write_json
 
@@ -40,7 +40,7 @@ def tune_policy(
     explore: Annotated[int, typer.Option(help="Tokens to predict the cost of each codec on.", min=16)] = 2048,
     tokens: Annotated[int, typer.Option(help="Further tokens, to measure whole policies on.", min=32)] = 8192,
     window: Window = 1024,
-    dtype: Dtype = "bfloat16",
+    dtype: ModelDtype = "auto",
     calibration: Calibration = None,
     seed: Seed = 0,
     policy: Annotated[Path, typer.Option(help="The file to write.", dir_okay=False)] = Path("policy.toml"),
