@@ -102,7 +102,8 @@ def same_answers(name: str, folder: str):
     for attention, codec, algorithm in (("sdpa", "fp32", "two_step"), ("eager", "none", "plain")):
         model.set_attn_implementation(attention)
         with compressed(model, codec, algorithm=algorithm):
-            for kind, cache in caches(model):
+            # Attention's own code does not depend on the kind of the cache.
+            for kind, cache in list(caches(model))[: 2 if attention == "eager" else None]:
                 for mask in (None, padded()):
                     seen = torch.ones(2, TOKENS, dtype=torch.bool) if mask is None else mask.bool()
                     given = {} if mask is None else dict(attention_mask=mask, position_ids=positions(mask))

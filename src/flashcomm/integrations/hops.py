@@ -72,7 +72,8 @@ class Hops:
             codec.check(cols)
         mine = f'pp = "{codec}", min_bytes = {self.policy.min_bytes}'
         try:
-            dist.monitored_barrier(group, timedelta(seconds=timeout_s), wait_all_ranks=True)
+            # A monitored barrier's limit is for rank 0 alone; others wait for the group's, which may be half an hour.
+            dist.barrier(group, async_op=True).wait(timedelta(seconds=timeout_s))
         except RuntimeError as error:
             raise TimedOut(
                 f"stage {group.rank()} has the policy {mine} for hops, and another stage did not come within "
