@@ -287,7 +287,7 @@ def in_parts(requests: int) -> list[dict]:
                 row |= {"texts": len(got), "same": sum(map(str.__eq__, got, plain))}
                 counts = server.on_workers("flashcomm_stats")[0]["prefills"]
                 row["steps_in_parts"] = sum(count for how, count in counts.items() if how[0].isdigit())
-                rows.append({**row, "requests": 0, "memory_mib": server.on_workers("flashcomm_memory")[0] / 2**20})
+                rows.append({**row, "requests": 0, "memory_mib": memory_mib(server)})
                 print(rows[-1], flush=True)
             generator = random.Random(0)
             server.on_workers("flashcomm_overlap", 2)
@@ -296,10 +296,16 @@ def in_parts(requests: int) -> list[dict]:
                 starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
                 texts([ids[start : start + length] for start, length in zip(starts, lengths, strict=True)])
                 done = (part + 1) * (requests // 5)
-                rows.append({**row, "requests": done, "memory_mib": server.on_workers("flashcomm_memory")[0] / 2**20})
+                rows.append({**row, "requests": done, "memory_mib": memory_mib(server)})
                 print(rows[-1], flush=True)
         requests = 0 if rows[-1]["requests"] else requests
     return rows
+
+
+def memory_mib(server: Any) -> float:
+    """Resident memory of the first worker, in MiB."""
+    # vLLM's route answers with text, but for lists and dicts.
+    return int(server.on_workers("flashcomm_memory")[0]) / 2**20
 
 
 def real_model(codecs: list[str], dtype: str) -> list[dict]:

@@ -162,7 +162,7 @@ class Server:
         raise OSError("the stream ended before the completion did")
 
     def on_workers(self, method: str, *args) -> list:
-        """What a method of `probe.Probe` returns on each rank."""
+        """Call a method of `probe.Probe` on each rank and return the answers, as text but for lists and dicts."""
         return self.ask("/collective_rpc", {"method": method, "args": list(args)})["results"]
 
     def metrics(self, name: str) -> dict[str, float]:
