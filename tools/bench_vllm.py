@@ -262,11 +262,13 @@ def in_parts(requests: int) -> list[dict]:
     asked, ids, rows = prompts(), tokens(), []
     chunked = ["--max-num-batched-tokens", "512"]
     whole = ["--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"]
-    for dtype, arguments in (("float32", chunked), ("bfloat16", chunked), ("bfloat16", whole)):
+    for dtype, arguments in (("float32", chunked), ("float32", whole), ("bfloat16", chunked)):
         with (
             tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name,
             Server(
-                Path(name, "log"), "--enforce-eager", "--enable-prefix-caching", *arguments, dtype=dtype,
+                # Few blocks of the cache, all of them used soon: pages that were never written take no memory.
+                Path(name, "log"), "--enforce-eager", "--enable-prefix-caching", "--num-gpu-blocks-override", "160",
+                *arguments, dtype=dtype,
                 env={"FLASHCOMM_OVERLAP": "2"},
             ) as server,
             ThreadPoolExecutor(16) as pool,
