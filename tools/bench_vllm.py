@@ -20,6 +20,7 @@ Then it watches a worker's memory over 500 requests.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -252,7 +253,7 @@ def in_parts(requests: int) -> list[dict]:
     """Compare streamed texts of steps in parts with those of one piece; a row for each way, prefix caching on.
 
     Args:
-        requests: number of mixed requests over which memory is watched, after the texts of each server.
+        requests: number of mixed requests over which memory is watched, in one piece and then in parts.
     """
     for folder in ("tests", "tests/engines"):
         sys.path.insert(0, str(Path(__file__).parents[1] / folder))
@@ -292,13 +293,14 @@ def in_parts(requests: int) -> list[dict]:
                 rows.append({**row, "requests": 0, "memory_mib": memory_mib(server)})
                 print(rows[-1], flush=True)
             generator = random.Random(0)
-            server.on_workers("flashcomm_overlap", 2)
-            for part in range(5 if requests else 0):
+            # In one piece first: vLLM's own memory grows with the lengths that it has seen.
+            for overlap, part in itertools.product(("off", 2), range(5 if requests else 0)):
+                server.on_workers("flashcomm_overlap", overlap)
                 lengths = [generator.randrange(1, 900) for _ in range(requests // 5)]
                 starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
                 texts([ids[start : start + length] for start, length in zip(starts, lengths, strict=True)])
                 done = (part + 1) * (requests // 5)
-                rows.append({**row, "requests": done, "memory_mib": memory_mib(server)})
+                rows.append({**row, "parts": overlap, "requests": done, "memory_mib": memory_mib(server)})
                 print(rows[-1], flush=True)
         requests = 0 if rows[-1]["requests"] else requests
     return rows
