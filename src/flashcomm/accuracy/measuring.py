@@ -84,9 +84,11 @@ def measure(
         raise ValueError("accuracy is measured on one or more windows of the same length")
     # Windows are cut for convenience, so no sum is too small here.
     policies = {name: replace(p, min_bytes=0) for name, p in {"none": Policy(codec="none"), **variants}.items()}
-    sizes = {"stages": stages, "expert_ranks": expert_ranks, "hosts": hosts}
-    with simulated(model, ranks, **sizes, calibration=calibration) as simulation:
-        facts = [origin, ranks, sizes, calibration and calibration.origin, [*map(repr, policies.items())]]
+    with simulated(
+        model, ranks, stages=stages, expert_ranks=expert_ranks, hosts=hosts, calibration=calibration
+    ) as simulation:
+        sizes = [ranks, stages, expert_ranks, hosts]
+        facts = [origin, sizes, calibration and calibration.origin, [*map(repr, policies.items())]]
         found = by_window(
             windows,
             lambda window: _window(model, simulation, list(policies.values()), window.to(model.device), progress),

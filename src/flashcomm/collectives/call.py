@@ -231,7 +231,8 @@ def start(
     equal = splits is _EQUAL or splits == _EQUAL
     if not equal and verb is not ALL_TO_ALL:
         # Those of a step of a server are the same in all of its layers.
-        splits = tuple(None if sizes is None else tuple(sizes) for sizes in splits)
+        to, come = splits
+        splits = to if to is None else tuple(to), come if come is None else tuple(come)
         key = (*key, splits)
     # Those of an all-to-all vary from call to call, so they would crowd out calls that repeat.
     repeats = (equal or verb is not ALL_TO_ALL) and isinstance(codec, _KEYS)

@@ -9,13 +9,15 @@ the tokens of tensor-parallel ranks are split too. Its other backends exchange t
 
 vLLM 0.32 chooses this backend on CPUs too, but its `CpuCommunicator` has none of the three, so a mixture of experts
 over several data-parallel ranks ends with a `NotImplementedError`. Where vLLM has none, ours send what is not
-compressed.
+compressed. With ``--enable-expert-parallel`` its experts for CPUs end with a segmentation fault; without it they are
+cut over the same ranks.
 
 Separate from `flashcomm.integrations.vllm`, which replaces them.
 
 Source: our own; the methods are those of vLLM 0.32.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -43,7 +45,22 @@ def why_not(arguments: Any, is_cpu: bool) -> str | None:
         return "--enable-elastic-ep makes groups that torch.distributed does not know: leave it out"
     if is_cpu and not arguments.enforce_eager:
         return "on CPUs vLLM compiles the experts' exchange into the model, which was not tried: give --enforce-eager"
+    if is_cpu and arguments.enable_expert_parallel and not _cpu_experts_are_mapped():
+        return (
+            "on CPUs vLLM's experts look for expert 4 of 8 in the 4 that a rank holds, and the worker ends with a "
+            "segmentation fault: leave --enable-expert-parallel out; each expert is then cut over the same ranks, and "
+            "tokens are exchanged in the same way"
+        )
     return None
+
+
+def _cpu_experts_are_mapped() -> bool:
+    """Whether vLLM's experts for CPUs use the map from all experts to those of a rank; in 0.32 they do not."""
+    try:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+    except ImportError:
+        return False
+    return inspect.getsource(CPUUnquantizedExperts.apply).count("expert_map") > 1
 
 
 def gathering(experts_of: Callable[[Any], Experts | None], gather: Callable) -> Callable:
