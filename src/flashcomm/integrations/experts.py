@@ -29,6 +29,8 @@ KINDS = ("dispatch", "combine")
 ROUTING = "weights and numbers of experts"
 """Reason that what is dispatched beside hidden states is counted as plain."""
 
+_MAX_DECISIONS = 4096
+
 Plain = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -108,22 +110,17 @@ class Experts:
         """
         return self._exchange(REDUCE_SCATTER, "combine", x, (sizes, None), plain)
 
-    def routing(self, x: torch.Tensor, sizes: Sequence[int], plain: Plain | None = None) -> torch.Tensor:
-        """Gather what is dispatched beside hidden states, uncompressed; arguments as for `dispatch`."""
-        return self._plain(ALL_GATHER, "dispatch", x, (None, sizes), plain, ROUTING)
+    def routing(self, x: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Gather what is dispatched beside hidden states, for an engine that cannot; arguments as for `dispatch`."""
+        return self._run(ALL_GATHER, x, "none", (None, sizes), ROUTING)
 
     def _exchange(self, verb: Verb, kind: str, x: torch.Tensor, splits: Splits, plain: Plain | None) -> torch.Tensor:
         choice = self._choose(kind, x, splits[0] or splits[1] or ())
-        if choice.reason:
-            return self._plain(verb, kind, x, splits, plain, choice.reason)
-        return self._run(verb, x, choice.codec, splits)
-
-    def _plain(
-        self, verb: Verb, kind: str, x: torch.Tensor, splits: Splits, plain: Plain | None, reason: str
-    ) -> torch.Tensor:
+        if choice.reason is None:
+            return self._run(verb, x, choice.codec, splits)
         if plain is None:
-            return self._run(verb, x, "none", splits, reason)
-        record_plain(kind, reason)
+            return self._run(verb, x, "none", splits, choice.reason)
+        record_plain(kind, choice.reason)
         return plain(x)
 
     def _run(
@@ -158,6 +155,8 @@ class Experts:
             return None
         key = total_bytes, codec
         if key not in self._declined:
+            if len(self._declined) >= _MAX_DECISIONS:
+                self._declined.clear()
             plan = planner.choose(total_bytes // 2, self._group.facts_for(device), codec)
             self._declined[key] = plan.reason if plan.declined else None
         return self._declined[key]

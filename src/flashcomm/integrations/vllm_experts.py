@@ -76,9 +76,11 @@ def gathering(experts_of: Callable[[Any], Experts | None], gather: Callable) -> 
         if experts is None or dim != 0 or not isinstance(input_, list) or not _tokens(input_):
             return gather(self, input_, dim, sizes)
         parts = list(sizes) if sizes else [input_[0].shape[0]] * self.world_size
-        plain = partial(_first, partial(gather, self, dim=dim, sizes=sizes)) if _has(self, "all_gatherv") else None
-        hidden, *others = input_
-        return [experts.dispatch(hidden, parts, plain), *(experts.routing(x, parts, plain) for x in others)]
+        hidden, *routing = input_
+        if not _has(self, "all_gatherv"):
+            return [experts.dispatch(hidden, parts), *(experts.routing(x, parts) for x in routing)]
+        plain = partial(_first, partial(gather, self, dim=dim, sizes=sizes))
+        return [experts.dispatch(hidden, parts, plain), *gather(self, routing, dim, sizes)]
 
     return all_gatherv
 
