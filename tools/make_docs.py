@@ -338,17 +338,22 @@ def stages_table() -> str:
     return "\n".join(lines)
 
 
-EXCHANGE = "accuracy_ep4_cpu"
+EXCHANGE = {"SmolLM2-135M-Instruct": "accuracy_smollm2_ep4_cpu", "The bundled model": "accuracy_ep4_cpu"}
 
 
 def exchange_table() -> str:
-    """Every codec of dispatch, of combine and of both."""
-    document = json.loads((RESULTS / f"{EXCHANGE}.json").read_text())
+    """Every codec of dispatch, of combine and of both, on two models."""
+    return "\n\n".join(exchange_of(name, file) for name, file in EXCHANGE.items())
+
+
+def exchange_of(model: str, file: str) -> str:
+    """The same on one model."""
+    document = json.loads((RESULTS / f"{file}.json").read_text())
     machine, rows = document["machine"], {row["codec"]: row for row in document["rows"]}
     lines = [
-        f"The bundled model with its MLPs cut into 8 experts, {document['expert_ranks']} ranks, {document['dtype']}, "
+        f"{model}, its MLPs cut into 8 experts, {document['expert_ranks']} ranks, {document['dtype']}, "
         f"{document['tokens']:,} tokens, {machine['cpu']}, {machine['date']}, commit {machine['commit']} "
-        f"([rows](../results/{EXCHANGE}.md)).",
+        f"([rows](../results/{file}.md)):",
         "",
         "| codec | bits | KL of dispatch | of combine | of both | top-1, %, of dispatch | of combine | of both |",
         "| --- |" + " ---: |" * 7,
