@@ -1,4 +1,4 @@
-"""What ranks agree on before they start: every rank's word through a store, and one policy.
+"""Agree before ranks start: every rank's word through a store, and one policy on all of them.
 
 `exchange` works before there is a process group that could carry it, `same_policy` needs one.
 
