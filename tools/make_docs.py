@@ -1,5 +1,6 @@
 """Write results/NAME.md from results/NAME.json, the table of docs/codecs.md from results/codec_cpu.json, and
-those of docs/plan.md, docs/choosing.md, docs/accuracy.md, docs/training.md, docs/versions.md and README.md.
+those of docs/plan.md, docs/choosing.md, docs/accuracy.md, docs/experts.md, docs/training.md, docs/versions.md and
+README.md.
 
 `--check` only says whether they agree, with exit status 1 if not.
 """
@@ -173,7 +174,7 @@ def codecs_page() -> str:
 
 PLAN, CHOOSING, ACCURACY = (RESULTS.parent / "docs" / name for name in ("plan.md", "choosing.md", "accuracy.md"))
 README = RESULTS.parent / "README.md"
-VERSIONS, TRAINING = (RESULTS.parent / "docs" / name for name in ("versions.md", "training.md"))
+VERSIONS, TRAINING, EXPERTS = (RESULTS.parent / "docs" / name for name in ("versions.md", "training.md", "experts.md"))
 
 
 def lab_table() -> str:
@@ -337,6 +338,34 @@ def stages_table() -> str:
     return "\n".join(lines)
 
 
+EXCHANGE = {"SmolLM2-135M-Instruct": "accuracy_smollm2_ep4_cpu", "The bundled model": "accuracy_ep4_cpu"}
+
+
+def exchange_table() -> str:
+    """Every codec of dispatch, of combine and of both, on two models."""
+    return "\n\n".join(exchange_of(name, file) for name, file in EXCHANGE.items())
+
+
+def exchange_of(model: str, file: str) -> str:
+    """The same on one model."""
+    document = json.loads((RESULTS / f"{file}.json").read_text())
+    machine, rows = document["machine"], {row["codec"]: row for row in document["rows"]}
+    lines = [
+        f"{model}, its MLPs cut into 8 experts, {document['expert_ranks']} ranks, {document['dtype']}, "
+        f"{document['tokens']:,} tokens, {machine['cpu']}, {machine['date']}, commit {machine['commit']} "
+        f"([rows](../results/{file}.md)):",
+        "",
+        "| codec | bits | KL of dispatch | of combine | of both | top-1, %, of dispatch | of combine | of both |",
+        "| --- |" + " ---: |" * 7,
+    ]
+    codecs = [codec for codec in rows if codec not in ("none", "fp32") and " " not in codec]
+    for codec in sorted(codecs, key=lambda one: (-rows[one]["bits_per_value"], rows[one]["kl"])):
+        three = [rows[name] for name in (f"dispatch {codec}", f"combine {codec}", codec)]
+        cells = [*(f"{row['kl']:.1e}" for row in three), *(f"{100 * row['top1']:.1f}" for row in three)]
+        lines.append(f"| `{codec}` | {rows[codec]['bits_per_value']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def version_rows() -> list[dict]:
     """The rows of results/versions.json, if any environment has been tested."""
     path = RESULTS / "versions.json"
@@ -443,6 +472,7 @@ def pages() -> dict[Path, str]:
         README: with_tables(README, real=real_short_table, versions=versions_claim),
         VERSIONS: with_tables(VERSIONS, versions=versions_table, skips=skips_table),
         TRAINING: with_tables(TRAINING, losses=training_table, steps=training_steps_table),
+        EXPERTS: with_tables(EXPERTS, exchange=exchange_table),
         CHOOSING: with_tables(CHOOSING, choices=published.choices_table),
     }
 

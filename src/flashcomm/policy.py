@@ -12,6 +12,8 @@
 
     [hops]                  # from one rank to another; "none" if not given
     pp = "lossless"         # between pipeline stages
+    dispatch = "fp8g128"    # tokens to the ranks that hold their experts
+    combine = "ec8"         # what the experts of a rank make of them, back to the token's rank, which adds it up
     send = "lossless"       # send and recv of the torch backend
     broadcast = "lossless"  # broadcast of the torch backend
 
@@ -73,6 +75,10 @@ class Hops:
 
     pp: str = "none"
     """Hidden states and residual between pipeline stages."""
+    dispatch: str = "none"
+    """Hidden states of tokens, to the ranks that hold the tokens' experts."""
+    combine: str = "none"
+    """Sums of a rank's experts, back to the ranks of the tokens, which add them up in fp32."""
     send: str = "none"
     """Tensors of `send` and `recv` of the backend ``flashcomm``."""
     broadcast: str = "none"

@@ -70,12 +70,15 @@ def test_the_bundled_model_has_the_bits_of_real_ranks(count, dtype):
     assert len(set(ours)) >= len(ours) - 2
 
 
-def tiny(name: str, path: Path, kv_heads: int = 4) -> Path:
+def tiny(name: str, path: Path, kv_heads: int = 4, vocab_size: int = 256) -> Path:
     """A random model of two layers with eight heads."""
     import transformers as hf
 
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=8, vocab_size=256, intermediate_size=128)
+    sizes = dict(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=8, vocab_size=vocab_size, intermediate_size=128
+    )
     sizes |= dict(num_key_value_heads=kv_heads, head_dim=16, max_position_embeddings=128, pad_token_id=255)
+    sizes["vocab_size"] = vocab_size
     few = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
     config = {
         "llama, biased": lambda: hf.LlamaConfig(**sizes, attention_bias=True, mlp_bias=True),

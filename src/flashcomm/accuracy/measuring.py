@@ -59,6 +59,7 @@ def measure(
     windows: Sequence[torch.Tensor],
     *,
     stages: int = 1,
+    expert_ranks: int = 1,
     hosts: int = 0,
     calibration: Calibration | None = None,
     folder: Path | None = None,
@@ -68,7 +69,7 @@ def measure(
     """Compare policies with plain, teacher-forced: each token is judged by its predecessors in the window.
 
     Args:
-        model, ranks, stages, hosts, calibration: see `simulated`.
+        model, ranks, stages, expert_ranks, hosts, calibration: see `simulated`.
         variants: policies by name, their ``min_bytes`` ignored; plain is measured too, as the first.
         windows: token ids, each [T + 1] with the same T.
         folder: keeps the figures of each window. An interrupted measurement of the same things is continued, another
@@ -83,8 +84,11 @@ def measure(
         raise ValueError("accuracy is measured on one or more windows of the same length")
     # Windows are cut for convenience, so no sum is too small here.
     policies = {name: replace(p, min_bytes=0) for name, p in {"none": Policy(codec="none"), **variants}.items()}
-    with simulated(model, ranks, stages=stages, hosts=hosts, calibration=calibration) as simulation:
-        facts = [origin, ranks, stages, hosts, calibration and calibration.origin, [*map(repr, policies.items())]]
+    with simulated(
+        model, ranks, stages=stages, expert_ranks=expert_ranks, hosts=hosts, calibration=calibration
+    ) as simulation:
+        sizes = [ranks, stages, expert_ranks, hosts]
+        facts = [origin, sizes, calibration and calibration.origin, [*map(repr, policies.items())]]
         found = by_window(
             windows,
             lambda window: _window(model, simulation, list(policies.values()), window.to(model.device), progress),

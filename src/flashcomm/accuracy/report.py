@@ -34,7 +34,9 @@ _EXPLANATION = (
     "the same token first, and delta log p the distance between both log-probabilities of the token that follows. In "
     "brackets the 95 % confidence interval of a bootstrap over windows. The floor, fp32, sends values as they are and "
     "adds them in fp32 in the order of the ranks, where plain adds them in a ring, in the dtype of the model. A hop "
-    "between pipeline stages adds nothing up, so it has no floor: its plain is exact."
+    "between pipeline stages adds nothing up, so it has no floor: its plain is exact. Of ranks that share out the "
+    "experts, dispatch sends hidden states to them and combine sends back the sum of a rank's experts; the floor is "
+    "that of combine, and bits per value are the mean of both."
 )
 
 
@@ -95,7 +97,7 @@ def markdown(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> st
         rows: plain first.
         found: the measurement behind the rows.
         facts: the origin of the figures: ``model``, ``ranks``, ``stages`` if there are several, ``hosts``,
-            ``algorithm``, ``dtype``, ``tokens``, ``window``, ``text`` and ``machine``.
+            ``expert_ranks``, ``algorithm``, ``dtype``, ``tokens``, ``window``, ``text`` and ``machine``.
     """
     lines = ["# Accuracy", "", _origin(facts), "", _EXPLANATION, ""]
     lines += markdown_table(HEAD, [[f"`{row[0]}`", *row[1:]] for row in map(cells, rows)])
@@ -149,9 +151,14 @@ def page(rows: Sequence[AccuracyRow], found: Measurement, facts: dict) -> str:
 def whom(facts: dict) -> str:
     """The ranks and stages that are simulated, in words.
 
+    >>> whom({"ranks": 1, "hosts": 0, "expert_ranks": 4})
+    '4 ranks with one share of the experts each'
+
     >>> whom({"ranks": 4, "hosts": 2}), whom({"ranks": 1, "hosts": 0, "stages": 2})
     ('4 ranks on 2 hosts', '2 pipeline stages of one rank')
     """
+    if "expert_ranks" in facts:
+        return f"{facts['expert_ranks']} ranks with one share of the experts each"
     hosts = f" on {facts['hosts']} hosts" if facts["hosts"] else ""
     ranks = f"{facts['ranks']} ranks{hosts}" if facts["ranks"] > 1 else "one rank"
     return f"{facts['stages']} pipeline stages of {ranks}" if "stages" in facts else ranks

@@ -36,6 +36,8 @@ class Setup:
     ranks: int
     stages: int = 1
     """Pipeline stages, each of `ranks` ranks."""
+    expert_ranks: int = 1
+    """Ranks that share out the experts."""
     hosts: int
     algorithm: str
     tokens: int
@@ -77,6 +79,7 @@ class Setup:
             "model": self.model,
             "ranks": self.ranks,
             **({"stages": self.stages} if self.stages > 1 else {}),
+            **({"expert_ranks": self.expert_ranks} if self.expert_ranks > 1 else {}),
             "hosts": self.hosts,
             "algorithm": self.algorithm,
             "dtype": self.dtype,

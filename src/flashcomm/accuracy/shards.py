@@ -50,11 +50,47 @@ def hop_layers(model: Any, stages: int) -> Iterator[tuple[str, nn.Module]]:
         yield f"{prefix}.{start - 1}", layers[start]
 
 
-def check(model: Any, ranks: int, styles: Sequence[tuple[str, str]], stages: int):
+def expert_modules(model: Any, ranks: int) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """Yield (name, module, its parameters) of each layer's experts, by the model's expert-parallel plan.
+
+    Args:
+        model: a transformers model.
+        ranks: number of ranks that share out the experts, which it must divide.
+
+    Raises:
+        ValueError: no such plan, or experts that `ranks` does not divide.
+        NotImplementedError: experts with a parameter that the plan does not cut by expert.
+    """
+    plan, found = getattr(model, "_ep_plan", None) or {}, False
+    for name, module in model.named_modules():
+        general = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+        parameters = dict(module.named_parameters(recurse=False))
+        cut = [key for key in parameters if plan.get(f"{general}.{key}") == "grouped_gemm"]
+        if not cut:
+            continue
+        found, count = True, parameters[cut[0]].shape[0]
+        if len(cut) < len(parameters) or getattr(module, "num_experts", None) != count:
+            raise NotImplementedError(f"experts {name!r} have parameters that are not one slice per expert")
+        if count % ranks:
+            allowed = ", ".join(str(n) for n in range(2, count + 1) if count % n == 0)
+            raise ValueError(f"{count} experts do not divide evenly among {ranks} ranks: give one of {allowed}")
+        yield name, module, cut
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no experts with an expert-parallel plan, so no tokens are exchanged: give a "
+            "mixture-of-experts model, such as Mixtral, Qwen3-MoE or OLMoE"
+        )
+
+
+def check(model: Any, ranks: int, styles: Sequence[tuple[str, str]], stages: int, expert_ranks: int = 1):
     """Refuse what cannot be simulated; errors as of `flashcomm.accuracy.simulated.simulated`."""
     if getattr(model, "_device_mesh", None) is not None:
         raise ValueError("this model is split over ranks already: load it in one process, without a plan")
-    if ranks == 1 and stages > 1:
+    if expert_ranks > 1 and (ranks > 1 or stages > 1):
+        raise ValueError(
+            "experts are simulated over ranks that hold the rest of the model whole: give ranks=1, stages=1"
+        )
+    if ranks == 1 and (stages > 1 or expert_ranks > 1):
         return
     if ranks < 2:
         raise ValueError(f"{ranks} rank(s) sum nothing: simulate 2 or more")

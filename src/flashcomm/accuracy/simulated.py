@@ -9,6 +9,8 @@ The layers between them treat heads and features one by one, and run once for al
 With pipeline stages, what the last layer of a stage hands on is encoded and decoded once, before the next stage's first
 layer. Engines may hand on the output of the last MLP and the residual apart, and encode both.
 
+With ranks that share out the experts, each layer of them becomes three steps, as `flashcomm.accuracy.exchange` says.
+
 The bits equal those of ranks that use as many threads for matrix products as this process does, without gradients.
 
 Source: our own.
@@ -22,8 +24,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flashcomm import kernels, simulate
-from flashcomm.accuracy import shards
+from flashcomm import simulate
+from flashcomm.accuracy import exchange, shards
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features
 from flashcomm.integrations.patches import Patches
@@ -42,9 +44,9 @@ class Simulation:
     """Codec of each sum; may be replaced between forward passes."""
     modules: dict[str, int]
     """Number of features of each sum, by the name of the module that is summed; and of each hop, by that of the layer
-    that hands it on."""
-    hops: frozenset[str]
-    """The layers that hand on a hop to the next pipeline stage."""
+    that hands it on, or of the experts with the kind of the hop."""
+    hops: Mapping[str, str]
+    """Kind of each hop, a field of `flashcomm.policy.Hops`, by its name in `modules`."""
     plain: Counter[str]
     """Number of sums and hops that stayed plain, by the policy's reason."""
     observe: Observer | None
@@ -57,6 +59,7 @@ class Simulation:
         policy: Policy,
         *,
         stages: int = 1,
+        expert_ranks: int = 1,
         hosts: int = 0,
         calibration: Calibration | None = None,
     ):
@@ -64,8 +67,8 @@ class Simulation:
         self.modules, self.plain, self.observe = {}, Counter(), None
         self._dtype = model.dtype
         self._patches = Patches("flashcomm.accuracy.simulated")
-        planned = list(shards.planned(model)) if ranks > 1 or stages == 1 else []
-        shards.check(model, ranks, [(name, style) for name, _, style, _ in planned], stages)
+        planned = list(shards.planned(model)) if ranks > 1 or stages == expert_ranks == 1 else []
+        shards.check(model, ranks, [(name, style) for name, _, style, _ in planned], stages, expert_ranks)
         self._kv_heads = heads.heads_of(model.config.get_text_config())[1]
         self._copied = heads.replicated({name: style for name, _, style, _ in planned}, self._kv_heads, ranks)
         for name, module, style, parameters in planned:
@@ -75,10 +78,15 @@ class Simulation:
             if style not in shards.WHOLE:
                 self._replace(name, module, style, parameters)
         boundaries = dict(shards.hop_layers(model, stages)) if stages > 1 else {}
-        self.hops = frozenset(boundaries)
+        self.hops = dict.fromkeys(boundaries, "pp")
         for name, receiver in boundaries.items():
             self.modules[name] = model.config.get_text_config().hidden_size
             self._receive(name, receiver)
+        for name, experts, cut in list(shards.expert_modules(model, expert_ranks)) if expert_ranks > 1 else ():
+            for kind in exchange.KINDS:
+                self.hops[f"{name}.{kind}"] = kind
+                self.modules[f"{name}.{kind}"] = model.config.get_text_config().hidden_size
+            self._exchange(name, experts, cut, expert_ranks)
 
     def undo(self):
         """Restore the model. Harmless when repeated."""
@@ -90,7 +98,7 @@ class Simulation:
         return sum(bits) / sum(self.modules.values())
 
     def _codec(self, policy: Policy, name: str) -> Codec:
-        return policy.hops.codec("pp") if name in self.hops else policy.codec_for(name)
+        return policy.hops.codec(self.hops[name]) if name in self.hops else policy.codec_for(name)
 
     def compressed(self, name: str, parts: Sequence[torch.Tensor], codec: Codec, algorithm: str) -> torch.Tensor:
         """Sum the ranks' terms of the module `name` in `codec`, as with ``batch_invariant=True``."""
@@ -136,16 +144,29 @@ class Simulation:
 
         self._patches.replace(layer, "forward", received)
 
-    def _hop(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        choice, cols = self.policy.choose_hop("pp", x.numel() * x.element_size(), x.dtype), x.shape[-1]
+    def _exchange(self, name: str, module: nn.Module, cut: Sequence[str], ranks: int):
+        """Make the experts of a layer see what their ranks decode, and return what the tokens' ranks add up."""
+        forward = module.forward
 
-        def compressed() -> torch.Tensor:
-            payload = kernels.encode(x.reshape(-1, cols), choice.codec)
-            return kernels.decode(payload, choice.codec, cols=cols, dtype=x.dtype).view(x.shape)
+        def exchanged(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> Any:
+            arrived = self._hop(f"{name}.dispatch", hidden_states)
+            parts = exchange.of_each_rank(module, cut, ranks, forward, arrived, top_k_index, top_k_weights)
+            return self._hop(f"{name}.combine", *parts)
 
-        found = apply(choice, compressed=compressed, plain=lambda: x, count=self._count)
+        self._patches.replace(module, "forward", exchanged)
+
+    def _hop(self, name: str, *parts: torch.Tensor) -> torch.Tensor:
+        """Encode and decode one tensor, or the terms of a sum; return what arrives."""
+        x = parts[0]
+        choice = self.policy.choose_hop(self.hops[name], x.numel() * x.element_size(), x.dtype)
+        found = apply(
+            choice,
+            compressed=lambda: exchange.decoded(parts, choice.codec),
+            plain=lambda: ring_sum(parts) if len(parts) > 1 else x,
+            count=self._count,
+        )
         if self.observe:
-            self.observe(name, [x], found)
+            self.observe(name, parts, found)
         return found
 
     def _count(self, reason: str):
@@ -186,6 +207,7 @@ def simulated(
     policy: Policy | None = None,
     *,
     stages: int = 1,
+    expert_ranks: int = 1,
     hosts: int = 0,
     calibration: Calibration | None = None,
 ) -> Iterator[Simulation]:
@@ -193,10 +215,12 @@ def simulated(
 
     Args:
         model: a transformers model in one process, with a tensor-parallel plan in its configuration.
-        ranks: number of ranks to simulate, in each pipeline stage; 1 only with several stages.
+        ranks: number of ranks to simulate, in each pipeline stage; 1 only with several stages or `expert_ranks`.
         policy: codec of each sum, and algorithm; None for plain. ``none`` and messages under ``min_bytes`` are summed
             by a ring in the dtype of the model; all others are compressed, as with ``batch_invariant=True``.
         stages: number of pipeline stages, as `flashcomm.planner.stages` cuts them; the policy's codec for hops counts.
+        expert_ranks: number of ranks that share out the experts, and hold the rest of the model whole; the policy's
+            codecs for dispatch and combine count.
         hosts: number of hosts, with equally many ranks, for the algorithm ``hierarchical``.
         calibration: for codecs that need one, made with the same number of ranks.
 
@@ -204,7 +228,7 @@ def simulated(
         A `Simulation`.
 
     Raises:
-        ValueError: no plan, a model that is parallel already, or heads that `ranks` does not divide.
+        ValueError: no plan, a model that is parallel already, or heads or experts that the ranks do not divide.
         NotImplementedError: the plan splits a module in a way that is not simulated.
 
     Example::
@@ -213,7 +237,13 @@ def simulated(
             logits = model(input_ids).logits
     """
     simulation = Simulation(
-        model, ranks, policy or Policy(codec="none"), stages=stages, hosts=hosts, calibration=calibration
+        model,
+        ranks,
+        policy or Policy(codec="none"),
+        stages=stages,
+        expert_ranks=expert_ranks,
+        hosts=hosts,
+        calibration=calibration,
     )
     try:
         yield simulation

@@ -17,8 +17,11 @@ if TYPE_CHECKING:
     from flashcomm.report.progress import Step
 
 
-_OF_SUMS = ("tp", "pp", "policy", "algorithm", "hosts", "calibration")
+_OF_SUMS = ("tp", "pp", "ep", "policy", "algorithm", "hosts", "calibration")
 """Options of what ranks and stages send, which caches are not."""
+_NOT_OF_EXPERTS = ("tp", "pp", "algorithm", "hosts", "calibration")
+"""Options that ranks which share out the experts have no use for."""
+EXPERT_CODECS = "ec8,int8g128,fp8g128,ec6,int6g128+hadamard,ec4.25,nvfp4,int4g128+hadamard"
 CACHE_CODECS = "lossless,ec8,ec6,ec5,ec4,ec3.5,int8g64,int4g64+hadamard,int4g64"
 
 
@@ -34,6 +37,14 @@ def measure_accuracy(
         typer.Option(
             help="Pipeline stages to simulate, each of --tp ranks: the codecs are then those of the hops between them, "
             "and sums are plain. A policy's are its own.",
+            min=1,
+        ),
+    ] = 1,
+    ep: Annotated[
+        int,
+        typer.Option(
+            help="Ranks to simulate that share out the experts: the codecs are then those of dispatch, of combine, and "
+            "of both. A policy's are its own.",
             min=1,
         ),
     ] = 1,
@@ -61,7 +72,7 @@ def measure_accuracy(
     ),
     json_file: Json = None,
 ):
-    """Measure what each codec costs this model over N ranks or pipeline stages, simulated in one process."""
+    """Measure what each codec costs this model over N ranks, pipeline stages or shares of experts, in one process."""
     given_options = {name for name in context.params if _is_given(context, name)}
     if caches:
         if wrong := [f"--{name}" for name in _OF_SUMS if name in given_options]:
@@ -76,9 +87,13 @@ def measure_accuracy(
         return
     if "new_tokens" in given_options:
         fail("--new-tokens is for --kv")
-    specs = codec_list(codecs)
-    ranks = tp or (8 if pp == 1 else 1)
-    if ranks == pp == 1:
+    if ep > 1 and (wrong := [f"--{name}" for name in _NOT_OF_EXPERTS if name in given_options]):
+        fail(f"--ep measures ranks that hold all but the experts whole: leave out {', '.join(wrong)}")
+    specs = codec_list(codecs if ep == 1 or "codecs" in given_options else EXPERT_CODECS)
+    ranks = tp or (8 if pp == ep == 1 else 1)
+    if "ep" in given_options and ep == 1:
+        fail("--ep 1: one rank exchanges nothing. Give --ep 2 or more")
+    if ranks == pp == ep == 1:
         fail("--tp 1: one rank sends nothing. Give --tp 2 or more, or --pp 2 or more")
     from flashcomm.policy import Hops, Policy
 
@@ -87,16 +102,22 @@ def measure_accuracy(
     except ValueError as error:
         fail(str(error))
     given = setup(
-        model, specs, text, tp=ranks, pp=pp, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
+        model, specs, text, tp=ranks, pp=pp, ep=ep, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
         dtype=dtype, calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
-    from flashcomm.accuracy import report
+    from flashcomm.accuracy import exchange, report
     from flashcomm.accuracy.metrics import FLOOR
 
     try:
-        sums = [FLOOR, *specs] if pp == 1 else [FLOOR] if ranks > 1 else []
+        sums = [FLOOR, *specs] if pp == ep == 1 else [FLOOR] if ranks > 1 else []
         variants = {name: Policy(codec=name, algorithm=algorithm) for name in sums}
-        if pp > 1:
+        if ep > 1:
+            variants = {FLOOR: Policy(codec="none", hops=Hops(combine=FLOOR))}
+            for name in specs:
+                for label, kinds in (("dispatch ", ["dispatch"]), ("combine ", ["combine"]), ("", exchange.KINDS)):
+                    hops = Hops(**dict.fromkeys(kinds, name))
+                    variants.setdefault(label + name, Policy(codec="none", hops=hops))
+        elif pp > 1:
             variants |= {name: Policy(codec="none", hops=Hops(pp=name)) for name in specs}
         variants |= policies
         variants.pop("none", None)
@@ -177,6 +198,7 @@ def _measure(given: "Setup", variants: "dict[str, Policy]", step: "Step") -> "tu
         variants,
         texts,
         stages=given.stages,
+        expert_ranks=given.expert_ranks,
         hosts=given.hosts,
         calibration=given.calibrated(),
         folder=given.out / "windows",

@@ -48,7 +48,7 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     first, second = codec.formats
     rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces, x.device.type)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
-    stripes = Stripes(rows, messages.ranks.world_size)
+    stripes = Stripes.even(rows, messages.ranks.world_size)
     # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
     width, sum_width = first.payload_bytes(cols, x.dtype), second.payload_bytes(cols, x.dtype)
     scatter = messages.scatter(stripes.sizes, width, pieces, x.device, first.varies)
@@ -61,9 +61,20 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     return scatter.finish() + gather.finish()
 
 
-def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
-    """Sum every rank's x[R * S, H] rows of this rank's stripe into out[S, H]; return the bytes sent."""
-    cols, stripes = x.shape[1], Stripes(x.shape[0], messages.ranks.world_size)
+def reduce_scatter(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    codec: Codec,
+    messages: Messages,
+    pieces: int = 1,
+    sizes: Sequence[int] | None = None,
+) -> int:
+    """Sum every rank's x[T, H] rows of this rank's stripe into out[S, H]; return the bytes sent.
+
+    Stripes are equal, or ``sizes[r]`` rows for rank r.
+    """
+    cols = x.shape[1]
+    stripes = Stripes(sizes) if sizes else Stripes.even(x.shape[0], messages.ranks.world_size)
     scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device, codec.varies)
     _scatter_rows(x, stripes, scatter, codec, messages)
     for piece in scatter.pieces:
@@ -71,15 +82,25 @@ def reduce_scatter(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: M
     return scatter.finish()
 
 
-def all_gather(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Messages, pieces: int = 1) -> int:
-    """Write every rank's x[T, H], this one's too, to out[R * T, H] as its payload decodes; return the bytes sent."""
+def all_gather(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    codec: Codec,
+    messages: Messages,
+    pieces: int = 1,
+    sizes: Sequence[int] | None = None,
+) -> int:
+    """Write every rank's x[S, H], this one's too, to out[T, H] as its payload decodes; return the bytes sent.
+
+    S is the same on all ranks, or ``sizes[r]`` on rank r.
+    """
     rows, cols = x.shape
+    stripes = Stripes(sizes or [rows] * messages.ranks.world_size)
     width = codec.payload_bytes(cols, x.dtype)
-    gather = messages.gather([rows] * messages.ranks.world_size, width, pieces, x.device, codec.varies)
+    gather = messages.gather(stripes.sizes, width, pieces, x.device, codec.varies)
     for piece in gather.pieces:
         kernels.encode(x[piece], codec, out=gather.place(piece))
         gather.send(piece)
-    stripes = Stripes(messages.ranks.world_size * rows, messages.ranks.world_size)
     _decode_all(gather, stripes, codec, out)
     return gather.finish()
 
@@ -127,7 +148,7 @@ ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": redu
 
 def _scatter_rows(x: torch.Tensor, stripes: "Stripes", scatter: Scatter, codec: Codec, messages: Messages):
     """Encode and send x[T, H], each rank its stripe."""
-    whole = scatter.whole()
+    whole = scatter.whole() if stripes.dense else None
     if whole is None:
         encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], codec, messages)
     else:
@@ -137,7 +158,7 @@ def _scatter_rows(x: torch.Tensor, stripes: "Stripes", scatter: Scatter, codec: 
 
 def _decode_all(gather: Gather, stripes: "Stripes", codec: Codec, out: torch.Tensor):
     """Decode every rank's stripe into out[T, H]."""
-    (rows, cols), whole = out.shape, gather.whole()
+    (rows, cols), whole = out.shape, gather.whole() if stripes.dense else None
     if whole is not None:
         kernels.decode(whole[:rows], codec, cols=cols, dtype=out.dtype, out=out)
         return
@@ -185,14 +206,27 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int, device: str = "cpu") -> 
 
 
 class Stripes:
-    """Rows dealt out to ranks in runs of equal length; the last ranks may have fewer, or none."""
+    """Rows dealt out to ranks in runs.
 
-    def __init__(self, rows: int, ranks: int):
+    >>> Stripes.even(5, 3).sizes, Stripes([2, 2, 1]).dense, Stripes([1, 2, 2]).dense
+    ([2, 2, 1], True, False)
+    """
+
+    def __init__(self, sizes: Sequence[int]):
+        edges = list(itertools.accumulate(sizes, initial=0))
+        self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
+        self.sizes = list(sizes)
+        """Rows of each rank."""
+        longest = max(sizes)
+        self.dense = edges == [min(rank * longest, edges[-1]) for rank in range(len(edges))]
+        """Whether all are as long as the longest, but for the last ones."""
+
+    @classmethod
+    def even(cls, rows: int, ranks: int) -> "Stripes":
+        """Runs of equal length; the last ranks may have fewer rows, or none."""
         length = -(-rows // ranks)
         edges = [min(rank * length, rows) for rank in range(ranks + 1)]
-        self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
-        self.sizes = [part.stop - part.start for part in self._slices]
-        """Rows of each rank."""
+        return cls([stop - start for start, stop in itertools.pairwise(edges)])
 
     def part(self, rank: int, piece: slice) -> slice:
         """The rows of `rank` in a piece of its stripe; fewer, or none, where the stripe is shorter."""

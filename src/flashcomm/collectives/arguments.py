@@ -174,6 +174,31 @@ def gathered_shape(shape: torch.Size, ranks: int) -> tuple[int, ...]:
     return (ranks * shape[0], *shape[1:]) if shape else (ranks,)
 
 
+def uneven_rows(
+    name: str, x: torch.Tensor, sizes: Sequence[int] | None, rows: int | None, rank: int, ranks: int
+) -> tuple[int, ...] | None:
+    """Entries of dimension 0 of each rank, or None if they are equal.
+
+    Args:
+        name: of the argument, for errors.
+        x: this rank's tensor.
+        sizes: the argument; None for equal parts.
+        rows: that all sizes add up to; None if x is this rank's part.
+        rank, ranks: of the group.
+
+    Raises:
+        ValueError: sizes that do not fit `x` or the number of ranks.
+    """
+    if sizes is None:
+        return None
+    if x.dim() < 2:
+        raise ValueError(f"{name} counts rows: x needs at least 2 dimensions, not {list(x.shape)}")
+    found = split_sizes(name, sizes, rows, ranks)
+    if rows is None and found[rank] != x.shape[0]:
+        raise ValueError(f"{name} = {found} gives rank {rank} other than its {x.shape[0]} rows")
+    return None if len(set(found)) == 1 else tuple(found)
+
+
 def row_shape(shape: torch.Size) -> tuple[int, int]:
     """[..., H] as [T, H]."""
     return (math.prod(shape[:-1]), shape[-1]) if shape else (1, 1)

@@ -4,6 +4,7 @@ Deciding takes longer than a small sum, so what `_decide` makes of a codec, shap
 `start` is the one way in, for the public verbs and for the operators of compiled graphs.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -197,6 +198,7 @@ class Call:
 # every call.
 _KEYS = str, Codec
 _EQUAL: Splits = (None, None)
+_SIZES_CHARACTERS = 200
 
 
 def start(
@@ -226,8 +228,14 @@ def start(
         raise arguments.not_dense(x, "x") from None
     if strict or batch_invariant or because or verb.root is not None:
         key = (*key, strict, batch_invariant, because, verb.root)
-    # Splits vary from call to call, so they would crowd out calls that repeat.
-    repeats = (splits is _EQUAL or splits == _EQUAL) and isinstance(codec, _KEYS)
+    equal = splits is _EQUAL or splits == _EQUAL
+    if not equal and verb is not ALL_TO_ALL:
+        # Those of a step of a server are the same in all of its layers.
+        to, come = splits
+        splits = to if to is None else tuple(to), come if come is None else tuple(come)
+        key = (*key, splits)
+    # Those of an all-to-all vary from call to call, so they would crowd out calls that repeat.
+    repeats = (equal or verb is not ALL_TO_ALL) and isinstance(codec, _KEYS)
     call = home.calls.get(key) if repeats else None
     if call is None:
         call = _decide(verb, x, codec, home, algorithm, strict, batch_invariant, splits, because, out)
@@ -249,7 +257,7 @@ def _decide(
     out: torch.Tensor | None,
 ) -> Call:
     """Check and decide everything that depends only on x's shape, dtype and device, and agree on it with all ranks."""
-    ranks, size = home.ranks, x.numel() * x.element_size()
+    ranks = home.ranks
     asked = arguments.fitting(codec, x)
     if verb is ALL_TO_ALL:
         asked = arguments.exchangeable(x, asked, algorithm)
@@ -258,6 +266,8 @@ def _decide(
     elif verb.place is not None:
         asked = arguments.single_step(asked, verb.place, algorithm)
     rows = verb.rows(x, splits, ranks.rank, ranks.world_size)
+    # The same on all ranks: of uneven parts that of the longest.
+    size = (max(rows.sizes) * rows.cols if rows.sizes else x.numel()) * x.element_size()
     if ranks.world_size > 1:
         home.meet(x.device)
     facts = home.facts_for(x.device)
@@ -275,11 +285,13 @@ def _decide(
     uncompressed = plan.algorithm == "plain" or plan.declined or because is not None
     refusal = _refusal(plan, x.device.type) if strict else None
     # What was asked for, so that ranks that differ find out even where neither compresses.
-    contract = _contract(verb, plan.algorithm, asked, x) + (f", strict={refusal or 'yes'}" if strict else "")
+    contract = _contract(verb, plan.algorithm, asked, x, rows.sizes) + (
+        f", strict={refusal or 'yes'}" if strict else ""
+    )
     if plan.codec.identity != str(plan.codec):
         # Once per calibrated codec, not once more for every new shape.
         home.agree(f"codec={plan.codec.identity}", x.device)
-    moves = ranks.world_size > 1 and bool(x.numel() or (verb is ALL_TO_ALL and rows.cols))
+    moves = ranks.world_size > 1 and bool(x.numel() or ((verb is ALL_TO_ALL or rows.sizes) and rows.cols))
     task = _task(verb, plan, rows, x) if moves and plan.algorithm != "plain" else None
     load = partial(routes.load, task, home.meet(x.device).lane) if task else lambda: None
     home.agree(contract, x.device, load, known_as=_without_rows(contract, verb, x))
@@ -321,6 +333,7 @@ def _task(verb: Verb, plan: planner.Plan, rows: Rows, x: torch.Tensor) -> Task:
         pieces=plan.pieces,
         splits=rows.splits,
         root=verb.root or 0,
+        sizes=rows.sizes,
     )
 
 
@@ -362,9 +375,14 @@ def _refusal(plan: planner.Plan, device: str) -> str | None:
     return None
 
 
-def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor) -> str:
+def _contract(verb: Verb, algorithm: str, codec: Codec, x: torch.Tensor, sizes: Sequence[int] | None = None) -> str:
     """The text that all ranks must agree on before the first transfer."""
-    shape = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
+    shape: Sequence[object] = ("*", *x.shape[1:]) if verb is ALL_TO_ALL else x.shape
+    if sizes:
+        text = "+".join(map(str, sizes))
+        # What is compared has room for the sizes of some 40 ranks.
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        shape = (text if len(text) < _SIZES_CHARACTERS else f"{sum(sizes)} rows, {digest}", *x.shape[1:])
     op = verb.name if verb.root is None else f"{verb.name} from rank {verb.root}"
     return f"op={op}, algorithm={algorithm}, {describe(str(codec), x.dtype, shape)}"
 

@@ -28,6 +28,7 @@ from flashcomm import codecs, planner
 from flashcomm.codecs import Codec
 from flashcomm.collectives import arguments
 from flashcomm.collectives.call import start
+from flashcomm.collectives.group import group_of
 from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, REDUCE_SCATTER, Verb
 from flashcomm.collectives.topology import process_group
 from flashcomm.kernels.graph import into, name_of
@@ -61,30 +62,36 @@ def reduce_scatter(
     x: torch.Tensor,
     codec: "str | Codec",
     group: AnyGroup,
+    input_split_sizes: Sequence[int] | None,
     algorithm: str,
     out: torch.Tensor | None,
     async_op: bool,
 ) -> torch.Tensor:
     """`flashcomm.reduce_scatter` in a graph."""
     if async_op:
-        return _between_graphs(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out)
+        splits = input_split_sizes, None
+        return _between_graphs(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, out=out, splits=splits)
     _check_grad(x)
-    return into(out, torch.ops.flashcomm.reduce_scatter(x, name_of(codec), _name_of(group), algorithm))
+    name, of = name_of(codec), _name_of(group)
+    return into(out, torch.ops.flashcomm.reduce_scatter(x, name, of, input_split_sizes, algorithm))
 
 
 def all_gather(
     x: torch.Tensor,
     codec: "str | Codec",
     group: AnyGroup,
+    output_split_sizes: Sequence[int] | None,
     algorithm: str,
     out: torch.Tensor | None,
     async_op: bool,
 ) -> torch.Tensor:
     """`flashcomm.all_gather` in a graph."""
     if async_op:
-        return _between_graphs(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out)
+        splits = None, output_split_sizes
+        return _between_graphs(ALL_GATHER, x, codec, group, algorithm=algorithm, out=out, splits=splits)
     _check_grad(x)
-    return into(out, torch.ops.flashcomm.all_gather(x, name_of(codec), _name_of(group), algorithm))
+    name, of = name_of(codec), _name_of(group)
+    return into(out, torch.ops.flashcomm.all_gather(x, name, of, output_split_sizes, algorithm))
 
 
 def all_to_all(
@@ -194,25 +201,37 @@ def _(x: torch.Tensor, codec: str, group: str, algorithm: str, strict: bool, bat
 
 
 @torch.library.custom_op("flashcomm::reduce_scatter", mutates_args=())
-def _reduce_scatter(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    return _run(REDUCE_SCATTER, x, codec, group, algorithm=algorithm)
+def _reduce_scatter(
+    x: torch.Tensor, codec: str, group: str, input_split_sizes: Sequence[int] | None, algorithm: str
+) -> torch.Tensor:
+    return _run(REDUCE_SCATTER, x, codec, group, algorithm=algorithm, splits=(input_split_sizes, None))
 
 
 @_reduce_scatter.register_fake
-def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+def _(x: torch.Tensor, codec: str, group: str, input_split_sizes: Sequence[int] | None, algorithm: str) -> torch.Tensor:
     ranks = _known(x, arguments.single_step(codecs.named(codec), 0, algorithm), group, algorithm)
-    return x.new_empty(arguments.part_shape(x.shape, ranks))
+    if input_split_sizes is None:
+        return x.new_empty(arguments.part_shape(x.shape, ranks))
+    sizes = arguments.split_sizes("input_split_sizes", input_split_sizes, None, ranks)
+    return x.new_empty(sizes[group_of(_group(group)).ranks.rank], *x.shape[1:])
 
 
 @torch.library.custom_op("flashcomm::all_gather", mutates_args=())
-def _all_gather(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
-    return _run(ALL_GATHER, x, codec, group, algorithm=algorithm)
+def _all_gather(
+    x: torch.Tensor, codec: str, group: str, output_split_sizes: Sequence[int] | None, algorithm: str
+) -> torch.Tensor:
+    return _run(ALL_GATHER, x, codec, group, algorithm=algorithm, splits=(None, output_split_sizes))
 
 
 @_all_gather.register_fake
-def _(x: torch.Tensor, codec: str, group: str, algorithm: str) -> torch.Tensor:
+def _(
+    x: torch.Tensor, codec: str, group: str, output_split_sizes: Sequence[int] | None, algorithm: str
+) -> torch.Tensor:
     ranks = _known(x, arguments.single_step(codecs.named(codec), 1, algorithm), group, algorithm)
-    return x.new_empty(arguments.gathered_shape(x.shape, ranks))
+    if output_split_sizes is None:
+        return x.new_empty(arguments.gathered_shape(x.shape, ranks))
+    sizes = arguments.split_sizes("output_split_sizes", output_split_sizes, None, ranks)
+    return x.new_empty(sum(sizes), *x.shape[1:])
 
 
 @torch.library.custom_op("flashcomm::all_to_all", mutates_args=())

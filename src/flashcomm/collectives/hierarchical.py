@@ -116,7 +116,7 @@ def _two_step(
     codec: Codec, between: Messages, sums: torch.Tensor, pieces: int, add_inside: AddInside, hand_round: HandRound
 ) -> int:
     (first, second), cols = codec.formats, sums.shape[1]
-    stripes = Stripes(len(sums), between.ranks.world_size)
+    stripes = Stripes.even(len(sums), between.ranks.world_size)
     width, sum_width = first.payload_bytes(cols, sums.dtype), second.payload_bytes(cols, sums.dtype)
     scatter = between.scatter(stripes.sizes, width, pieces, sums.device, first.varies)
     gather = between.gather(stripes.sizes, sum_width, pieces, sums.device, second.varies)

@@ -47,6 +47,8 @@ def route(task: Task, lane: Lane, finish: Callable[[], object]) -> Run:
         algorithm = partial(all_to_all, in_rows=task.splits[0], out_rows=task.splits[1])
     elif task.name == "broadcast":
         algorithm = partial(broadcast, root=task.root, pieces=task.pieces)
+    elif task.sizes:
+        algorithm = partial(ALGORITHMS[task.name], pieces=task.pieces, sizes=task.sizes)
     else:
         algorithm = partial(ALGORITHMS[task.name], pieces=task.pieces)
 

@@ -12,7 +12,10 @@ from flashcomm.collectives import arguments
 from flashcomm.transports.backend import Backend
 
 Splits = tuple[Sequence[int] | None, Sequence[int] | None]
-"""Entries of dimension 0 to each rank and from each rank, of an all-to-all; None for equal parts."""
+"""Entries of dimension 0 to each rank and from each rank; None for equal parts.
+
+Of a reduce-scatter the first counts, of an all-gather the second, and all ranks give the same; of an all-to-all both.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class Rows:
     """Bytes that the plain collective sends from a rank."""
     splits: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """Rows to each rank and from each rank, of an all-to-all."""
+    sizes: tuple[int, ...] | None = None
+    """Rows of each rank, of a reduce-scatter and an all-gather with other than equal parts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +63,9 @@ def _all_reduce(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
 
 
 def _reduce_scatter(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
+    count = x.shape[0] if x.dim() else 0
+    if sizes := arguments.uneven_rows("input_split_sizes", x, splits[0], count, rank, ranks):
+        return _uneven(x, sizes, sizes[rank], _bytes(x) // count * (count - sizes[rank]))
     shape, plain_bytes = arguments.part_shape(x.shape, ranks), _bytes(x) * (ranks - 1) // ranks
     if x.dim() == 1:
         # A vector is cut into R rows, whose owners sum one each.
@@ -66,7 +74,22 @@ def _reduce_scatter(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> R
 
 
 def _all_gather(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
+    if sizes := arguments.uneven_rows("output_split_sizes", x, splits[1], None, rank, ranks):
+        return _uneven(x, sizes, sum(sizes), _bytes(x) * (ranks - 1))
     return _rows(x, arguments.gathered_shape(x.shape, ranks), _bytes(x) * (ranks - 1))
+
+
+def _uneven(x: torch.Tensor, sizes: Sequence[int], entries: int, plain_bytes: int) -> Rows:
+    """Rows of a result with `entries` of dimension 0."""
+    count, cols = arguments.row_shape(x.shape)
+    per_entry = math.prod(x.shape[1:-1])
+    return Rows(
+        count=count,
+        cols=cols,
+        shape=torch.Size((entries, *x.shape[1:])),
+        plain_bytes=plain_bytes,
+        sizes=tuple(size * per_entry for size in sizes),
+    )
 
 
 def _all_to_all(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
@@ -83,6 +106,20 @@ def _all_to_all(x: torch.Tensor, splits: Splits, rank: int, ranks: int) -> Rows:
     )
 
 
+def _plain_reduce_scatter(backend: Backend, x: torch.Tensor, out: torch.Tensor, rows: Rows):
+    if rows.sizes:
+        backend.reduce_rows(x, out, rows.sizes)
+    else:
+        backend.reduce_scatter(x, out)
+
+
+def _plain_all_gather(backend: Backend, x: torch.Tensor, out: torch.Tensor, rows: Rows):
+    if rows.sizes:
+        backend.gather_rows(x, out, rows.sizes)
+    else:
+        backend.all_gather(x, out)
+
+
 def _plain_all_to_all(backend: Backend, x: torch.Tensor, out: torch.Tensor, rows: Rows):
     assert rows.splits
     backend.all_to_all(out, x.contiguous(), rows.splits[1], rows.splits[0])
@@ -91,15 +128,8 @@ def _plain_all_to_all(backend: Backend, x: torch.Tensor, out: torch.Tensor, rows
 ALL_REDUCE = Verb(
     name="all_reduce", place=None, rows=_all_reduce, plain=lambda backend, x, out, _: backend.all_reduce(x, out)
 )
-REDUCE_SCATTER = Verb(
-    name="reduce_scatter",
-    place=0,
-    rows=_reduce_scatter,
-    plain=lambda backend, x, out, _: backend.reduce_scatter(x, out),
-)
-ALL_GATHER = Verb(
-    name="all_gather", place=1, rows=_all_gather, plain=lambda backend, x, out, _: backend.all_gather(x, out)
-)
+REDUCE_SCATTER = Verb(name="reduce_scatter", place=0, rows=_reduce_scatter, plain=_plain_reduce_scatter)
+ALL_GATHER = Verb(name="all_gather", place=1, rows=_all_gather, plain=_plain_all_gather)
 ALL_TO_ALL = Verb(name="all_to_all", place=0, rows=_all_to_all, plain=_plain_all_to_all)
 
 

@@ -76,22 +76,26 @@ def reduce_scatter(
     codec: str | Codec = "int8g128",
     group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
+    input_split_sizes: Sequence[int] | None = None,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
     async_op: bool = False,
 ) -> torch.Tensor | Work:
-    """Sum `x` over the ranks; rank r keeps the r-th of R equal parts of dimension 0.
+    """Sum `x` over the ranks; rank r keeps the r-th of R parts of dimension 0.
 
     One all-to-all of payloads, then a sum in fp32: one rounding per rank, none of the sum but to x's dtype.
 
     Args:
-        x: as for `all_reduce`; dimension 0 must be a multiple of the world size.
+        x: as for `all_reduce`; dimension 0 must be a multiple of the world size, unless `input_split_sizes` says how
+            it is cut.
         codec: wire format; of a pair, the first.
+        input_split_sizes: rows of each rank, the same on all ranks, 0 allowed; equal parts if None. Other than equal
+            parts take messages, never shared memory, and need x of at least 2 dimensions.
         algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
         group, out, async_op: as for `all_reduce`.
 
     Returns:
-        Tensor ``[x.shape[0] / R, ...]``; a `Work` if `async_op`.
+        Tensor ``[x.shape[0] / R, ...]``, or ``[input_split_sizes[r], ...]``; a `Work` if `async_op`.
 
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
@@ -99,8 +103,8 @@ def reduce_scatter(
     if torch.compiler.is_dynamo_compiling():
         from flashcomm.collectives import graph
 
-        return graph.reduce_scatter(x, codec, group, algorithm, out, async_op)
-    return start(REDUCE_SCATTER, x, codec, group, algorithm, out, async_op)
+        return graph.reduce_scatter(x, codec, group, input_split_sizes, algorithm, out, async_op)
+    return start(REDUCE_SCATTER, x, codec, group, algorithm, out, async_op, splits=(input_split_sizes, None))
 
 
 def all_gather(
@@ -108,6 +112,7 @@ def all_gather(
     codec: str | Codec = "int8g128",
     group: "dist.ProcessGroup | DeviceMesh | None" = None,
     *,
+    output_split_sizes: Sequence[int] | None = None,
     algorithm: str = "auto",
     out: torch.Tensor | None = None,
     async_op: bool = False,
@@ -115,13 +120,14 @@ def all_gather(
     """Concatenate every rank's `x` along dimension 0; a rank's own part goes through the codec like the others.
 
     Args:
-        x: as for `all_reduce`.
+        x: as for `all_reduce`; with `output_split_sizes`, ranks may differ in dimension 0.
         codec: wire format; of a pair, the second.
+        output_split_sizes: rows of each rank, as for `reduce_scatter`.
         algorithm: ``auto`` or ``one_step`` compress, ``plain`` does not.
         group, out, async_op: as for `all_reduce`.
 
     Returns:
-        Tensor ``[R * x.shape[0], ...]``; a `Work` if `async_op`.
+        Tensor ``[R * x.shape[0], ...]``, or ``[sum(output_split_sizes), ...]``; a `Work` if `async_op`.
 
     Raises:
         ValueError, RuntimeError: as for `all_reduce`.
@@ -129,8 +135,8 @@ def all_gather(
     if torch.compiler.is_dynamo_compiling():
         from flashcomm.collectives import graph
 
-        return graph.all_gather(x, codec, group, algorithm, out, async_op)
-    return start(ALL_GATHER, x, codec, group, algorithm, out, async_op)
+        return graph.all_gather(x, codec, group, output_split_sizes, algorithm, out, async_op)
+    return start(ALL_GATHER, x, codec, group, algorithm, out, async_op, splits=(None, output_split_sizes))
 
 
 def all_to_all(

@@ -1,4 +1,6 @@
-"""Every rank's word through a store, before there is a process group that could carry it.
+"""Agree before ranks start: every rank's word through a store, and one policy on all of them.
+
+`exchange` works before there is a process group that could carry it, `same_policy` needs one.
 
 A launcher's store outlives the groups of its processes. When a program destroys its group and makes another, the keys
 of the first are still there, so a rank that comes early must not take an old word for a new one:
@@ -18,11 +20,45 @@ Source: our own.
 import json
 import time
 import uuid
+from datetime import timedelta
 from typing import Any
 
-from flashcomm.errors import TimedOut
+import torch.distributed as dist
+
+from flashcomm.errors import RanksDisagree, TimedOut
 
 _SHORTEST_S, _LONGEST_S = 0.001, 0.05
+MEET_S = 60.0
+"""Seconds that ranks wait for each other's policy; they have just made a process group together."""
+
+
+def same_policy(group: dist.ProcessGroup, mine: str, who: str, what: str, timeout_s: float = MEET_S):
+    """Check that all ranks have the same policy; all of them call it together.
+
+    Args:
+        group: the ranks, over gloo.
+        mine: the keys of this rank's policy that count.
+        who: what a rank is called in errors, such as ``stage``.
+        what: what the policy is for.
+        timeout_s: seconds to wait for the others.
+
+    Raises:
+        TimedOut: a rank did not come; most likely it has no policy.
+        RanksDisagree: ranks have different policies.
+    """
+    try:
+        # A monitored barrier's limit is for rank 0 alone; others wait for the group's, which may be half an hour.
+        dist.barrier(group, async_op=True).wait(timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        raise TimedOut(
+            f"{who} {group.rank()} has the policy {mine} for {what}, and another {who} did not come within "
+            f"{timeout_s:g} s: give all nodes the same policy ({error})"
+        ) from error
+    everyone: list[str] = [""] * group.size()
+    dist.all_gather_object(everyone, mine, group=group)
+    if len(set(everyone)) > 1:
+        said = "; ".join(f"{who} {rank} has {theirs}" for rank, theirs in enumerate(everyone))
+        raise RanksDisagree(f"{who}s have different policies for {what}: {said}. Give all nodes the same")
 
 
 def exchange(store: Any, rank: int, ranks: int, text: str, timeout_s: float) -> tuple[list[str], str]:

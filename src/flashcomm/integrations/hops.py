@@ -15,7 +15,6 @@ Source: our own; the dictionaries are those of vLLM 0.32 and SGLang 0.5.23.
 
 import json
 from collections.abc import Callable, Collection, Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -24,14 +23,13 @@ import torch.distributed as dist
 from flashcomm import codecs, kernels
 from flashcomm.codecs import Codec
 from flashcomm.collectives.stats import record_plain, tally
-from flashcomm.errors import CollectiveError, RanksDisagree, TimedOut
+from flashcomm.errors import CollectiveError
 from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.agreement import MEET_S, same_policy
 from flashcomm.policy import Policy
 
 TENSORS = ("hidden_states", "residual")
 """Names of the tensors that are encoded."""
-MEET_S = 60.0
-"""Seconds that stages wait for each other's policy; they have just made a process group together."""
 _MARK = "flashcomm "
 
 
@@ -71,19 +69,7 @@ class Hops:
         for cols in columns:
             codec.check(cols)
         mine = f'pp = "{codec}", min_bytes = {self.policy.min_bytes}'
-        try:
-            # A monitored barrier's limit is for rank 0 alone; others wait for the group's, which may be half an hour.
-            dist.barrier(group, async_op=True).wait(timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            raise TimedOut(
-                f"stage {group.rank()} has the policy {mine} for hops, and another stage did not come within "
-                f"{timeout_s:g} s: give all nodes the same policy ({error})"
-            ) from error
-        everyone: list[str] = [""] * group.size()
-        dist.all_gather_object(everyone, mine, group=group)
-        if len(set(everyone)) > 1:
-            said = "; ".join(f"stage {stage} has {theirs}" for stage, theirs in enumerate(everyone))
-            raise RanksDisagree(f"pipeline stages have different policies for hops: {said}. Give all nodes the same")
+        same_policy(group, mine, "stage", "hops", timeout_s)
         kernels.load(codec, device.type)
 
     def line(self, stages: int) -> str:

@@ -32,6 +32,7 @@ if importlib.util.find_spec("sglang") is None:
 
 from flashcomm import codecs
 from flashcomm.integrations import worker_metrics
+from flashcomm.integrations.experts import asks
 from flashcomm.integrations.hops import Hops
 from flashcomm.integrations.sums import Sums, asked_for
 from flashcomm.policy import Policy
@@ -54,6 +55,10 @@ def register():
             raise ValueError("SGLang's layers cannot be told apart yet: leave [[layers]] out of the policy")
         if policy and policy.overlap != "off":
             raise ValueError("SGLang's steps cannot run in parts yet: leave overlap out of the policy")
+        if policy and asks(policy):
+            raise ValueError(
+                "SGLang's exchange of experts is not compressed yet: leave dispatch and combine out of [hops]"
+            )
     except ValueError as error:
         raise SystemExit(f"flashcomm: {error}") from None
     if policy is None:

@@ -1,4 +1,6 @@
-"""Compress the sums of vLLM's tensor-parallel workers, and the hops between its pipeline stages. Off by default.
+"""Compress the sums of vLLM's tensor-parallel workers, its hops between pipeline stages and its experts' exchange.
+
+Off by default.
 
     FLASHCOMM_CODEC=int8g128 vllm serve MODEL -tp 2
     FLASHCOMM_POLICY=policy.toml vllm serve MODEL -tp 2
@@ -18,7 +20,8 @@ Rules for layers: the class of row-parallel linears notes whose turn it is while
 becomes a constant of the graph: the codec, not the layer's name, so layers that share a codec share their graph. Sums
 that no such layer makes, of the embedding and of experts, get the policy's first codec.
 
-Hops between pipeline stages are those of the group named ``pp``: `flashcomm.integrations.vllm_hops`.
+Hops between pipeline stages are those of the group named ``pp``: `flashcomm.integrations.vllm_hops`. The exchange of
+data-parallel ranks that share out the experts is that of ``dp`` or ``ep``: `flashcomm.integrations.vllm_experts`.
 
 Tested with vLLM 0.32, 0.30 and 0.27.1 on the CPU; no GPU has run this.
 
@@ -42,7 +45,8 @@ if importlib.util.find_spec("vllm") is None:
     )
 
 from flashcomm import codecs
-from flashcomm.integrations import vllm_hops, worker_metrics
+from flashcomm.integrations import experts, vllm_experts, vllm_hops, worker_metrics
+from flashcomm.integrations.experts import Experts
 from flashcomm.integrations.hops import Hops
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import OPTION, Sums, asked_for, keys_of
@@ -99,7 +103,7 @@ def _compressing(init: Callable) -> Callable:
         init(self, *args, **kwargs)
         policy = asked_for(self.vllm_config.additional_config)
         if policy and not worker and any(_asked(policy, self.vllm_config.parallel_config)):
-            install(policy, self.vllm_config, self.rank)
+            install(policy, self.vllm_config, _number(self.rank, self.vllm_config.parallel_config))
 
     return __init__
 
@@ -119,11 +123,19 @@ def prepare(arguments: Any, policy: Policy):
 
     if arguments.pipeline_parallel_size > 1 and policy.hops.pp == "none":
         _log().info("flashcomm leaves the hops between pipeline stages to vLLM: its policy has no [hops] pp")
-    sums, hops = _asked(policy, arguments)
-    if not (sums or hops):
+    if experts.asks(policy) and arguments.data_parallel_size == 1:
+        _log().info(
+            "flashcomm finds no dispatch and combine with --data-parallel-size 1: the outputs of experts are sums over "
+            "tensor-parallel ranks, in the codec %s",
+            policy.codec,
+        )
+    sums, hops, exchanges = _asked(policy, arguments)
+    if not (sums or hops or exchanges):
         sizes = f"{arguments.tensor_parallel_size} and --pipeline-parallel-size {arguments.pipeline_parallel_size}"
         _log().info("flashcomm has nothing to compress with %s: --tensor-parallel-size %s", policy, sizes)
         return
+    if exchanges and (why := vllm_experts.why_not(arguments, current_platform.is_cpu())):
+        raise ValueError(f"flashcomm cannot compress dispatch and combine: {why}, or take both out of [hops]")
     if arguments.enable_dbo:
         raise ValueError("flashcomm cannot serve two batches at once: leave --enable-dbo out, or flashcomm")
     arguments.additional_config = {**(arguments.additional_config or {}), OPTION: keys_of(policy)}
@@ -133,11 +145,18 @@ def prepare(arguments: Any, policy: Policy):
         adapt_passes(arguments.compilation_config.pass_config, policy, arguments.tensor_parallel_size)
 
 
-def _asked(policy: Policy, sizes: Any) -> tuple[bool, bool]:
-    """Whether these numbers of ranks and stages have sums, and hops, that the policy asks for."""
-    return _has_sums(policy) and sizes.tensor_parallel_size > 1, (
-        policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1
+def _asked(policy: Policy, sizes: Any) -> tuple[bool, bool, bool]:
+    """Whether these numbers of ranks have sums, hops between stages and an exchange that the policy asks for."""
+    return (
+        _has_sums(policy) and sizes.tensor_parallel_size > 1,
+        policy.hops.pp != "none" and sizes.pipeline_parallel_size > 1,
+        experts.asks(policy) and sizes.data_parallel_size > 1,
     )
+
+
+def _number(rank: int, sizes: Any) -> int:
+    """A worker's number among all, from its rank among those of its data-parallel rank."""
+    return rank + getattr(sizes, "data_parallel_index", 0) * sizes.world_size
 
 
 def _has_sums(policy: Policy) -> bool:
@@ -169,7 +188,9 @@ def adapt_passes(passes: Any, policy: Policy, ranks: int):
 
 
 def install(policy: Policy, config: Any, rank: int):
-    """Compress the sums of this worker's ``tp`` group and the hops of its ``pp`` group, before it makes its groups.
+    """Compress the sums of this worker's ``tp`` group, the hops of its ``pp`` group and the exchange of its experts.
+
+    Called before it makes its groups.
 
     Args:
         policy: says what is compressed.
@@ -181,7 +202,7 @@ def install(policy: Policy, config: Any, rank: int):
     from vllm.model_executor.layers.linear import RowParallelLinear
     from vllm.platforms import current_platform
 
-    sums, hops = _asked(policy, config.parallel_config)
+    sums, hops, exchanges = _asked(policy, config.parallel_config)
     worker = Worker(policy, config, rank)
     _replace(GroupCoordinator, "__init__", _meeting)
     for owner, name, wrapper in worker.overlap.hooks() if worker.overlap else ():
@@ -190,6 +211,9 @@ def install(policy: Policy, config: Any, rank: int):
         worker.hops = Hops(policy)
         _replace(GroupCoordinator, "isend_tensor_dict", partial(vllm_hops.sending, _hops_of))
         _replace(GroupCoordinator, "irecv_tensor_dict", partial(vllm_hops.receiving, _hops_of))
+    for name, wrapper in vllm_experts.WRAPPERS.items() if exchanges else ():
+        if hasattr(GroupCoordinator, name):
+            _replace(GroupCoordinator, name, partial(wrapper, _experts_of))
     if not sums:
         return
     if policy.layers:
@@ -216,6 +240,12 @@ class Worker:
         """Steps in parts, if the policy asks for them."""
         self.hops: Hops | None = None
         """The hops between pipeline stages, if they are compressed."""
+        self.experts: dict[str, Experts] = {}
+        """The exchanges of ranks that share out the experts, by the name of their group."""
+        # Where tensor-parallel ranks split their tokens too, they all exchange them.
+        split = getattr(config.parallel_config, "use_sequence_parallel_moe", False)
+        exchanges = _asked(policy, config.parallel_config)[2]
+        self._exchanging = ("ep" if split else "dp") if exchanges else None
         self._rank = rank
         hidden, shares = config.model_config.get_hidden_size(), config.parallel_config.tensor_parallel_size
         self._columns = {hidden, *([hidden // shares] if hidden % shares == 0 else [])}
@@ -237,6 +267,12 @@ class Worker:
                 _log().info(self.hops.line(group.world_size))
         if _kind(group) == "tp" and _has_sums(self.policy):
             self._meet_for_sums(group)
+        if _kind(group) == self._exchanging:
+            exchange = Experts(self.policy, group.device_group)
+            exchange.meet(group.cpu_group, group.device, self._columns)
+            self.experts[group.unique_name] = exchange
+            if group.rank_in_group == 0:
+                _log().info(exchange.line(group.device))
 
     def _meet_for_sums(self, group: Any):
         sums = Sums(self.policy, group.device_group, self.in_decode, _log())
@@ -272,7 +308,7 @@ class Worker:
         self.policy = policy
         if self.overlap:
             self.overlap.use(policy)
-        for one in (*self._sums.values(), *([self.hops] if self.hops else [])):
+        for one in (*self._sums.values(), *self.experts.values(), *([self.hops] if self.hops else [])):
             one.policy = policy
 
     def in_decode(self) -> bool:
@@ -347,6 +383,10 @@ def _kind(group: Any) -> str:
 
 def _hops_of(group: Any) -> Hops | None:
     return worker.hops if worker and group.world_size > 1 and _kind(group) == "pp" else None
+
+
+def _experts_of(group: Any) -> Experts | None:
+    return worker.experts.get(group.unique_name) if worker else None
 
 
 @functools.cache

@@ -66,6 +66,25 @@ class Backend:
         """Write every rank's `x` to `out`."""
         _all_gather(out.view(-1), x.reshape(-1), group=self.group)
 
+    def gather_rows(self, x: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]):
+        """Write every rank's `x` to a contiguous `out`, of which rank r's are ``sizes[r]`` rows.
+
+        As many broadcasts as ranks: gloo gathers tensors of one shape only.
+        """
+        parts = out.split(list(sizes))
+        parts[self.group.rank()].copy_(x)
+        for work in [self.broadcast(part, rank) for rank, part in enumerate(parts) if part.numel()]:
+            work.wait()
+
+    def reduce_rows(self, x: torch.Tensor, out: torch.Tensor, sizes: Sequence[int]):
+        """Write the backend's own sum of this rank's rows of `x` to `out`; rank r's are ``sizes[r]`` rows.
+
+        A whole all-reduce, which is as many bytes as gloo's own reduce-scatter sends.
+        """
+        total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        self.all_reduce(x, total)
+        out.copy_(total.split(list(sizes))[self.group.rank()])
+
     def broadcast(self, x: torch.Tensor, root: int) -> Any:
         """Start writing rank `root`'s contiguous `x` to every rank's; return the backend's handle."""
         with plain_sums():

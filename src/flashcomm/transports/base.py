@@ -258,6 +258,8 @@ class Task:
     """Rows to each rank and from each rank, of ``all_to_all``."""
     root: int = 0
     """Rank that sends, of ``broadcast``."""
+    sizes: tuple[int, ...] | None = None
+    """Rows of each rank, of ``reduce_scatter`` and ``all_gather`` with other than equal parts."""
 
 
 class Run(Protocol):

@@ -240,7 +240,10 @@ _LOOPS = {
 
 
 def _serves(task: Task) -> bool:
-    return task.name in _COLLECTIVES and bool(task.rows and task.cols) and not kernels.any_missing(task.codec, "cpu")
+    # Uneven parts first: some rank may have no rows, and all must find the same.
+    if task.sizes or task.name not in _COLLECTIVES or not (task.rows and task.cols):
+        return False
+    return not kernels.any_missing(task.codec, "cpu")
 
 
 def load(task: Task):
