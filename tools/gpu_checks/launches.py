@@ -39,7 +39,7 @@ class World:
                 rank=rank,
                 buffers=table,
                 size_bytes=size_bytes,
-                epochs=torch.zeros(programs, dtype=torch.int32, device=DEVICE),
+                epochs=torch.zeros(2, programs, dtype=torch.int32, device=DEVICE),
                 lost=torch.zeros(1, dtype=torch.int32, pin_memory=not DRY),
                 patience=patience,
             )
@@ -132,7 +132,7 @@ def _compile(job: tuple[str, int, str, int]):
         rank=0,
         buffers=torch.zeros(ranks, dtype=torch.int64, device=DEVICE),
         size_bytes=1 << 24,
-        epochs=torch.zeros(16, dtype=torch.int32, device=DEVICE),
+        epochs=torch.zeros(2, 16, dtype=torch.int32, device=DEVICE),
         lost=torch.zeros(1, dtype=torch.int32, pin_memory=True),
     )
     launch.all_reduce(x, codecs.parse(spec), peers, torch.empty_like(x), algorithm)

@@ -83,7 +83,7 @@ def _map(memory: torch.Tensor, ranks: Ranks, group: dist.ProcessGroup, device: t
         rank=ranks.rank,
         buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
         size_bytes=SIZE_BYTES,
-        epochs=torch.zeros(launch.BLOCKS, dtype=torch.int32, device=device),
+        epochs=torch.zeros(2, launch.BLOCKS, dtype=torch.int32, device=device),
         lost=torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True),
         patience=min(int(ranks.timeout_s * _LOOKS_PER_S), 2**31 - 1),
         streams=[torch.cuda.current_stream(device)],
