@@ -173,10 +173,8 @@ def test_prompts_of_any_length_share_the_rows_of_a_gpu(world_size):
         codec = parse(spec)
         for pieces in (1, 3):
             parts = world_size * pieces
-            lengths = {algorithms.cut(rows, cols, codec, parts, "cuda")[1] for rows in range(parts, 2049)}
+            lengths = {algorithms.cut(rows, cols, codec, parts, "cuda")[1] for rows in range(1, 2049)}
             assert lengths == {cols}, spec
-            few = {algorithms.cut(rows, cols, codec, parts, "cuda")[1] for rows in range(1, parts)}
-            assert len(few) < parts
 
 
 @BULK

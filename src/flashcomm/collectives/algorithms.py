@@ -161,16 +161,16 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int, device: str = "cpu") -> 
     """[rows, cols] as more and shorter rows, so that few rows spread evenly over ranks and no decoded bit changes.
 
     Kernels of GPUs are compiled for a length of rows, which takes a second or so, and a server's prompts have all
-    lengths. So on `device` other than the CPU there is one length for all prompts of at least `ranks` tokens.
+    lengths. So on `device` other than the CPU rows stay as they are.
 
     >>> from flashcomm.codecs import parse
     >>> cut(1, 4096, parse("int8g128"), ranks=4), cut(5, 4096, parse("int8g128"), ranks=4)
     ((4, 1024), (20, 1024))
-    >>> cut(1, 4096, parse("int8g128"), ranks=4, device="cuda"), cut(5, 4096, parse("int8g128"), ranks=4, device="cuda")
-    ((4, 1024), (5, 4096))
+    >>> cut(5, 4096, parse("int8g128"), ranks=4, device="cuda")
+    (5, 4096)
     """
     unit = codec.unit(cols)
-    if rows == 0 or cols == 0 or cols % unit or (device != "cpu" and rows >= ranks):
+    if rows == 0 or cols == 0 or cols % unit or device != "cpu":
         return rows, cols
     best = (0.0, 1)
     for pieces in range(1, min(cols // unit, ranks) + 1):
