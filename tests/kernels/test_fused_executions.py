@@ -233,7 +233,14 @@ FAULTS = {
     ),
     "has one flag for both steps": ("(step * R + source)", "source", 2, 1, [two_step(2)], {"race", "value"}),
     "has one half": ("(epoch & 1)", "(epoch & 0)", 2, 1, [one_step(1)] * 2, {"race", "value"}),
-    "does not count": ("tl.store(epochs_ptr + tl.program_id(0), epoch)", "pass", 2, 1, [one_step(1)] * 2, {"race", "value"}),
+    "does not count": (
+        "tl.store(epochs_ptr + tl.program_id(0), epoch)",
+        "pass",
+        2,
+        1,
+        [one_step(1)] * 2,
+        {"race", "value"},
+    ),
     "sends to where it wrote": (
         *("theirs = _place(buffers_ptr, peer, start + rank * of_rank)", "theirs = mine"),
         *(2, 1, [one_step(1)], {"value"}),

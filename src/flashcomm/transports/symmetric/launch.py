@@ -179,8 +179,8 @@ def check(peers: Any):
     lost = int(peers.lost[0])
     if lost < 0:
         raise CollectiveError(
-            f"two launches of rank {peers.rank} ran at the same time in an earlier call: let the stream of an eager call "
-            "wait for that of a graph's replay, or use one stream"
+            f"two launches of rank {peers.rank} ran at the same time in an earlier call: let the stream of an eager "
+            "call wait for that of a graph's replay, or use one stream"
         )
     if lost:
         raise PeerLost(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
