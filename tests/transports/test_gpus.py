@@ -64,6 +64,19 @@ def test_auto_compresses_from_a_size_that_suits_the_link(link, gate):
     assert below.reason.endswith(f" over {link or 'a link that is not known'}")
 
 
+def test_messages_over_pcie_through_the_host_travel_in_pieces():
+    """Three kernels of one piece run while another is on its way; over NVLink there is nothing to wait for."""
+    codec = codecs.parse("int8g128")
+    pieces = {
+        link: planner.choose(
+            256 * MIB, planner.Facts(ranks=4, device="cuda", link=link), codec, algorithm="two_step"
+        ).pieces
+        for link in (gpus.NVLINK, gpus.PEER, gpus.HOST)
+    }
+    assert pieces[gpus.HOST] > 1
+    assert {pieces[gpus.NVLINK], pieces[gpus.PEER]} == {1}
+
+
 def met_as_if_on_gpus(one_host):
     """Meet for CUDA tensors, with made-up GPUs on one host or on one for each rank; the facts of both devices."""
     size, rank = dist.get_world_size(), dist.get_rank()

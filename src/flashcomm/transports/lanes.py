@@ -199,7 +199,7 @@ def _open(
         memories += [symmetric] if symmetric else []
     if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
         why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
-        # No thread for CUDA tensors over gloo either: its collectives are paired by their order, also with the caller's.
+        # No thread for CUDA tensors over gloo: its collectives are paired by their order, also with the caller's own.
         return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
     link = _connect(ranks, bool(memories), why_not) or BackendLink(group, tag)
     return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
@@ -262,7 +262,9 @@ def _site(device: torch.device) -> Site:
     try:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, device.type, gpu, reach)
+        return Site(
+            socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, device.type, gpu, reach
+        )
     on = settings.switched_on("FLASHCOMM_SHARED_MEMORY")
     why = machine.why_not_compiled() if on else "FLASHCOMM_SHARED_MEMORY=0"
     return Site(host, label, torch.get_num_threads(), why, fused, device.type, gpu, reach)
