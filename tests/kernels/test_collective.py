@@ -114,7 +114,7 @@ def test_other_formats_types_and_numbers_of_ranks(spec, ranks, dtype):
 
 @needs_compiler
 def test_halves_and_messages_that_need_several_launches():
-    world, codec = World(3, half_bytes=20_000, processors=2), codecs.parse("int8g128")
+    world, codec = World(3, half_bytes=14_000, processors=2), codecs.parse("int8g128")
     xs = [promises.tensor(rank, (12, 1280)) for rank in range(3)]
     payloads = torch.stack([codec.encode(x) for x in xs])
     sums = codecs.decode_sum(payloads, codec, 1280, xs[0].dtype)
@@ -171,9 +171,10 @@ def test_a_rank_that_stays_away(monkeypatch):
         world = World(3, patience=200)
         xs = [promises.tensor(rank, (2, 256)) for rank in range(3)]
         outs = [torch.empty_like(x) for x in xs]
+        # Rank 2 never comes: it launches in a second world, whose memory nobody else sees.
+        elsewhere = World(3, patience=1)
         for each in world.launches("one_step", codec, xs, outs):
-            # Rank 2 never launches: its place is taken by a second world, whose memory nobody else sees.
-            each[2] = World(3, patience=1).launches("one_step", codec, xs, outs)[0][2]
+            each[2] = elsewhere.launches("one_step", codec, xs, outs)[0][2]
             kernels.run(each)
         assert [int(peers.lost[0]) for peers in world.peers[:2]] == [3, 3]
         with pytest.raises(RuntimeError, match="rank 2 did not come while rank 0 waited"):
@@ -183,7 +184,7 @@ def test_a_rank_that_stays_away(monkeypatch):
             # As a replay, with a patience of minutes.
             each[0].argument.patience = 1 << 30
             each[1].argument.patience = 1 << 30
-            each[2] = World(3, patience=1).launches("one_step", codec, xs, outs)[0][2]
+            each[2] = elsewhere.launches("one_step", codec, xs, outs)[0][2]
             kernels.run(each)
 
 
@@ -208,6 +209,15 @@ def test_blocks_follow_the_size_of_a_message(monkeypatch):
 
     assert [blocks(kib) for kib in (64, 1024, 16384)] == [(1, 256), (16, 256), (132, 256)]
     assert blocks(64, "one_step") == (16, 64)
+
+
+def test_bytes_that_a_rank_sends():
+    x, codec = torch.empty(8, 512, dtype=torch.bfloat16), codecs.parse("int8g128")
+    sent = {name: collective.sent_bytes(name, codec, x, 4, 5) for name in ("two_step", "reduce_scatter", "all_gather")}
+    assert sent == {"two_step": 3 * 4 * 528, "reduce_scatter": 3 * 2 * 528, "all_gather": 3 * 8 * 528}
+    assert collective.sent_bytes("all_to_all", codec, x, 4, 5) == 5 * 528
+    # Lines are half flags.
+    assert collective.sent_bytes("one_step", codec, x, 4, 5) == 2 * 3 * 8 * 528
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ com
 READ, WRITE, SET, WAITED, TOOK, FENCE, BARRIER = range(7)
 ENDED, MET, LINE = 1 << 60, 1 << 61, 1 << 62
 """Counters of launches that have ended, of barriers and of lines."""
-CODEC = codecs.parse("int8g128")
+CODEC, MOST_WARPS = codecs.parse("int8g128"), 2
 
 
-def traced(kernels, calls, world, blocks, version):
-    """Events of each launch, and the number of threads of a block."""
+def traced(kernels, calls, world, version):
+    """Events of each launch, the number of blocks of a rank, and that of warps of a block."""
     world.memory.zero_()
     for peers in world.peers:
         peers.state.zero_(), peers.lost.zero_()
@@ -42,31 +42,32 @@ def traced(kernels, calls, world, blocks, version):
         xs = [torch.ones(max(1, size), 128) for size in sizes]
         outs = [torch.empty(64, 128) for _ in xs]
         for each in world.launches(name, CODEC, xs, outs, splits):
-            each = [launch._replace(blocks=blocks) for launch in each]
-            yield kernels.run(each, memory=world.memory, version=version), each[0].threads
+            yield kernels.run(each, memory=world.memory, version=version), each[0].blocks, each[0].threads // 32
 
 
-def operations(launches, ranks: int, blocks: int, bytes_of_a_rank: int) -> list[list]:
-    """The operations of every warp, one launch after the other."""
-    made: dict[int, list] = defaultdict(list)
-    touched: dict[int, set] = defaultdict(set)
-    for place, (events, threads) in enumerate(launches):
-        warps = threads // 32
-        everyone = range(ranks * blocks * warps)
+def operations(launches, blocks: int, bytes_of_a_rank: int) -> list[list]:
+    """The operations of every warp that any launch has, one launch after the other."""
+    of_rank, found = blocks * MOST_WARPS, []
+    for events, its_blocks, warps in launches:
         phases, met = defaultdict(lambda: defaultdict(list)), defaultdict(int)
         for kind, thread, address, value in events:
-            phases[thread // 32][met[thread]].append((kind, thread, address, value))
+            rest, warp = divmod(thread // 32, warps)
+            rank, block = divmod(rest, its_blocks)
+            actor = rank * of_rank + block * MOST_WARPS + warp
+            phases[actor][met[thread]].append((kind, thread, address, value))
             met[thread] += kind == BARRIER
-        for actor in everyone:
-            here, rank = made[actor], actor // (blocks * warps)
+        found.append((phases, warps))
+    made: dict[int, list] = {actor: [] for actor in sorted({actor for phases, _ in found for actor in phases})}
+    touched: dict[object, set] = defaultdict(set)
+    for place, (phases, warps) in enumerate(found):
+        for actor, here in made.items():
             if place:
-                here += [Wait(ENDED + other, place, True) for other in everyone if other // (blocks * warps) == rank]
+                here += [Wait(ENDED + other, place, True) for other in made if other // of_rank == actor // of_rank]
             for phase in sorted(phases[actor]):
                 _phase(here, phases[actor][phase], touched, actor, bytes_of_a_rank)
-                if any(kind == BARRIER for kind, *_ in phases[actor][phase]) and warps > 1:
-                    number = (place << 20) + phase + 1
+                if warps > 1 and any(kind == BARRIER for kind, *_ in phases[actor][phase]):
+                    number, first = (place << 20) + phase + 1, actor // MOST_WARPS * MOST_WARPS
                     here.append(Publish(MET + actor, number, True))
-                    first = actor // warps * warps
                     here += [Wait(MET + other, number, True) for other in range(first, first + warps) if other != actor]
             here.append(Publish(ENDED + actor, place + 1, True))
     return _with_words(made, touched)
@@ -134,10 +135,10 @@ def _with_words(made, touched):
 def wrong(kernels, ranks, blocks, calls, version=0, until=None):
     # A tile has 8 packs to a warp.
     world = World(ranks, half_bytes=1 << 16, processors=blocks, patience=2000)
-    launches = list(traced(kernels, calls, world, blocks, version))
-    actors = operations(launches, ranks, blocks, world.memory.shape[1])
+    launches = list(traced(kernels, calls, world, version))
+    actors = operations(launches, blocks, world.memory.shape[1])
     found = interleavings.explore(actors, until=until)
-    assert found.states > 50
+    assert until or found.states > 50
     return found.wrong
 
 

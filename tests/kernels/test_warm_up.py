@@ -9,7 +9,7 @@ import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.collectives import algorithms
-from flashcomm.kernels import eager, routes, verbs
+from flashcomm.kernels import eager, verbs, warm
 from flashcomm.transports.backend import Backend
 from flashcomm.transports.base import Ranks
 from flashcomm.transports.buffers import Buffers
@@ -17,7 +17,7 @@ from flashcomm.transports.bulk import Bulk
 
 pytest.importorskip("triton")
 from flashcomm.kernels import gpu
-from flashcomm.kernels.gpu import cuda, warm
+from flashcomm.kernels.gpu import cuda
 from flashcomm.kernels.gpu import launch as triton_launch
 from flashcomm.kernels.gpu.cuda import launch as cuda_launch
 from flashcomm.kernels.gpu.tiles.move import move
@@ -110,7 +110,7 @@ def serve(codec, hidden, ranks, tokens, pieces=1):
 )
 def test_prompts_of_1_to_4096_tokens_compile_nothing_after_warm_up(implementation, spec, hidden, most, as_on_a_gpu):
     looked, codec = as_on_a_gpu(implementation), codecs.parse(spec)
-    made = warm.warm_up(codec, hidden, torch.bfloat16, CPU)
+    made = warm._call_all(codec, hidden, torch.bfloat16, CPU)
     ready = set(looked.variants)
     assert len(ready) <= most
     assert len(ready) <= len(made)
@@ -131,9 +131,9 @@ def test_without_warm_up_they_would_compile(as_on_a_gpu):
 
 
 def test_what_a_gpu_is_asked_for(monkeypatch):
-    monkeypatch.setattr(routes, "any_missing", lambda codec, device: None)
+    monkeypatch.setattr(warm, "any_missing", lambda codec, device: None)
     called = []
-    monkeypatch.setattr(warm, "warm_up", lambda *given: called.append(given) or ["int8g128: encode"])
+    monkeypatch.setattr(warm, "_call_all", lambda *given: called.append(given) or ["int8g128: encode"])
     assert kernels.warm_up("int8g128", 4096, device="cuda:1") == ["int8g128: encode"]
     assert called == [(codecs.parse("int8g128"), 4096, torch.bfloat16, torch.device("cuda:1"))]
     with pytest.raises(ValueError, match="give hidden"):

@@ -102,45 +102,6 @@ def _implementations(codec: Codec, device_type: str, cols: int) -> list[Any]:
     return [cuda, *triton] if backend == "cuda" else triton
 
 
-def warm_up(
-    codec: "str | Codec" = "int8g128",
-    hidden: int | None = None,
-    *,
-    device: "str | torch.device" = "cpu",
-    dtype: torch.dtype = torch.bfloat16,
-) -> list[str]:
-    """Load what `codec` needs on a device, so that no call compiles while a server serves.
-
-    On the CPU the first time on a machine compiles it: two to four seconds, and the log says so. On a GPU this compiles
-    every kernel of the collectives on rows of `hidden` values: three in Triton and four in CUDA C++ for most sizes, a
-    second or less for each, whatever the number of ranks and of tokens; of rows whose payload is no multiple of 16
-    bytes, up to sixteen.
-
-    Args:
-        codec: wire format, or a pair.
-        hidden: values of a token; only a GPU needs it.
-        device: ``cpu`` or a GPU.
-        dtype: of the values; only a GPU needs it.
-
-    Returns:
-        The kernels of a GPU, one for each call that was made; none on the CPU, or where the specification serves.
-
-    Raises:
-        ValueError: a GPU without `hidden`.
-    """
-    codec, device = codecs.parse(codec), torch.device(device)
-    if device.type == "cpu":
-        load(codec, "cpu")
-        return []
-    if not hidden:
-        raise ValueError("kernels of GPUs are compiled for a length of rows: give hidden, the values of a token")
-    if any_missing(codec, device.type) or isinstance(codec, Plain):
-        return []
-    from flashcomm.kernels.gpu import warm
-
-    return warm.warm_up(codec, hidden, dtype, device)
-
-
 def load(codec: Codec, device_type: str):
     """Load the compiled kernels of all formats of `codec`. Triton's are compiled for the values of a call."""
     for single in codec.formats:

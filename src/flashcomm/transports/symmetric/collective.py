@@ -151,6 +151,7 @@ def launches(
     stripe, most = whole // (ranks if name == "reduce_scatter" else 1), room // bytes_of_a_tile * packs
     if name == "two_step":
         most *= ranks
+    assert most, "half of the memory holds no tile of every rank"
     for start in range(0, stripe, most):
         count = min(most, stripe - start)
         here = {"x_at": start, "out_at": start}
@@ -178,10 +179,9 @@ def sent_bytes(name: str, codec: Codec, x: torch.Tensor, ranks: int, sent_rows: 
         return (ranks - 1) * -(-len(x) * (first + second) // ranks)
     if name == "reduce_scatter":
         return (ranks - 1) * len(x) * first // ranks
+    lines = name == "one_step" and _fits_lines(x.numel() // _PACK, x, codec.formats[0])
     # A line carries four bytes in eight.
-    return (
-        (ranks - 1) * len(x) * second * (2 if name == "one_step" and _fits_lines(x.numel() // _PACK, x, first) else 1)
-    )
+    return (ranks - 1) * len(x) * second * (2 if lines else 1)
 
 
 def prepare(task: Task, peers: Peers) -> OnRows | None:

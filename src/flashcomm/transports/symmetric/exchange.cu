@@ -238,7 +238,7 @@ template <class Values, class Format, int R> INLINE void run_all_to_all(const Ex
   }
   u32 to_send = launch.is_peer(mine) ? waves_of(e.sent[mine]) : 0, to_come = launch.is_peer(mine) ? waves_of(e.received[mine]) : 0;
   // Also a rank that sends nothing says that it has begun.
-  if (launch.is_peer(mine) && to_send == 0) set(launch.flag(mine, 0, e.rank), launch.tiles(0));
+  if (launch.is_peer(mine) && to_send == 0) fence(), set(launch.flag(mine, 0, e.rank), launch.tiles(0));
   for (u32 wave = 0; wave < waves; ++wave) {
     u32 number = block() + wave * num_blocks(), start = 0;
     if (wave >= e.ring) launch.await_one(1, wave - e.ring + 1, wave < to_send);
