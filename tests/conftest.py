@@ -68,7 +68,10 @@ def _scope(nodeid: str) -> tuple[int, str]:
     path = nodeid.partition("::")[0]
     if path.rpartition("/")[2] in _LABS:
         return 0, "labs"
-    return (1, path) if _shares(path) else (2, nodeid.partition("[")[0])
+    if _shares(path):
+        return 1, path
+    # On a GPU a case compiles kernels of its own, for seconds; elsewhere it shares what the function has made.
+    return 2, nodeid if torch.cuda.is_available() else nodeid.partition("[")[0]
 
 
 def pytest_sessionstart(session):

@@ -1,11 +1,16 @@
-// The operations of device.cuh on a CPU, so that codecs.cu runs there as it is: one warp of 32 fibers, which take turns
-// at each exchange. Compile with -ffp-contract=off.
+// The operations of device.cuh on a CPU, so that codecs.cu and exchange.cu run there as they are. Threads are fibers,
+// which take turns wherever one waits for others: ranks of blocks of warps. Compile with -ffp-contract=off.
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
+
+#include <vector>
 
 using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
+using u64 = unsigned long long;
 using i64 = long long;
 struct Words { u32 x, y, z, w; };
 
@@ -14,45 +19,142 @@ struct Words { u32 x, y, z, w; };
 #define ONE_BY_ONE
 #define RARELY(condition) (condition)
 
-// ------------------------------------------------------------------------------------------------- lanes and warps
-static ucontext_t fibers[33];  // the last is the caller's
-static u32 current;
-static u32 slots[2][32][64];  // two, as a lane may write its next values before all others have read its last
-static u32 exchanges[32];
+// --------------------------------------------------------------------------------------------------- lanes and blocks
+struct Fiber {
+  ucontext_t context;
+  u32 rank, block, thread, warp, exchanges, barriers;
+  bool ended;
+};
+struct WarpState { u32 slots[2][32][64], arrivals; };  // two, as a lane may write its next values before all have read its last
+struct BlockState { alignas(16) u8 shared[1 << 16]; u32 arrivals; };
+static std::vector<Fiber> fibers;
+static std::vector<WarpState> warps;
+static std::vector<BlockState> blocks;
+static ucontext_t caller;
+static u32 current, alive, threads_of_a_block, blocks_of_a_rank;
+static u64 chance;  // 0: fibers take turns in order; else the next one is drawn now and then
+static i64 turns;
 
-inline u32 lane() { return current; }
+inline u32 lane() { return fibers[current].thread % 32; }
 inline i64 warp() { return 0; }
 inline i64 num_warps() { return 1; }
+inline u32 thread() { return fibers[current].thread; }
+inline u32 num_threads() { return threads_of_a_block; }
+inline u32 block() { return fibers[current].block; }
+inline u32 num_blocks() { return blocks_of_a_rank; }
+inline u32 this_rank() { return fibers[current].rank; }
+inline BlockState& this_block() { return blocks[this_rank() * blocks_of_a_rank + block()]; }
 
-// Give the turn to the next lane, and return once all lanes have come here.
-inline u32 (*meet(const void* values, int count))[64] {
-  u32 me = current;
-  auto& half = slots[exchanges[me]++ & 1];
-  memcpy(half[me], values, 4 * count);
-  swapcontext(&fibers[me], &fibers[(me + 1) % 32]);
+// Give the turn to another fiber.
+inline void yield() {
+  if (++turns > 200000000) fprintf(stderr, "threads wait for each other\n"), abort();
+  u32 me = current, next = me;
+  if (chance) {
+    chance ^= chance << 13, chance ^= chance >> 7, chance ^= chance << 17;
+    if (chance % 16 == 0) next = (chance >> 8) % fibers.size();
+  }
+  do next = (next + 1) % fibers.size();
+  while (fibers[next].ended);
+  if (next == me) return;
+  current = next;
+  swapcontext(&fibers[me].context, &fibers[next].context);
   current = me;
+}
+
+// Return once all lanes of the warp have come here.
+inline u32 (*meet(const void* values, int count))[64] {
+  Fiber& me = fibers[current];
+  WarpState& mine = warps[me.warp];
+  auto& half = mine.slots[me.exchanges++ & 1];
+  memcpy(half[me.thread % 32], values, 4 * count);
+  ++mine.arrivals;
+  while (mine.arrivals < 32 * fibers[current].exchanges) yield();
   return half;
 }
 template <int N> inline void exchange(const float (&x)[N], float (&other)[N], u32 mask) {
-  u32 from = current ^ mask;
+  u32 from = lane() ^ mask;
   memcpy(other, meet(x, N)[from], 4 * N);
 }
 inline u32 fetch(u32 x, u32 from) { return meet(&x, 1)[from][0]; }
 
-template <void (*body)()> void enter(int me) { current = me, body(); }
-
-// Run `body` in each of the 32 lanes.
-template <void (*body)()> void run() {
-  static u8 stacks[32][1 << 16];
-  for (int i = 0; i < 32; ++i) {
-    exchanges[i] = 0;
-    getcontext(&fibers[i]);
-    fibers[i].uc_stack.ss_sp = stacks[i], fibers[i].uc_stack.ss_size = sizeof stacks[i];
-    fibers[i].uc_link = &fibers[i == 31 ? 32 : i + 1];
-    makecontext(&fibers[i], (void (*)())enter<body>, 1, i);
-  }
-  swapcontext(&fibers[32], &fibers[0]);
+template <void (*body)()> void enter() {
+  body();
+  fibers[current].ended = true;
+  if (--alive == 0) setcontext(&caller);
+  yield();
 }
+
+// Run `body` in each thread of each block of each rank.
+template <void (*body)()> void run_blocks(u32 ranks, u32 num_blocks, u32 num_threads, u64 seed = 0) {
+  static std::vector<u8> stacks;
+  constexpr u32 STACK = 1 << 16;
+  u32 number = ranks * num_blocks * num_threads;
+  if (stacks.size() < i64(number) * STACK) stacks.resize(i64(number) * STACK);
+  fibers.assign(number, Fiber{}), warps.assign(number / 32, WarpState{}), blocks.assign(ranks * num_blocks, BlockState{});
+  threads_of_a_block = num_threads, blocks_of_a_rank = num_blocks, chance = seed, alive = number, turns = 0;
+  for (u32 i = 0; i < number; ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.thread = i % num_threads, fiber.block = i / num_threads % num_blocks, fiber.rank = i / num_threads / num_blocks;
+    fiber.warp = i / 32;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks.data() + i64(i) * STACK, fiber.context.uc_stack.ss_size = STACK;
+    makecontext(&fiber.context, enter<body>, 0);
+  }
+  current = 0;
+  swapcontext(&caller, &fibers[0].context);
+}
+template <void (*body)()> void run() { run_blocks<body>(1, 1, 32); }
+
+// -------------------------------------------------------------------------------------------------------- what happened
+// Accesses to the memory of ranks, and what puts them in order; addresses are offsets behind `traced`.
+enum Kind { READ, WRITE, SET, WAITED, TOOK, FENCE, BARRIER };
+struct Event { i64 kind, thread, address, value; };
+static std::vector<Event> events;
+static const u8* traced;
+static i64 traced_bytes;
+inline void note_event(Kind kind, const void* at, u64 value) {
+  i64 address = (const u8*)at - traced;
+  if (traced && (!at || (address >= 0 && address < traced_bytes)))
+    events.push_back({kind, current, at ? address : 0, i64(value)});
+}
+
+// ------------------------------------------------------------------------------------------------ blocks and other GPUs
+inline void barrier() {
+  note_event(BARRIER, nullptr, 0);
+  ++this_block().arrivals;
+  u32 all = ++fibers[current].barriers * threads_of_a_block;
+  while (this_block().arrivals < all) yield();
+}
+template <int BYTES> inline u8* shared_memory() {
+  static_assert(BYTES <= sizeof(BlockState::shared), "more than the memory of a block");
+  return this_block().shared;
+}
+inline void fence() { note_event(FENCE, nullptr, 0); }
+inline void set(u64* at, u64 x) {
+  note_event(SET, at, x);
+  *at = x;
+  yield();
+}
+// Also what did not come is noted: somewhere it might have.
+inline bool reached(const u64* flag, u64 least, u32& patience) {
+  bool come = *flag >= least;
+  for (; !come && patience; come = *flag >= least) --patience, yield();
+  note_event(WAITED, flag, least);
+  return come;
+}
+inline bool arrived(const u64* line, u32 mark, u32& data, u32& patience) {
+  bool come = u32(*line >> 32) == mark;
+  for (; !come && patience; come = u32(*line >> 32) == mark) --patience, yield();
+  note_event(TOOK, line, mark);
+  data = u32(*line);
+  return come;
+}
+inline u64 swap(u64* at, u64 x) {
+  u64 before = *at;
+  *at = x;
+  return before;
+}
+inline u64 count(u64* at) { return (*at)++; }
 
 // ------------------------------------------------------------------------------------------------------------- fp32
 inline u32 pattern(float x) { u32 r; memcpy(&r, &x, 4); return r; }
@@ -68,6 +170,7 @@ inline float at_most(float a, float b) { return a != a ? b : b != b ? a : a < b 
 inline float at_least(float a, float b) { return a != a ? b : b != b ? a : a > b ? a : b; }
 inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 inline int highest_bit(u32 x) { return 31 - __builtin_clz(x); }
+inline u32 ones(u32 x) { return __builtin_popcount(x); }
 inline u32 bytes(u32 a, u32 b, u32 which) {
   unsigned long long both = (unsigned long long)b << 32 | a;
   u32 r = 0;
@@ -141,10 +244,12 @@ static int misaligned;  // accesses that a GPU would refuse
 template <class T> inline T load(const u8* at) {
   T r;
   misaligned += (unsigned long)at % sizeof r != 0;
+  note_event(READ, at, sizeof r);
   memcpy(&r, at, sizeof r);
   return r;
 }
 template <class T> inline void store(u8* at, T value) {
   misaligned += (unsigned long)at % sizeof value != 0;
+  note_event(WRITE, at, sizeof value);
   memcpy(at, &value, sizeof value);
 }

@@ -10,7 +10,19 @@ import pytest
 
 pytest.importorskip("triton")
 SCRIPT = str(Path(__file__).parents[1] / "tools" / "gpu_check.py")
-DRY = ("env", "bytes_of_formats", "bandwidth", "fused", "route", "far_apart", "gpu_tests", "iso", "compiled")
+DRY = (
+    "env",
+    "bytes_of_formats",
+    "bandwidth",
+    "fused",
+    "collectives",
+    "route",
+    "far_apart",
+    "warm",
+    "gpu_tests",
+    "iso",
+    "compiled",
+)
 
 
 def run(*arguments: str):

@@ -37,19 +37,23 @@ def where() -> str:
         return f"none: {error} Set FLASHCOMM_TUNING or XDG_CACHE_HOME"
 
 
-def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "") -> str:
-    """The key of a group's costs: the backend, and how many ranks are on which hosts.
+def name_of(backend: str, hosts: Sequence[tuple[int, str]], by: str = "", link: str = "") -> str:
+    """The key of a group's costs: the backend, how many ranks are on which hosts, and the link between GPUs.
 
     Args:
         backend: of the process group.
         hosts: number and name of each rank's host.
         by: the transport that carries payloads, if not the backend.
+        link: the slowest between two GPUs, if it is known: a host may have fast and slow ones.
 
     >>> name_of("gloo", [(0, "a"), (0, "a"), (1, "b"), (1, "b")], by="connections")
     'gloo: 2 on a, 2 on b, by connections'
+    >>> name_of("nccl", [(0, "a with NVIDIA L4"), (0, "a with NVIDIA L4")], link="PCIe")
+    'nccl: 2 on a with NVIDIA L4, over PCIe'
     """
     counts = Counter(hosts)
-    return f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}" + (f", by {by}" if by else "")
+    name = f"{backend}: {', '.join(f'{n} on {host}' for (_, host), n in counts.items())}"
+    return name + (f", by {by}" if by else "") + (f", over {link}" if link else "")
 
 
 def names() -> list[str]:

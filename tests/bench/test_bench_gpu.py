@@ -59,6 +59,16 @@ def test_all_kernels_compile_with_hardly_a_spill(compiler, target, tmp_path):
         assert row["shared_bytes"] <= 48 << 10, row
 
 
+def test_kernels_compile_for_radeon(compiler, tmp_path):
+    file = tmp_path / "rows.json"
+    assert compiler.submit(exit_status, "--codecs", "int8g128", "--targets", "gfx1100", "--json", file).result() == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert {(row["kernel"], row["spilled_bytes"]) for row in rows} == {
+        *((verb, 0) for verb in (*gpu.VERBS, "decode_sum_add_norm", "one_step", "two_step"))
+    }
+    assert {row["threads"] for row in rows} <= {128, 256, 512}
+
+
 def test_an_interpreter_compiles_nothing(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is set: nothing is compiled"):

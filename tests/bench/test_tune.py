@@ -93,6 +93,12 @@ def test_tensors_are_where_the_backend_wants_them(backend, device):
     assert ranks.shared(2).run(device_over, backend) == [device] * 2
 
 
+def test_calls_on_a_gpu_are_timed_in_a_row():
+    """The queue of a GPU hides the cost of a launch, as between the layers of a model."""
+    counts = {kind: [tune._calls(size, torch.device(kind)) for size in tune.SIZES] for kind in ("cpu", "cuda")}
+    assert counts == {"cpu": [20, 20, 20, 1, 1, 1, 1], "cuda": [20, 20, 20, 20, 20, 5, 5]}
+
+
 def test_one_rank_has_nothing_to_measure():
     with pytest.raises(ranks.RankFailed, match="one rank has no link to measure: give 2 or more"):
         ranks.shared(1).run(tune.measure)

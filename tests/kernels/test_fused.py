@@ -24,12 +24,6 @@ pytestmark = pytest.mark.skipif(
     reason="kernels are compiled for this GPU, and these ranks share CPU memory: set TRITON_INTERPRET=1",
 )
 
-# Where there is a GPU nothing is interpreted, and these launches would be real ones on CPU memory.
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(),
-    reason="interpreted without a GPU; tests/collectives/test_gpu.py has the launches on GPUs",
-)
-
 SIZE_BYTES = 1 << 18
 
 
@@ -46,7 +40,7 @@ def meet(folder, name, blocks=2, patience=1 << 30, size_bytes=SIZE_BYTES):
         rank=rank,
         buffers=torch.tensor([part.data_ptr() for part in memory]),
         size_bytes=size_bytes,
-        epochs=torch.zeros(blocks, dtype=torch.int32),
+        epochs=torch.zeros(2, blocks, dtype=torch.int32),
         lost=torch.zeros(1, dtype=torch.int32),
         patience=patience,
     )
@@ -105,8 +99,8 @@ def calls_without_end(folder, count):
         fused.all_reduce(x, codec, peers, x, algorithm)
         xs = [promises.tensor(r, x.shape, torch.float32, seed=call) for r in range(size)]
         assert promises.same(x, flashcomm.simulate.all_reduce(xs, codec, algorithm)), call
-    assert len(set(peers.epochs.tolist())) == 1
-    assert peers.epochs[0] > count, "one launch held all rows"
+    assert len(set(peers.epochs[0].tolist())) == 1
+    assert peers.epochs[0, 0] > count, "one launch held all rows"
     del memory
 
 
@@ -122,7 +116,7 @@ def epochs_overflow(folder):
     warnings.simplefilter("ignore", RuntimeWarning)
     peers, memory = meet(folder, "over", blocks=1)
     rank, size = dist.get_rank(), dist.get_world_size()
-    peers.epochs.fill_(2**31 - 2)
+    peers.epochs[0].fill_(2**31 - 2)
     for part in memory:
         part[: 8 * size].view(torch.int32).fill_(2**31 - 2)
     dist.barrier()
@@ -131,7 +125,7 @@ def epochs_overflow(folder):
         out = torch.empty_like(xs[0])
         fused.all_reduce(xs[rank], codecs.parse("int8g128"), peers, out, "two_step")
         assert promises.same(out, flashcomm.simulate.all_reduce(xs, "int8g128", "two_step"))
-    assert peers.epochs[0] < 0
+    assert peers.epochs[0, 0] < 0
 
 
 def test_epochs_may_overflow(tmp_path):
@@ -241,6 +235,31 @@ def a_replay_after_a_loss(folder):
 def test_a_replay_does_not_wait_for_a_rank_that_is_lost(tmp_path):
     """With the patience of minutes."""
     ranks.shared(2).run(a_replay_after_a_loss, str(tmp_path))
+
+
+def a_launch_beside_another(folder):
+    """As if a graph's replay, which no host sees, ran on another stream."""
+    import warnings
+
+    from flashcomm.errors import CollectiveError
+    from flashcomm.transports.symmetric import launch as fused
+
+    warnings.simplefilter("ignore", RuntimeWarning)
+    peers, memory = meet(folder, "beside", blocks=2)
+    x, codec = torch.ones(2, 128), codecs.parse("int8g128")
+    fused.all_reduce(x, codec, peers, torch.empty_like(x), "two_step")
+    fused.check(peers)
+    assert peers.epochs.tolist() == [[1, 1], [0, 0]]
+    peers.epochs[1, 0] = 1
+    fused.all_reduce(x, codec, peers, torch.empty_like(x), "one_step")
+    with pytest.raises(CollectiveError, match="two launches of rank . ran at the same time"):
+        fused.check(peers)
+    dist.barrier()
+    del memory
+
+
+def test_launches_that_run_at_the_same_time_are_an_error_of_the_next_call(tmp_path):
+    ranks.shared(2).run(a_launch_beside_another, str(tmp_path))
 
 
 def launches(folder) -> list[str]:

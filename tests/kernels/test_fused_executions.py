@@ -22,7 +22,7 @@ import interleavings
 from flashcomm.transports.symmetric import exchange
 from interleavings import Deliver, Made, Publish, Read, Wait, Write, parts
 
-BUFFERS, EPOCHS, X, OUT = 1 << 8, 1 << 12, 1 << 20, 1 << 30
+LOST, BUFFERS, EPOCHS, X, OUT = 0, 1 << 8, 1 << 12, 1 << 20, 1 << 30
 """Where pointers of a rank pretend to point."""
 MEMORY, SPACING = 1 << 40, 1 << 20
 """Where the ranks' memory pretends to be, and how far apart."""
@@ -72,7 +72,7 @@ class Program:
         offset = place << 10
         self._expected = {OUT + offset + row: self._result(call, offset, row) for row in range(call.rows)}
         widths = [WIDTH] if call.name == "one_step" else [WIDTH, WIDTH]
-        pointers = map(Number, (X + offset, OUT + offset, BUFFERS, EPOCHS, 0))
+        pointers = map(Number, (X + offset, OUT + offset, BUFFERS, EPOCHS, LOST))
         numbers = map(Number, (1, self.rank, call.rows, 1, HALF_BYTES, *widths))
         constants = dict.fromkeys(("VALUES", "FIRST", "SECOND", "V", "EDGE", "WORDS", "PTX"))
         getattr(self._module, call.name)(*pointers, *numbers, R=self.ranks, **constants)
@@ -117,7 +117,9 @@ class Program:
         return types.SimpleNamespace(
             program_id=lambda axis: Number(self.block),
             num_programs=lambda axis: Number(self.blocks),
-            load=lambda ptr: Number(self._epoch if ptr >= EPOCHS else MEMORY + (ptr - BUFFERS) * SPACING),
+            load=self._load,
+            # No launch of a rank overlaps another here.
+            atomic_xchg=lambda ptr, value: Number(0),
             store=self._store,
             debug_barrier=lambda: None,
             multiple_of=lambda ptr, n: ptr,
@@ -130,6 +132,11 @@ class Program:
             int32=None,
             int64=None,
         )
+
+    def _load(self, ptr):
+        if ptr == LOST:
+            return Number(0)
+        return Number(self._epoch if ptr >= EPOCHS else MEMORY + (ptr - BUFFERS) * SPACING)
 
     def _store(self, ptr, value):
         assert ptr == EPOCHS + self.block, "only this program's epoch"
@@ -226,7 +233,14 @@ FAULTS = {
     ),
     "has one flag for both steps": ("(step * R + source)", "source", 2, 1, [two_step(2)], {"race", "value"}),
     "has one half": ("(epoch & 1)", "(epoch & 0)", 2, 1, [one_step(1)] * 2, {"race", "value"}),
-    "does not count": ("tl.store(epochs_ptr + block, epoch)", "pass", 2, 1, [one_step(1)] * 2, {"race", "value"}),
+    "does not count": (
+        "tl.store(epochs_ptr + tl.program_id(0), epoch)",
+        "pass",
+        2,
+        1,
+        [one_step(1)] * 2,
+        {"race", "value"},
+    ),
     "sends to where it wrote": (
         *("theirs = _place(buffers_ptr, peer, start + rank * of_rank)", "theirs = mine"),
         *(2, 1, [one_step(1)], {"value"}),

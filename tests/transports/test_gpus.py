@@ -10,6 +10,7 @@ import ranks
 from calls import new_group
 from flashcomm import codecs, planner
 from flashcomm.collectives.group import group_of
+from flashcomm.errors import RanksDisagree
 from flashcomm.integrations.sums import Sums
 from flashcomm.planner.choose import GPU_COMPRESSED_BYTES
 from flashcomm.policy import Policy
@@ -63,6 +64,19 @@ def test_auto_compresses_from_a_size_that_suits_the_link(link, gate):
     assert below.reason.endswith(f" over {link or 'a link that is not known'}")
 
 
+def test_messages_over_pcie_through_the_host_travel_in_pieces():
+    """Three kernels of one piece run while another is on its way; over NVLink there is nothing to wait for."""
+    codec = codecs.parse("int8g128")
+    pieces = {
+        link: planner.choose(
+            256 * MIB, planner.Facts(ranks=4, device="cuda", link=link), codec, algorithm="two_step"
+        ).pieces
+        for link in (gpus.NVLINK, gpus.PEER, gpus.HOST)
+    }
+    assert pieces[gpus.HOST] > 1
+    assert {pieces[gpus.NVLINK], pieces[gpus.PEER]} == {1}
+
+
 def met_as_if_on_gpus(one_host):
     """Meet for CUDA tensors, with made-up GPUs on one host or on one for each rank; the facts of both devices."""
     size, rank = dist.get_world_size(), dist.get_rank()
@@ -78,11 +92,15 @@ def met_as_if_on_gpus(one_host):
     finally:
         gpus.name_of, gpus.reach, lanes._site, gpus.kind_of = real
     assert isinstance(meeting.lane.messages, Bulk)
+    # Over gloo its collectives would leave in another order than the caller's own.
+    assert meeting.lane.thread is None
     return on_cpu, home.facts, home.facts_for(CUDA), home.name_for(CUDA)
 
 
 def test_cuda_tensors_have_facts_of_their_own():
-    for on_cpu, after, facts, _ in ranks.shared(2).run(met_as_if_on_gpus, True):
+    for on_cpu, after, facts, name in ranks.shared(2).run(met_as_if_on_gpus, True):
+        # A host may have GPUs with and without NVLink between them.
+        assert name.endswith(" with NVIDIA L4, over NVLink")
         assert on_cpu == after
         assert (after.shared, after.device, after.link) == (True, "cpu", "")
         assert (facts.shared, facts.device, facts.link, facts.hosts) == (False, "cuda", gpus.NVLINK, 1)
@@ -96,6 +114,29 @@ def test_ranks_of_cuda_tensors_learn_their_hosts():
         assert str(planner.choose(8 * MIB, facts, codecs.parse("bf16/int4g128")).codec) == "int4g128"
         # Measured costs are kept by ranks, hosts and GPUs.
         assert (name.count("1 on "), name.count(" with NVIDIA L4")) == (2, 2)
+        assert name.endswith(", over network")
+
+
+def met_on_different_devices():
+    group = new_group(timeout_s=5)
+    with pytest.raises(RanksDisagree) as raised:
+        group_of(group).meet(CUDA if dist.get_rank() else CPU)
+    return str(raised.value)
+
+
+def test_ranks_whose_tensors_are_on_different_devices_find_out():
+    """Before they open transports, in which each would wait for the other."""
+    text = "ranks disagree about this collective: the tensor of rank 0 is on cpu, that of rank 1 on cuda"
+    assert ranks.shared(2).run(as_if_on_gpus, met_on_different_devices) == [text] * 2
+
+
+def as_if_on_gpus(function):
+    real = gpus.name_of, gpus.reach, gpus.kind_of
+    gpus.name_of, gpus.reach, gpus.kind_of = (lambda device: ""), (lambda device: {}), (lambda device: "")
+    try:
+        return function()
+    finally:
+        gpus.name_of, gpus.reach, gpus.kind_of = real
 
 
 def planned_by_engines():

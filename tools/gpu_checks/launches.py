@@ -11,13 +11,14 @@ import subprocess
 import sys
 import types
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.codecs import Codec
 from gpu_checks.kernels import SCRIPT
-from gpu_checks.measuring import DEVICE, DRY, differing, note, summed, synchronize, values
+from gpu_checks.measuring import DEVICE, DRY, device_ms, differing, note, summed, synchronize, values
 
 CASES = (("int8g128", 4096), ("int4g128", 4096), ("int8g128", 2880), ("nvfp4", 4096), ("int4g128:int8g128", 5120))
 _COMPILERS = 12
@@ -39,7 +40,7 @@ class World:
                 rank=rank,
                 buffers=table,
                 size_bytes=size_bytes,
-                epochs=torch.zeros(programs, dtype=torch.int32, device=DEVICE),
+                epochs=torch.zeros(2, programs, dtype=torch.int32, device=DEVICE),
                 lost=torch.zeros(1, dtype=torch.int32, pin_memory=not DRY),
                 patience=patience,
             )
@@ -80,6 +81,117 @@ class World:
     def lost(self) -> list[int]:
         """One more than the rank that did not come, for each rank; 0 where all came."""
         return [int(peers.lost[0]) for peers in self.peers]
+
+
+class HotWorld:
+    """R ranks as R streams, for the collectives in CUDA C++; without a GPU, fibers on the CPU.
+
+    Args:
+        ranks: their number.
+        size_bytes: memory of each.
+    """
+
+    def __init__(self, ranks: int, size_bytes: int = 256 << 20):
+        from flashcomm.transports.symmetric import collective
+
+        self.collective = collective
+        if DRY:
+            collective._THREADS = 64
+        self.streams = [None if DRY else torch.cuda.Stream() for _ in range(ranks)]
+        self.memory = torch.zeros(ranks, size_bytes, dtype=torch.uint8, device=DEVICE)
+        processors = 2 if DRY else torch.cuda.get_device_properties(0).multi_processor_count
+        table = torch.tensor([part.data_ptr() for part in self.memory], dtype=torch.int64, device=DEVICE)
+        self.peers = [
+            collective.Peers(
+                rank=rank,
+                memory=table,
+                size_bytes=size_bytes,
+                state=torch.zeros(4, dtype=torch.int64, device=DEVICE),
+                lost=torch.zeros(1, dtype=torch.int32, pin_memory=not DRY),
+                # All ranks are on this GPU, and their blocks must find room at the same time.
+                processors=max(1, processors // ranks),
+                patience=20_000_000,
+            )
+            for rank in range(ranks)
+        ]
+        synchronize()
+
+    def run(self, name: str, codec: Codec, xs: list, outs: list, splits: list | None = None):
+        """Run a collective on every rank, each on its stream; the current stream waits for all."""
+        made = [
+            [*self.collective.launches(name, codec, x, out, peers, splits[peers.rank] if splits else None)]
+            for x, out, peers in zip(xs, outs, self.peers, strict=True)
+        ]
+        for each in map(list, zip(*made, strict=True)):
+            self._start(each)
+
+    def _start(self, each: list):
+        if DRY:
+            import cuda_on_cpu
+
+            cuda_on_cpu.Collectives([each[0].macros]).run(each)
+            return
+        from flashcomm.kernels.gpu.cuda import driver
+
+        here = torch.cuda.current_stream()
+        driver.make_current(0)
+        # Loaded before several of it wait for each other: loading may wait for the device.
+        kernel = driver.kernel(each[0].macros, 0, "collective", self.collective.SOURCE)
+        for launch, stream in zip(each, self.streams, strict=True):
+            stream.wait_stream(here)
+            kernel(launch.blocks, stream.cuda_stream, launch.argument, launch.threads)
+        for stream in self.streams:
+            here.wait_stream(stream)
+
+    def wrong(self, name: str, codec: Codec, rows: int, cols: int) -> list[str]:
+        """Mistakes of a collective on bf16 rows, compared with the specification."""
+        ranks = len(self.peers)
+        inputs, dtype = [values(rank, rows, cols) for rank in range(ranks)], torch.bfloat16
+        payloads = torch.stack([codec.encode(x) for x in inputs])
+        decoded = [codec.decode(payload, cols, dtype) for payload in payloads]
+        splits, part = None, rows // ranks
+        if name in ("one_step", "two_step"):
+            want = [summed(inputs, codec, name)] * ranks
+        elif name == "reduce_scatter":
+            want = list(codecs.decode_sum(payloads, codec, cols, dtype).split(part))
+        elif name == "all_gather":
+            want = [torch.cat(decoded)] * ranks
+        else:
+            splits = [([part] * ranks, [part] * ranks)] * ranks
+            want = [torch.cat([one.split(part)[rank] for one in decoded]) for rank in range(ranks)]
+        xs = [x.to(DEVICE) for x in inputs]
+        outs = [torch.full(one.shape, 7.0, dtype=dtype, device=DEVICE) for one in want]
+        self.run(name, codec, xs, outs, splits)
+        synchronize()
+        bad = [differing(out, one) for out, one in zip(outs, want, strict=True)]
+        lost = [int(peers.lost[0]) for peers in self.peers]
+        return [
+            f"R={ranks} {name} {codec} [{rows}, {cols}] rank {r}: {n} bytes, {lost}" for r, n in enumerate(bad) if n
+        ]
+
+
+def collectives():
+    """Compare the collectives in CUDA C++ with the specification over 2, 4 and 8 ranks; note their times by size."""
+    wrong: list[str] = []
+    table: dict[str, float] = {}
+    verbs = ("two_step", "one_step", "reduce_scatter", "all_gather", "all_to_all")
+    for ranks in (2,) if DRY else (2, 4, 8):
+        world = HotWorld(ranks, 5 << 20 if DRY else 256 << 20)
+        for spec in ("int8g128",) if DRY else ("int8g128", "int4g128", "mxfp4+hadamard"):
+            for name in verbs[:2] if DRY else verbs:
+                # Lines, and a message of several tiles for every block.
+                for rows, cols in ((ranks, 256),) if DRY else ((ranks, 4096), (64 * ranks, 5120)):
+                    wrong += world.wrong(name, codecs.parse(spec), rows, cols)
+            note(wrong=wrong)
+            for kib in () if DRY else _TIMED_KIB[:5]:
+                xs = [torch.randn(max(1, kib * 512 // 4096), 4096, device=DEVICE).bfloat16() for _ in range(ranks)]
+                for name in verbs[:2]:
+                    where = f"R={ranks} {spec} {name} {kib} KiB"
+                    call = partial(world.run, name, codecs.parse(spec), xs, xs)
+                    table[where] = round(1e3 * device_ms(call, 5), 1)
+            note(us=table)
+    note(wrong=wrong)
+    print(*wrong[:12] or ["all bits are those of the specification"], *table.items(), sep="\n")
 
 
 def _algorithms(spec: str) -> tuple[str, ...]:
@@ -132,7 +244,7 @@ def _compile(job: tuple[str, int, str, int]):
         rank=0,
         buffers=torch.zeros(ranks, dtype=torch.int64, device=DEVICE),
         size_bytes=1 << 24,
-        epochs=torch.zeros(16, dtype=torch.int32, device=DEVICE),
+        epochs=torch.zeros(2, 16, dtype=torch.int32, device=DEVICE),
         lost=torch.zeros(1, dtype=torch.int32, pin_memory=True),
     )
     launch.all_reduce(x, codecs.parse(spec), peers, torch.empty_like(x), algorithm)

@@ -51,6 +51,29 @@ def route():
         dist.destroy_process_group()
 
 
+def warm():
+    """Note how many kernels Triton compiles for sums of many lengths after `warm_up`; there must be none."""
+    from flashcomm.kernels.gpu.tiles.move import move
+
+    def compiled_so_far() -> int:
+        return sum(len(cache[0]) for cache in getattr(move, "device_caches", {}).values())
+
+    table, wrong = {}, []
+    for spec, cols in (("int8g128", 512 if DRY else 4096), *(() if DRY else (("int8g128", 2880),))):
+        made = kernels.warm_up(spec, cols, device=DEVICE)
+        ready = compiled_so_far()
+        join_fake(4)
+        for tokens in (1, 3) if DRY else (*range(1, 70), 1000, 4095, 4096):
+            x = torch.zeros(tokens, cols, dtype=torch.bfloat16, device=DEVICE)
+            for algorithm in ("one_step", "two_step"):
+                flashcomm.all_reduce(x, spec, algorithm=algorithm)
+        dist.destroy_process_group()
+        table[f"{spec} {cols}"] = {"calls": len(made), "compiled": ready, "afterwards": compiled_so_far() - ready}
+        wrong += [f"{spec} {cols} compiled while serving"] * (compiled_so_far() > ready)
+    note(table=table, wrong=wrong)
+    print(table)
+
+
 def _counted(function, name: str, launches: Counter):
     def counting(*args, **kwargs):
         launches[name] += 1

@@ -341,7 +341,7 @@ def _compile(codec: codecs.Codec, target: str) -> list[CompiledRow]:
                 kernel=name,
                 codec=str(codec),
                 tile=constants["V"],
-                threads=options["num_warps"] * (64 if target.startswith("gfx") else 32),
+                threads=options["num_warps"] * (64 if target.startswith("gfx9") else 32),
                 registers=registers,
                 spilled_bytes=spilled,
                 shared_bytes=binary.metadata.shared,
@@ -357,7 +357,7 @@ _UNALIGNED = ("ranks", "rank", "rows", "patience")
 
 
 def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]:
-    """Compile a kernel for a target such as ``sm_90`` or ``gfx942``; rows of tensors begin at multiples of 16 bytes."""
+    """Compile a kernel for ``sm_90``, ``gfx942``, ``gfx1100`` or so; rows of tensors begin at multiples of 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -379,10 +379,16 @@ def ahead_of_time(kernel: Any, constants: dict, target: str) -> tuple[Any, dict]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     aligned = [name for name in names if name not in constants and name not in (*_UNALIGNED, "epsilon")]
     attrs: Any = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    where = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
+    # Radeon has warps of 32 threads, Instinct of 64.
+    wide = target.startswith("gfx9")
+    where = (
+        GPUTarget("cuda", int(target[3:]), 32)
+        if target.startswith("sm_")
+        else GPUTarget("hip", target, 64 if wide else 32)
+    )
     formats = (value for value in constants.values() if isinstance(value, gpu.Format))
     options = gpu.options(constants["V"], *formats)
-    if target.startswith("gfx"):
+    if wide:
         # The same threads in half the warps.
         options["num_warps"] //= 2
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)

@@ -22,7 +22,7 @@ import torch
 
 from flashcomm import kernels
 from flashcomm.codecs import Codec
-from flashcomm.transports.base import Gather, Messages, Scatter
+from flashcomm.transports.base import Gather, Messages, Scatter, cut_into
 
 # A stripe is whole rows; where that leaves some ranks idle, rows are cut at group borders until at least this share of
 # the rows of the longest stripe is real on average.
@@ -48,7 +48,7 @@ def two_step(x: torch.Tensor, out: torch.Tensor, codec: Codec, messages: Message
     first, second = codec.formats
     rows, cols = cut(x.shape[0], x.shape[1], codec, messages.ranks.world_size * pieces, x.device.type)
     x, into = x.reshape(rows, cols), out.view(rows, cols)
-    stripes = Stripes.even(rows, messages.ranks.world_size)
+    stripes = _deal(rows, messages, pieces)
     # A message may have to wait until its receiver is ready, so be ready for all before anything is encoded.
     width, sum_width = first.payload_bytes(cols, x.dtype), second.payload_bytes(cols, x.dtype)
     scatter = messages.scatter(stripes.sizes, width, pieces, x.device, first.varies)
@@ -73,8 +73,7 @@ def reduce_scatter(
 
     Stripes are equal, or ``sizes[r]`` rows for rank r.
     """
-    cols = x.shape[1]
-    stripes = Stripes(sizes) if sizes else Stripes.even(x.shape[0], messages.ranks.world_size)
+    cols, stripes = x.shape[1], _deal(x.shape[0], messages, pieces, fixed=True, sizes=sizes)
     scatter = messages.scatter(stripes.sizes, codec.payload_bytes(cols, x.dtype), pieces, x.device, codec.varies)
     _scatter_rows(x, stripes, scatter, codec, messages)
     for piece in scatter.pieces:
@@ -95,7 +94,7 @@ def all_gather(
     S is the same on all ranks, or ``sizes[r]`` on rank r.
     """
     rows, cols = x.shape
-    stripes = Stripes(sizes or [rows] * messages.ranks.world_size)
+    stripes = _deal(sum(sizes or ()) or messages.ranks.world_size * rows, messages, pieces, fixed=True, sizes=sizes)
     width = codec.payload_bytes(cols, x.dtype)
     gather = messages.gather(stripes.sizes, width, pieces, x.device, codec.varies)
     for piece in gather.pieces:
@@ -148,22 +147,36 @@ ALGORITHMS = {"one_step": one_step, "two_step": two_step, "reduce_scatter": redu
 
 def _scatter_rows(x: torch.Tensor, stripes: "Stripes", scatter: Scatter, codec: Codec, messages: Messages):
     """Encode and send x[T, H], each rank its stripe."""
-    whole = scatter.whole() if stripes.dense else None
-    if whole is None:
+    if not isinstance(stripes, Dealt):
         encode_stripes(scatter, lambda rank, piece: x[stripes.part(rank, piece)], codec, messages)
-    else:
-        kernels.encode(x, codec, out=whole[: len(x)])
-        scatter.send(messages.ranks.rank, scatter.pieces[0], stripes.sizes[messages.ranks.rank])
+        return
+    for piece in scatter.pieces:
+        rows, mine = x[stripes.whole(piece)], stripes.part(messages.ranks.rank, piece)
+        kernels.encode(rows, codec, out=scatter.whole(piece)[: len(rows)])
+        scatter.send(messages.ranks.rank, piece, mine.stop - mine.start)
 
 
 def _decode_all(gather: Gather, stripes: "Stripes", codec: Codec, out: torch.Tensor):
     """Decode every rank's stripe into out[T, H]."""
-    (rows, cols), whole = out.shape, gather.whole() if stripes.dense else None
-    if whole is not None:
-        kernels.decode(whole[:rows], codec, cols=cols, dtype=out.dtype, out=out)
+    cols = out.shape[1]
+    if isinstance(stripes, Dealt):
+        for piece in gather.pieces:
+            rows = out[stripes.whole(piece)]
+            kernels.decode(gather.whole(piece)[: len(rows)], codec, cols=cols, dtype=out.dtype, out=rows)
         return
     for rank, piece, payload in gather.arrivals():
         kernels.decode(payload, codec, cols=cols, dtype=out.dtype, out=out[stripes.part(rank, piece)])
+
+
+def _deal(
+    rows: int, messages: Messages, pieces: int, fixed: bool = False, sizes: Sequence[int] | None = None
+) -> "Stripes":
+    """Deal out rows to ranks, evenly or in `sizes`; `fixed` if it matters which rank gets which."""
+    ranks = messages.ranks.world_size
+    even = Stripes.even(rows, ranks)
+    if sizes and list(sizes) != even.sizes:
+        return Stripes(sizes)
+    return Dealt(rows, ranks, pieces) if messages.whole_pieces and (pieces == 1 or not fixed) else even
 
 
 def encode_stripes(scatter: Scatter, rows_of: Callable[[int, slice], torch.Tensor], codec: Codec, messages: Messages):
@@ -182,16 +195,16 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int, device: str = "cpu") -> 
     """[rows, cols] as more and shorter rows, so that few rows spread evenly over ranks and no decoded bit changes.
 
     Kernels of GPUs are compiled for a length of rows, which takes a second or so, and a server's prompts have all
-    lengths. So on `device` other than the CPU there is one length for all prompts of at least `ranks` tokens.
+    lengths. So on `device` other than the CPU rows stay as they are.
 
     >>> from flashcomm.codecs import parse
     >>> cut(1, 4096, parse("int8g128"), ranks=4), cut(5, 4096, parse("int8g128"), ranks=4)
     ((4, 1024), (20, 1024))
-    >>> cut(1, 4096, parse("int8g128"), ranks=4, device="cuda"), cut(5, 4096, parse("int8g128"), ranks=4, device="cuda")
-    ((4, 1024), (5, 4096))
+    >>> cut(5, 4096, parse("int8g128"), ranks=4, device="cuda")
+    (5, 4096)
     """
     unit = codec.unit(cols)
-    if rows == 0 or cols == 0 or cols % unit or (device != "cpu" and rows >= ranks):
+    if rows == 0 or cols == 0 or cols % unit or device != "cpu":
         return rows, cols
     best = (0.0, 1)
     for pieces in range(1, min(cols // unit, ranks) + 1):
@@ -208,8 +221,8 @@ def cut(rows: int, cols: int, codec: Codec, ranks: int, device: str = "cpu") -> 
 class Stripes:
     """Rows dealt out to ranks in runs.
 
-    >>> Stripes.even(5, 3).sizes, Stripes([2, 2, 1]).dense, Stripes([1, 2, 2]).dense
-    ([2, 2, 1], True, False)
+    >>> Stripes.even(5, 3).sizes, Stripes([1, 3]).part(1, slice(2, 4))
+    ([2, 2, 1], slice(3, 4, None))
     """
 
     def __init__(self, sizes: Sequence[int]):
@@ -217,9 +230,6 @@ class Stripes:
         self._slices = [slice(*pair) for pair in itertools.pairwise(edges)]
         self.sizes = list(sizes)
         """Rows of each rank."""
-        longest = max(sizes)
-        self.dense = edges == [min(rank * longest, edges[-1]) for rank in range(len(edges))]
-        """Whether all are as long as the longest, but for the last ones."""
 
     @classmethod
     def even(cls, rows: int, ranks: int) -> "Stripes":
@@ -232,3 +242,28 @@ class Stripes:
         """The rows of `rank` in a piece of its stripe; fewer, or none, where the stripe is shorter."""
         stripe = self._slices[rank]
         return slice(min(stripe.start + piece.start, stripe.stop), min(stripe.start + piece.stop, stripe.stop))
+
+
+class Dealt(Stripes):
+    """Rows dealt out piece by piece, so that those of all ranks in a piece lie together: a kernel for each piece.
+
+    >>> dealt = Dealt(7, ranks=2, pieces=2)
+    >>> dealt.sizes, dealt.part(1, slice(0, 2)), dealt.part(1, slice(2, 4)), dealt.whole(slice(2, 4))
+    ([4, 3], slice(2, 4, None), slice(6, 7, None), slice(4, 7, None))
+    """
+
+    def __init__(self, rows: int, ranks: int, pieces: int):
+        self._rows, self._ranks = rows, ranks
+        cuts = cut_into(-(-rows // ranks), pieces)
+        parts = [[self.part(rank, piece) for piece in cuts] for rank in range(ranks)]
+        self.sizes = [sum(part.stop - part.start for part in its) for its in parts]
+
+    def part(self, rank: int, piece: slice) -> slice:
+        """See `Stripes`."""
+        length = piece.stop - piece.start
+        start = min(self._ranks * piece.start + rank * length, self._rows)
+        return slice(start, min(start + length, self._rows))
+
+    def whole(self, piece: slice) -> slice:
+        """The rows of all ranks in a piece."""
+        return slice(self._ranks * piece.start, min(self._ranks * piece.stop, self._rows))

@@ -92,7 +92,7 @@ class Group:
 
     def _learn(self, meeting: lanes.Meeting, backend: str, device: torch.device):
         carrier = "" if meeting.carrier == backend else meeting.carrier
-        name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier)
+        name = measured.name_of(backend, list(zip(meeting.hosts, meeting.labels, strict=True)), carrier, meeting.link)
         # Only rank 0 reads the file, so that all ranks plan with the same figures.
         costs = self.ranks.each(Step.COSTS, lambda: measured.load(name) if self.ranks.rank == 0 else None)[0]
         self._names[device.type] = name

@@ -49,7 +49,7 @@ def all_reduce(
         async_op: return a `Work`, whose ``wait()`` gives the result. Calls of a group run one after the other in the
             order in which they were started, so some ranks may give this and others not. On gloo compressed calls run
             on a thread of the group, on CUDA on a stream, and the plain collective wherever the backend runs it.
-            Compressed calls over other CPU backends finish before they return.
+            Compressed calls over other CPU backends, and of CUDA tensors over gloo, finish before they return.
         strict: raise where ``auto`` would run uncompressed although a codec was asked for, or a codec without a kernel.
         batch_invariant: let ``auto`` choose by world size and codec alone, so that a token's result does not depend
             on the size of its batch.

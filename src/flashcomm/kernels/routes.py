@@ -102,14 +102,6 @@ def _implementations(codec: Codec, device_type: str, cols: int) -> list[Any]:
     return [cuda, *triton] if backend == "cuda" else triton
 
 
-def warm_up(codec: "str | Codec" = "int8g128"):
-    """Load what `codec` needs on the CPU. The first time on a machine this compiles it: two to four seconds.
-
-    The first collective does it too; a server calls this before it takes requests. The log says so if it lasts.
-    """
-    load(codecs.parse(codec), "cpu")
-
-
 def load(codec: Codec, device_type: str):
     """Load the compiled kernels of all formats of `codec`. Triton's are compiled for the values of a call."""
     for single in codec.formats:

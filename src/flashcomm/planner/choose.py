@@ -223,10 +223,12 @@ def _by_cost(message_bytes: int, costs: LinkCosts, codec: Codec, exact: str) -> 
 
 
 def _compressed(algorithm: str, message_bytes: int, facts: Facts, codec: Codec, exact: str, reason: str) -> Plan:
-    """Plan one algorithm, with the best measured number of pieces; without measurements, by rule between hosts."""
+    """Plan one algorithm, with the best measured number of pieces; without measurements, by rule on slow links."""
     count = facts.costs.pieces(codec, algorithm, message_bytes) if facts.costs else None
     if count is None:
-        count = pieces(message_bytes, codec, facts.device) if facts.hosts != 1 else 1
+        # Where processors carry the bytes, as in memory or over NVLink, they would not be idle meanwhile.
+        carried = facts.hosts != 1 or facts.link == "PCIe through the host"
+        count = pieces(message_bytes, codec, facts.device) if carried else 1
     sent = _with_levels(codec, exact) if algorithm == "hierarchical" else codec
     return Plan(algorithm=algorithm, codec=sent, reason=reason, pieces=count)
 

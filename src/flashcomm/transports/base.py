@@ -146,10 +146,10 @@ class Scatter(Protocol):
         """Payload rows [rows, P] to write for `rank`, before `send`."""
         ...
 
-    def whole(self) -> torch.Tensor | None:
-        """Payload rows [R * n, P] of all ranks, n of the longest, to write before one `send` of this rank's own.
+    def whole(self, piece: slice) -> torch.Tensor:
+        """Payload rows [R * n, P] of all ranks, to write before one `send` of this rank's own.
 
-        None where they are written in parts. On a GPU, each part is a kernel more.
+        Only where ``Messages.whole_pieces``. On a GPU, each part is a kernel more.
         """
         ...
 
@@ -184,8 +184,11 @@ class Gather(Protocol):
     def wait_gone(self, piece: slice):
         """Block until this rank's rows of `piece`, and all that it sent before, have left."""
 
-    def whole(self) -> torch.Tensor | None:
-        """Block until all has arrived; return it as [R * n, P], n of the longest, or None if it is read in parts."""
+    def whole(self, piece: slice) -> torch.Tensor:
+        """Block until all ranks' rows of `piece` have arrived; return them as [R * n, P].
+
+        Only where ``Messages.whole_pieces``.
+        """
         ...
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
@@ -205,6 +208,8 @@ class Messages(Protocol):
     """
 
     ranks: Ranks
+    whole_pieces: bool
+    """Whether a piece is one message to or from all ranks, and its payloads one tensor."""
 
     def scatter(self, sizes: list[int], width: int, pieces: int, device: torch.device, varies: bool = False) -> Scatter:
         """Start a scatter of stripes with `sizes` rows of `width` bytes."""

@@ -16,6 +16,8 @@ from flashcomm.transports.buffers import Buffers, Payloads
 class Bulk:
     """`base.Messages` by the collectives of a backend."""
 
+    whole_pieces = True
+
     def __init__(self, backend: Backend, ranks: Ranks, buffers: Buffers):
         self.backend, self.ranks, self.buffers = backend, ranks, buffers
 
@@ -57,9 +59,9 @@ class BulkScatter:
         """See `base.Scatter`."""
         return self._sent[piece][rank, :rows]
 
-    def whole(self) -> torch.Tensor | None:
-        """See `base.Scatter`. Parts of several pieces do not lie in the order of ranks."""
-        return self._sent[self.pieces[0]].flatten(0, 1) if len(self.pieces) == 1 else None
+    def whole(self, piece: slice) -> torch.Tensor:
+        """See `base.Scatter`."""
+        return self._sent[piece].flatten(0, 1)
 
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
@@ -121,9 +123,9 @@ class BulkGather:
             work.wait()
         return self._payloads[piece]
 
-    def whole(self) -> torch.Tensor | None:
+    def whole(self, piece: slice) -> torch.Tensor:
         """See `base.Gather`."""
-        return self.wait(self.pieces[0]).flatten(0, 1) if len(self.pieces) == 1 else None
+        return self.wait(piece).flatten(0, 1)
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""

@@ -18,6 +18,9 @@ from flashcomm.transports.buffers import Buffers, Payloads
 class Direct:
     """`base.Messages` over a Link."""
 
+    whole_pieces = False
+    """Messages to the first ranks leave while those to the last are encoded."""
+
     def __init__(self, link: Link, ranks: Ranks, buffers: Buffers):
         self.link, self.ranks, self.buffers = link, ranks, buffers
 
@@ -133,9 +136,9 @@ class DirectScatter(_Pending):
         payloads = self._received if rank == self._ranks.rank else self._sent
         return payloads[piece][rank, :rows]
 
-    def whole(self) -> torch.Tensor | None:
-        """See `base.Scatter`. Messages of the first ranks leave while those of the last are encoded."""
-        return None
+    def whole(self, piece: slice) -> torch.Tensor:
+        """See `base.Scatter`."""
+        raise NotImplementedError
 
     def send(self, rank: int, piece: slice, rows: int):
         """See `base.Scatter`."""
@@ -200,9 +203,9 @@ class DirectGather(_Pending):
         self._wait_for_all(piece)
         return self._payloads[piece]
 
-    def whole(self) -> torch.Tensor | None:
+    def whole(self, piece: slice) -> torch.Tensor:
         """See `base.Gather`."""
-        return None
+        raise NotImplementedError
 
     def arrivals(self) -> Iterator[tuple[int, slice, torch.Tensor]]:
         """See `base.Gather`."""

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import machine, settings
+from flashcomm.errors import RanksDisagree
 from flashcomm.transports import gpus
 from flashcomm.transports.backend import Backend, BackendLink, backend_of
 from flashcomm.transports.base import Link, Memory, Messages, Ranks, Step
@@ -48,6 +49,8 @@ class Site(NamedTuple):
     """The reason why this process cannot share memory; "" if it can."""
     why_not_symmetric: str
     """The same for memory of GPUs."""
+    device: str = "cpu"
+    """The kind of device that the tensors are on."""
     gpu: str = ""
     """The GPU of the tensors, by `gpus.name_of`."""
     reach: dict[str, str] | None = None
@@ -151,8 +154,16 @@ def meet(
 
     Raises:
         ValueError, CollectiveError: a step failed on some rank; raised on all ranks.
+        RanksDisagree: the ranks' tensors are on different kinds of devices; raised on all ranks.
     """
     sites = ranks.each(Step.SITE, partial(_site, device))
+    # Before any transport opens: ranks of different devices would open different ones, and wait for each other.
+    other = next((rank for rank, site in enumerate(sites) if site.device != sites[0].device), None)
+    if other is not None:
+        raise RanksDisagree(
+            f"ranks disagree about this collective: the tensor of {ranks.name(0)} is on {sites[0].device}, that of "
+            f"{ranks.name(other)} on {sites[other].device}"
+        )
     places = hosts or tuple(site.host for site in sites)
     names = list(dict.fromkeys(places))
     why_not: dict[str, str] = {}
@@ -188,6 +199,7 @@ def _open(
         memories += [symmetric] if symmetric else []
     if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
         why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
+        # No thread for CUDA tensors over gloo: its collectives are paired by their order, also with the caller's own.
         return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
     link = _connect(ranks, bool(memories), why_not) or BackendLink(group, tag)
     return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
@@ -250,10 +262,12 @@ def _site(device: torch.device) -> Site:
     try:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, gpu, reach)
+        return Site(
+            socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, device.type, gpu, reach
+        )
     on = settings.switched_on("FLASHCOMM_SHARED_MEMORY")
     why = machine.why_not_compiled() if on else "FLASHCOMM_SHARED_MEMORY=0"
-    return Site(host, label, torch.get_num_threads(), why, fused, gpu, reach)
+    return Site(host, label, torch.get_num_threads(), why, fused, device.type, gpu, reach)
 
 
 def why_not_shared() -> str:

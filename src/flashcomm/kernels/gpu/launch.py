@@ -150,7 +150,8 @@ def _move(source: torch.Tensor, source_format: Format, target: torch.Tensor, tar
     source, target = typed(source, source_format), typed(target, target_format)
     constants = constants_of(source_format, target_format, cols)
     programs = target.shape[0] * (1 if constants["WHOLE_ROWS"] else -(-cols // constants["V"]))
-    strides = source.stride(0), source.stride(1)
+    # Of one rank there is no distance, which Triton would look at to choose a variant.
+    strides = source.stride(0) if len(source) > 1 else 0, source.stride(1)
     with on_device(source):
         move[(programs,)](
             source,

@@ -63,6 +63,25 @@ def _await(buffers_ptr, rank, step, peer, epoch, patience, lost_ptr, R: tl.const
 
 
 @triton.jit
+def _begin(epochs_ptr, lost_ptr, patience):
+    """Begin this program of a launch: its epoch, and the patience for flags, which is none once a rank was lost."""
+    running = epochs_ptr + tl.num_programs(0) + tl.program_id(0)
+    # A replay on another stream than the last eager call's is seen by no host.
+    if tl.atomic_xchg(running, 1) != 0:
+        tl.store(lost_ptr, -1)
+    # A graph that is replayed asks nobody whether a rank was lost, so its launches find out by themselves.
+    patience = tl.where(tl.load(lost_ptr) == 0, patience, 0)
+    return tl.load(epochs_ptr + tl.program_id(0)) + 1, patience
+
+
+@triton.jit
+def _end(epochs_ptr, epoch):
+    tl.debug_barrier()
+    tl.store(epochs_ptr + tl.program_id(0), epoch)
+    tl.atomic_xchg(epochs_ptr + tl.num_programs(0) + tl.program_id(0), 0)
+
+
+@triton.jit
 def _copy(target_ptr, source_ptr, width, WORDS: tl.constexpr):
     """Copy `width` bytes from address to address, all multiples of 16."""
     word = tl.arange(0, WORDS)
@@ -106,9 +125,7 @@ def one_step(
 ):
     """Sum every rank's x[T, H] into out[T, H]; each rank sends all of its payload to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    epoch = tl.load(epochs_ptr + block) + 1
-    # A graph that is replayed asks nobody whether a rank was lost, so its launches find out by themselves.
-    patience = tl.where(tl.load(lost_ptr) == 0, patience, 0)
+    epoch, patience = _begin(epochs_ptr, lost_ptr, patience)
     start = _half(epoch, half_bytes, R)
     line, width = _long(cols), _long(width)
     of_rank = rows * width
@@ -131,7 +148,7 @@ def one_step(
     for row in range(block, rows, blocks):
         x = read_sum(all_ranks + row * width, of_rank, R, 0, cols, FIRST, V, EDGE)
         write_values(out_ptr + row * line, x, 0, cols, VALUES, V, EDGE)
-    tl.store(epochs_ptr + block, epoch)
+    _end(epochs_ptr, epoch)
 
 
 @triton.jit(do_not_specialize=["patience", "rank", "rows"])
@@ -159,9 +176,7 @@ def two_step(
 ):
     """Sum every rank's x[T, H] into out[T, H]; each rank adds up its stripe and sends the sums to every other."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
-    epoch = tl.load(epochs_ptr + block) + 1
-    # A graph that is replayed asks nobody whether a rank was lost, so its launches find out by themselves.
-    patience = tl.where(tl.load(lost_ptr) == 0, patience, 0)
+    epoch, patience = _begin(epochs_ptr, lost_ptr, patience)
     stripe = (rows + R - 1) // R
     line, width, sum_width = _long(cols), _long(width), _long(sum_width)
     of_rank, sums_of_rank = stripe * width, stripe * sum_width
@@ -206,4 +221,4 @@ def two_step(
         for row in range(block, tl.minimum(stripe, rows - first), blocks):
             x = read(theirs + row * sum_width, 0, cols, SECOND, V, EDGE)
             write_values(out_ptr + (first + row) * line, x, 0, cols, VALUES, V, EDGE)
-    tl.store(epochs_ptr + block, epoch)
+    _end(epochs_ptr, epoch)

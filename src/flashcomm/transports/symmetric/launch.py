@@ -13,7 +13,7 @@ import torch
 
 from flashcomm import kernels
 from flashcomm.codecs import Codec
-from flashcomm.errors import PeerLost
+from flashcomm.errors import CollectiveError, PeerLost
 from flashcomm.kernels import gpu
 from flashcomm.kernels.gpu.tiles.base import Format
 from flashcomm.transports.base import OnRows, Task, nothing_to_abandon
@@ -31,8 +31,10 @@ class Peers:
         rank: of this process.
         buffers: int64 [R] on the device, the addresses of the ranks' memory, each a multiple of 16.
         size_bytes: of each rank's memory, which must be 0 when the ranks meet.
-        epochs: int32 [B] zeros on the device; B, the same on all ranks, is the number of programs of a launch.
-        lost: int32 [1] that the host can read without waiting for the device: one more than the rank that did not come.
+        epochs: int32 [2, B] zeros on the device: the epoch of each program, and whether it runs. B, the same on all
+            ranks, is the number of programs of a launch.
+        lost: int32 [1] that the host can read without waiting for the device: one more than the rank that did not come,
+            or -1 after two launches that ran at the same time.
         patience: how often a flag is looked at before its rank counts as lost.
         streams: the one, if any, to which the last launch went.
         keep: what must live as long as the addresses.
@@ -50,7 +52,12 @@ class Peers:
     @property
     def half_bytes(self) -> int:
         """Bytes that one call may use."""
-        return (self.size_bytes - padded(8 * len(self.buffers) * len(self.epochs))) // 32 * 16
+        return (self.size_bytes - padded(8 * len(self.buffers) * self.blocks)) // 32 * 16
+
+    @property
+    def blocks(self) -> int:
+        """Programs of a launch."""
+        return self.epochs.shape[1]
 
 
 def padded(size_bytes: int) -> int:
@@ -132,7 +139,7 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
         part = slice(start, min(start + at_once, len(x)))
         check(peers)
         with gpu.on_device(x):
-            kernel[(len(peers.epochs),)](
+            kernel[(peers.blocks,)](
                 gpu.typed(x[part], values),
                 gpu.typed(out[part], values),
                 peers.buffers,
@@ -162,13 +169,19 @@ def _form(codec: Codec, length: int) -> Format:
     return form._replace(kind="cast") if form.kind == "values" else form
 
 
-def check(peers: Peers):
-    """Raise if the device has found that a rank is missing.
+def check(peers: Any):
+    """Raise if the device has found that a rank is missing, or that launches overlap.
 
     Raises:
         PeerLost: a rank did not come.
+        CollectiveError: two launches of this rank ran at the same time.
     """
     lost = int(peers.lost[0])
+    if lost < 0:
+        raise CollectiveError(
+            f"two launches of rank {peers.rank} ran at the same time in an earlier call: let the stream of an eager "
+            "call wait for that of a graph's replay, or use one stream"
+        )
     if lost:
         raise PeerLost(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
 

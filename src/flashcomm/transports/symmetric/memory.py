@@ -28,8 +28,8 @@ class SymmetricMemory:
 
     name = "symmetric memory"
 
-    def __init__(self, peers: Any):
-        self._peers = peers
+    def __init__(self, peers: Any, hot: Any):
+        self._peers, self._hot = peers, hot
 
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
@@ -43,12 +43,14 @@ class SymmetricMemory:
                 return f"no symmetric memory: {str(error).splitlines()[0]}"
             return ""
 
+        # Blocks wait for those of other ranks, so there are no more than find room on every GPU.
+        fewest = min(ranks.each(Step.SYMMETRIC, lambda: _processors(device)))
         # Mapping is collective: a rank that could not allocate would leave the others waiting in it.
-        for step in (lambda: _allocate(device), lambda: _map(made[0], ranks, group, device)):
+        for step in (lambda: _allocate(device), lambda: _map(made[0], ranks, group, device, fewest)):
             for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, lambda step=step: attempt(step))):
                 if refusal:
                     return None, f"rank {rank}: {refusal}"
-        return cls(made[1]), ""
+        return cls(*made[1]), ""
 
     def load(self, task: Task):
         """See `base.Memory`. Triton compiles for the values of a call, so there is nothing to load before."""
@@ -56,9 +58,9 @@ class SymmetricMemory:
     def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """See `base.Memory`."""
         # Imports Triton.
-        from flashcomm.transports.symmetric import launch
+        from flashcomm.transports.symmetric import collective, launch
 
-        return launch.prepare(task, self._peers)
+        return collective.prepare(task, self._hot) or launch.prepare(task, self._peers)
 
     def abandon(self, why: str):
         """See `base.Memory`. The other ranks find out by their patience."""
@@ -73,19 +75,35 @@ def _allocate(device: torch.device) -> torch.Tensor:
     return memory
 
 
-def _map(memory: torch.Tensor, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> Any:
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
+def _map(
+    memory: torch.Tensor, ranks: Ranks, group: dist.ProcessGroup, device: torch.device, processors: int
+) -> tuple[Any, Any]:
+    """The peers of `launch`, in the first half of the memory, and those of `collective`, in the second."""
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    from flashcomm.transports.symmetric import launch
+    from flashcomm.transports.symmetric import collective, launch
 
     handle = symmetric_memory.rendezvous(memory, group=group)
-    return launch.Peers(
-        rank=ranks.rank,
-        buffers=torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device),
-        size_bytes=SIZE_BYTES,
-        epochs=torch.zeros(launch.BLOCKS, dtype=torch.int32, device=device),
-        lost=torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True),
-        patience=min(int(ranks.timeout_s * _LOOKS_PER_S), 2**31 - 1),
-        streams=[torch.cuda.current_stream(device)],
-        keep=(memory, handle),
+    buffers = torch.tensor(handle.buffer_ptrs, dtype=torch.int64, device=device)
+    # Either kind of launch waits for the other.
+    both: dict[str, Any] = {
+        "rank": ranks.rank,
+        "size_bytes": SIZE_BYTES // 2,
+        "lost": torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=True),
+        "patience": min(int(ranks.timeout_s * _LOOKS_PER_S), 2**31 - 1),
+        "streams": [torch.cuda.current_stream(device)],
+        "keep": (memory, handle),
+    }
+    return (
+        launch.Peers(buffers=buffers, epochs=torch.zeros(2, launch.BLOCKS, dtype=torch.int32, device=device), **both),
+        collective.Peers(
+            memory=buffers + SIZE_BYTES // 2,
+            state=torch.zeros(4, dtype=torch.int64, device=device),
+            processors=processors,
+            **both,
+        ),
     )

@@ -6,13 +6,26 @@ them on.
 
 from flashcomm.kernels.gpu.cuda.launch import (
     LAYOUTS,
+    VALUES,
     decode_sum,
     decode_sum_encode,
     encode,
     macros,
     spell,
     unavailable,
+    unpack_macros,
     why_not,
 )
 
-__all__ = ["LAYOUTS", "decode_sum", "decode_sum_encode", "encode", "macros", "spell", "unavailable", "why_not"]
+__all__ = [
+    "LAYOUTS",
+    "VALUES",
+    "decode_sum",
+    "decode_sum_encode",
+    "encode",
+    "macros",
+    "spell",
+    "unavailable",
+    "unpack_macros",
+    "why_not",
+]

@@ -1,4 +1,5 @@
-// The hot formats on NVIDIA GPUs: one kernel that brings rows from one format to another, `move`.
+// The hot formats on NVIDIA GPUs: one kernel that brings rows from one format to another, `move`. At the end, `unpack`
+// decodes rows without loss.
 //
 // Encode reads values and writes a payload, decode_sum reads the payloads of R ranks and writes values,
 // decode_sum_encode reads payloads and writes one. The bytes are those of flashcomm.codecs: each operation on fp32 has
@@ -6,7 +7,8 @@
 //
 // A pack of 128 values belongs to a team of lanes. `Wide` gives 32 values to each of 4 lanes, so that values and codes
 // move 16 bytes at a time; it needs rows of whole packs whose bytes are aligned. `Thin` gives 4 values to each of 32
-// lanes, 32 apart, and serves every row. Formats are written once for both.
+// lanes, 32 apart, and serves every row. Formats are written once for both. A `Row` that they write to is a pointer, or
+// whatever else can be stored to.
 //
 // Macros: SOURCE and TARGET (Values<BF16>, Affine<8, 128>, Hadamard<Block<4, 3, 0x7E, 32, E8M0>>, ...), LAYOUT (Wide<16>,
 // Wide<4> or Thin), SUM_RANKS (whether there are several payloads to add).
@@ -71,7 +73,7 @@ template <class Layout> INLINE Words load_words(const u8* at) {
   if constexpr (Layout::ALIGNED == 16) return load<Words>(at);
   else return Words{load<u32>(at), load<u32>(at + 4), load<u32>(at + 8), load<u32>(at + 12)};
 }
-template <class Layout> INLINE void store_words(u8* at, Words w) {
+template <class Layout, class Row> INLINE void store_words(Row at, Words w) {
   if constexpr (Layout::ALIGNED == 16) store(at, w);
   else store(at, w.x), store(at + 4, w.y), store(at + 8, w.z), store(at + 12, w.w);
 }
@@ -81,7 +83,7 @@ template <class Layout> INLINE u32 load_u32(const u8* at) {
   if constexpr (Layout::WIDE) return load<u32>(at);
   else return at[0] | u32(at[1]) << 8 | u32(at[2]) << 16 | u32(at[3]) << 24;
 }
-template <class Layout> INLINE void store_u32(u8* at, u32 x) {
+template <class Layout, class Row> INLINE void store_u32(Row at, u32 x) {
   if constexpr (Layout::WIDE) store(at, x);
   else at[0] = u8(x), at[1] = u8(x >> 8), at[2] = u8(x >> 16), at[3] = u8(x >> 24);
 }
@@ -89,7 +91,7 @@ template <class Layout> INLINE void store_u32(u8* at, u32 x) {
 // ------------------------------------------------------------------------------------------------------------ values
 
 struct BF16 {
-  static constexpr int BYTES = 2;
+  static constexpr int BYTES = 2, MANTISSA = 7;
   static constexpr bool IS_BF16 = true;
   static constexpr u32 NAN_BITS = 0x7FC0;
   static INLINE float widen(u32 bits) { return number(bits << 16); }
@@ -102,7 +104,7 @@ struct BF16 {
 };
 
 struct FP16 {
-  static constexpr int BYTES = 2;
+  static constexpr int BYTES = 2, MANTISSA = 10;
   static constexpr bool IS_BF16 = false;
   static constexpr u32 NAN_BITS = 0x7E00;
   static INLINE float widen(u32 bits) { return from_fp16(bits); }
@@ -115,7 +117,7 @@ struct FP16 {
 };
 
 struct FP32 {
-  static constexpr int BYTES = 4;
+  static constexpr int BYTES = 4, MANTISSA = 23;
   static constexpr bool IS_BF16 = false;
 };
 
@@ -157,10 +159,10 @@ template <class D> struct Values {
     }
   }
 
-  template <class, class L> static INLINE void write(u8* row, const L& at, float (&x)[L::VALUES], bool active) {
+  template <class, class L, class Row> static INLINE void write(Row row, const L& at, float (&x)[L::VALUES], bool active) {
     if constexpr (!L::WIDE) {
       UNROLL for (int v = 0; v < L::VALUES; ++v) {
-        u8* to = row + (i64(at.pack) * PACK + at.column(v)) * D::BYTES;
+        Row to = row + (i64(at.pack) * PACK + at.column(v)) * D::BYTES;
         if (!active || !at.inside(v)) continue;
         if constexpr (D::BYTES == 4) store(to, quiet(x[v]));
         else store(to, u16(quiet2<D>(D::narrow2(x[v], 0.0f))));
@@ -170,7 +172,7 @@ template <class D> struct Values {
       narrow<L>(x, w);
       if (!active) return;
       UNROLL for (int chunk = 0; chunk < 2; ++chunk) {
-        u8* to = row + (i64(at.pack) * PACK + chunk * 64 + at.t * 16) * D::BYTES;
+        Row to = row + (i64(at.pack) * PACK + chunk * 64 + at.t * 16) * D::BYTES;
         UNROLL for (int i = 0; i < D::BYTES; ++i) {
           const u32* four = w + (chunk * D::BYTES + i) * 4;
           store(to + i * 16, Words{four[0], four[1], four[2], four[3]});
@@ -201,9 +203,9 @@ template <class D> struct Values {
 // ------------------------------------------------------------------------------------------------------------- codes
 
 // Store the codes, which are the lowest bits of `code`; `keep` is 0 for a set of values whose codes are 0, else ~0.
-template <int BITS, class L, int SETS>
-INLINE void store_codes(u8* row, const L& at, const u32 (&code)[L::VALUES], const u32 (&keep)[SETS], bool active) {
-  row += codes_before<BITS>(at.pack);
+template <int BITS, class L, int SETS, class Row>
+INLINE void store_codes(Row row, const L& at, const u32 (&code)[L::VALUES], const u32 (&keep)[SETS], bool active) {
+  row = row + codes_before<BITS>(at.pack);
   if constexpr (L::WIDE) {
     u32 w[BITS];
     UNROLL for (int i = 0; i < BITS; ++i) {
@@ -320,17 +322,17 @@ template <int D> INLINE float over(float x) {
 // codecs/affine.py: integer codes with a scale and a zero point, both bf16.
 template <int BITS, int GROUP> struct Affine {
   using Exact = FP32;
-  static constexpr int LAST = (1 << BITS) - 1;
+  static constexpr int LAST = (1 << BITS) - 1, PACK_BYTES = PACK / 8 * BITS + PACK / GROUP * 4;
 
   // fp32 with the pattern of a bf16, rounded away from zero.
   static INLINE float outward(float x) { return number(pattern(x) + 0xFFFFu & 0xFFFF0000u); }
 
-  template <class From, class L> static INLINE void write(u8* row, const L& at, float (&x)[L::VALUES], bool active) {
+  template <class From, class L, class Row> static INLINE void write(Row row, const L& at, float (&x)[L::VALUES], bool active) {
     using G = Groups<GROUP, L>;
     float low[G::SETS], high[G::SETS];
     u32 keep[G::SETS], code[L::VALUES];
     G::template range<From>(at, x, low, high);
-    u8* meta = row + code_bytes<BITS>(at.cols);
+    Row meta = row + code_bytes<BITS>(at.cols);
     UNROLL for (int set = 0; set < G::SETS; ++set) {
       // Toward zero if positive, and -0 becomes +0.
       float zero = add(low[set] < 0.0f ? outward(low[set]) : number(pattern(low[set]) & 0xFFFF0000u), 0.0f);
@@ -375,6 +377,7 @@ enum Scale { E8M0, SCALE_FP32 };
 template <int EXP, int MAN, int LAST, int GROUP, Scale SCALE> struct Block {
   using Exact = FP32;
   static constexpr int BITS = 1 + EXP + MAN, META = SCALE == E8M0 ? 1 : 4;
+  static constexpr int PACK_BYTES = PACK / 8 * BITS + PACK / GROUP * META;
   static constexpr int LOWEST = 2 - (1 << (EXP - 1));  // the exponent of the smallest normal element
   static constexpr bool E4M3 = EXP == 4 && MAN == 3 && HAS_E4M3;
   static constexpr float spacing(int binade) { return power_of_two(binade + LOWEST - MAN); }
@@ -410,23 +413,23 @@ template <int EXP, int MAN, int LAST, int GROUP, Scale SCALE> struct Block {
     }
   }
 
-  template <class From, class L> static INLINE void write(u8* row, const L& at, float (&x)[L::VALUES], bool active) {
+  template <class From, class L, class Row> static INLINE void write(Row row, const L& at, float (&x)[L::VALUES], bool active) {
     using G = Groups<GROUP, L>;
     float low[G::SETS], high[G::SETS];
     u32 keep[G::SETS], code[L::VALUES];
     G::template range<From>(at, x, low, high);
-    u8* meta = row + code_bytes<BITS>(at.cols);
+    Row meta = row + code_bytes<BITS>(at.cols);
     UNROLL for (int set = 0; set < G::SETS; ++set) {
       float magnitude = more(number(pattern(low[set]) & 0x7FFFFFFFu), number(pattern(high[set]) & 0x7FFFFFFFu));
       bool bad = !(magnitude < power_of_two(127));
       float inverse;
-      u8* to = meta + i64(G::index(at, set)) * META;
+      Row to = meta + i64(G::index(at, set)) * META;
       bool writes = active && G::writes(at, set);
       if constexpr (SCALE == E8M0) {
         int exponent = int(pattern(bad ? 0.0f : magnitude) - pattern(LIMIT) + 0x7FFFFFu) >> 23;
         u32 scale = exponent < -126 ? 1 : exponent + 127;
         inverse = number((254 - scale) << 23);
-        if (writes) *to = u8(bad ? 255 : scale);
+        if (writes) store(to, u8(bad ? 255 : scale));
       } else {
         float scale = at_least(over<int(LIMIT)>(bad ? 0.0f : magnitude), TINY);
         inverse = reciprocal(scale);
@@ -473,6 +476,7 @@ template <int EXP, int MAN, int LAST, int GROUP, Scale SCALE> struct Block {
 // codecs/hadamard.py: the Walsh-Hadamard transform of each group in front of a format.
 template <class Base, int GROUP> struct Hadamard {
   using Exact = FP32;
+  static constexpr int PACK_BYTES = Base::PACK_BYTES;
 
   // Stages of a + b and a - b, neighbours first.
   template <class L, int DISTANCE = 1> static INLINE void transform(const L& at, float (&x)[L::VALUES]) {
@@ -494,7 +498,7 @@ template <class Base, int GROUP> struct Hadamard {
     }
   }
 
-  template <class, class L> static INLINE void write(u8* row, const L& at, float (&x)[L::VALUES], bool active) {
+  template <class, class L, class Row> static INLINE void write(Row row, const L& at, float (&x)[L::VALUES], bool active) {
     UNROLL for (int v = 0; v < L::VALUES; ++v) x[v] = mul(x[v], number((127 - at.block_log2(v, GROUP)) << 23));
     transform(at, x);
     Base::template write<FP32>(row, at, x, active);
@@ -544,9 +548,133 @@ INLINE void move_rows(const u8* __restrict__ source, i64 rank_stride, i64 row_st
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------- lossless
+
+// codecs/lossless.py: rows that vary in length, a warp for each. A lane has eight values; the place of an escape follows
+// from the number of escapes before it.
+template <class D> struct Lossless {
+  static constexpr int EACH = 8, REST = D::MANTISSA - 7, PLANES = 3 + REST, HEADER = 5;
+  const u8* row;
+  int cols;
+  u32 length, base;
+
+  INLINE Lossless(const u8* at, int n)
+      : row(at), cols(n), length(at[0] | u32(at[1]) << 8 | u32(at[2]) << 16 | u32(at[3]) << 24), base(at[4]) {}
+
+  // The lowest four bits of x, one in each byte.
+  static INLINE u32 spread(u32 x) { return (x & 15) * 0x00204081u & 0x01010101u; }
+
+  // The patterns of the lane's values, from `first` on. `escapes` counts the row's escapes so far.
+  INLINE void read(int first, u32& escapes, u32 (&patterns)[EACH]) const {
+    int inside = cols - first < 0 ? 0 : cols - first < EACH ? cols - first : EACH;
+    UNROLL for (int k = 0; k < EACH; ++k) patterns[k] = 0;
+    if (length <= 4) return;
+    if (length >= 4 + 2 * u32(cols)) {
+      UNROLL for (int k = 0; k < EACH; ++k)
+        if (k < inside) patterns[k] = row[4 + 2 * (first + k)] | u32(row[5 + 2 * (first + k)]) << 8;
+      return;
+    }
+    const int plane_bytes = (cols + 7) / 8;
+    const u8* plane = row + HEADER + cols + first / 8;
+    u32 bits[PLANES], tops[2] = {0, 0};
+    UNROLL for (int j = 0; j < PLANES; ++j) bits[j] = inside ? plane[j * plane_bytes] : 0;
+    const u8* top = row + HEADER + first;
+    if (inside == EACH) {
+      // Words at multiples of four bytes; what lies around the tops is the row's, too.
+      u32 shift = u32(u64(top)) & 3, which = 0x3210 + 0x1111 * shift;
+      u32 w[3];
+      UNROLL for (int i = 0; i < 3; ++i) w[i] = load<u32>(top - shift + 4 * i);
+      tops[0] = bytes(w[0], w[1], which), tops[1] = bytes(w[1], w[2], which);
+    } else {
+      UNROLL for (int k = 0; k < EACH; ++k)
+        if (k < inside) tops[k / 4] |= u32(top[k]) << 8 * (k % 4);
+    }
+    u32 exponents[2];
+    UNROLL for (int i = 0; i < 2; ++i) {
+      u32 code = spread(bits[0] >> 4 * i) | spread(bits[1] >> 4 * i) << 1 | spread(bits[2] >> 4 * i) << 2;
+      // Bytes that are added on their own.
+      u32 lowest = base * 0x01010101u;
+      exponents[i] = (code + (lowest & 0x7F7F7F7Fu)) ^ (lowest & 0x80808080u);
+    }
+    UNROLL for (int k = 0; k < EACH; ++k) patterns[k] = pattern_of(tops[k / 4] >> 8 * (k % 4), exponents[k / 4] >> 8 * (k % 4));
+    UNROLL for (int j = 0; j < REST; ++j)
+      UNROLL for (int k = 0; k < EACH; ++k) patterns[k] |= (bits[3 + j] >> k & 1) << j;
+    u32 escaped = bits[0] & bits[1] & bits[2] & ((1u << inside) - 1), mine = ones(escaped), before = mine;
+    UNROLL for (u32 distance = 1; distance < 32; distance *= 2) {
+      u32 other = fetch(before, lane() - distance & 31);
+      if (lane() >= distance) before += other;
+    }
+    if (escaped) {
+      u32 place = u32(HEADER + cols + PLANES * plane_bytes) + escapes + before - mine;
+      UNROLL for (int k = 0; k < EACH; ++k)
+        if (escaped >> k & 1) {
+          // Escapes beyond the row can only be meant by a broken one.
+          u32 exponent = row[place < length ? place : length - 1];
+          patterns[k] = (patterns[k] & ~pattern_of(0, 0xFF)) | pattern_of(0, exponent);
+          ++place;
+        }
+    }
+    escapes += fetch(before, 31);
+  }
+
+  static INLINE u32 pattern_of(u32 top, u32 exponent) {
+    return (top & 0x80) << 8 | (exponent & (0x7FFF >> D::MANTISSA)) << D::MANTISSA | (top & 0x7F) << REST;
+  }
+};
+
+// Eight values of a row of `Out` from their words, of which `inside` are there.
+template <class Out, int N> INLINE void store_eight(u8* to, const u32 (&w)[N], int inside) {
+  if (inside == 8 && (u64(to) & 15) == 0) {
+    UNROLL for (int i = 0; i < N / 4; ++i) store(to + 16 * i, Words{w[4 * i], w[4 * i + 1], w[4 * i + 2], w[4 * i + 3]});
+    return;
+  }
+  UNROLL for (int k = 0; k < 8; ++k) {
+    if (k >= inside) continue;
+    if constexpr (Out::BYTES == 4) store(to + 4 * k, w[k]);
+    else store(to + 2 * k, u16(w[k / 2] >> 16 * (k % 2)));
+  }
+}
+
+// Target row t = source row t without loss, or the SUM over up to 32 ranks, in order, of their source rows t.
+template <class D, class Out, bool SUM>
+INLINE void unpack_rows(const u8* __restrict__ source, i64 rank_stride, i64 row_stride, u8* __restrict__ target,
+                        i64 target_stride, i64 rows, int ranks, int cols) {
+  constexpr bool AS_IT_IS = !SUM && Out::MANTISSA == D::MANTISSA;
+  for (i64 row = warp(); row < rows; row += num_warps()) {
+    u32 escapes = 0;  // in a sum, those of rank `lane()`
+    for (int start = 0; start < cols; start += 256) {
+      int first = start + int(lane()) * 8;
+      const u8* from = source + row * row_stride;
+      u32 patterns[8], w[2 * Out::BYTES];
+      float x[8];
+      UNROLL for (int k = 0; k < 8; ++k) x[k] = -0.0f;
+      ONE_BY_ONE for (int rank = 0; rank < (SUM ? ranks : 1); ++rank, from += rank_stride) {
+        u32 before = SUM ? fetch(escapes, rank) : escapes;
+        Lossless<D>(from, cols).read(first, before, patterns);
+        if (!SUM || int(lane()) == rank) escapes = before;
+        // Adding to -0 changes nothing.
+        UNROLL for (int k = 0; k < 8; ++k) x[k] = add(x[k], D::widen(patterns[k]));
+      }
+      UNROLL for (int i = 0; i < 2 * Out::BYTES; ++i) {
+        if constexpr (AS_IT_IS) w[i] = patterns[2 * i] | patterns[2 * i + 1] << 16;
+        else if constexpr (Out::BYTES == 4) w[i] = quiet(x[i]);
+        else w[i] = quiet2<Out>(Out::narrow2(x[2 * i], x[2 * i + 1]));
+      }
+      store_eight<Out>(target + row * target_stride + i64(first) * Out::BYTES, w, cols - first < 8 ? cols - first : 8);
+    }
+  }
+}
+
 #ifdef SOURCE
-KERNEL move(const u8* __restrict__ source, i64 rank_stride, i64 row_stride, u8* __restrict__ target, i64 target_stride,
-            i64 rows, int ranks, int cols) {
+KERNEL(128) move(const u8* __restrict__ source, i64 rank_stride, i64 row_stride, u8* __restrict__ target, i64 target_stride,
+                 i64 rows, int ranks, int cols) {
   move_rows<SOURCE, TARGET, LAYOUT, SUM_RANKS>(source, rank_stride, row_stride, target, target_stride, rows, ranks, cols);
+}
+#endif
+
+#ifdef UNPACK
+KERNEL(128) unpack(const u8* __restrict__ source, i64 rank_stride, i64 row_stride, u8* __restrict__ target,
+                   i64 target_stride, i64 rows, int ranks, int cols) {
+  unpack_rows<UNPACK>(source, rank_stride, row_stride, target, target_stride, rows, ranks, cols);
 }
 #endif

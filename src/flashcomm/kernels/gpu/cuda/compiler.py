@@ -17,10 +17,11 @@ _OPTIONS = ("--fmad=false", "-std=c++17", "-default-device", "-diag-suppress=177
 """No fused multiply-add but where it is written; all functions are the device's; unused constants are no warning."""
 
 
-@lru_cache(maxsize=1)
-def source() -> str:
-    """The text of the kernels."""
-    return "".join((_FOLDER / name).read_text() for name in ("device.cuh", "codecs.cu"))
+@lru_cache(maxsize=4)
+def source(more: Path | None = None) -> str:
+    """The text of the kernels, and that of a file whose kernels use them."""
+    files = [_FOLDER / "device.cuh", _FOLDER / "codecs.cu", *([more] if more else [])]
+    return "".join(file.read_text() for file in files)
 
 
 @lru_cache(maxsize=1)
@@ -66,25 +67,26 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcomm" / "cuda"
 
 
-def cubin(macros: dict[str, str], target: str) -> bytes:
+def cubin(macros: dict[str, str], target: str, more: Path | None = None) -> bytes:
     """Machine code of the kernel for a target such as ``sm_90``, from the cache if it was compiled before.
 
     Args:
         macros: what the source leaves open: SOURCE, TARGET, LAYOUT and SUM_RANKS.
         target: architecture.
+        more: file with kernels that use those of the codecs, whose own macros are then given.
 
     Raises:
         RuntimeError: NVRTC is missing, or refuses the source.
     """
-    key = repr((version(), _OPTIONS, target, sorted(macros.items()), source()))
+    key = repr((version(), _OPTIONS, target, sorted(macros.items()), source(more)))
     try:
         path = cache_folder() / (hashlib.sha256(key.encode()).hexdigest() + ".cubin")
     except RuntimeError:  # there is no home folder
-        return compiled(macros, target)
+        return compiled(macros, target, more)
     try:
         return path.read_bytes()
     except OSError:
-        code = compiled(macros, target)
+        code = compiled(macros, target, more)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Another process may write the same file.
@@ -96,12 +98,12 @@ def cubin(macros: dict[str, str], target: str) -> bytes:
     return code
 
 
-def compiled(macros: dict[str, str], target: str) -> bytes:
+def compiled(macros: dict[str, str], target: str, more: Path | None = None) -> bytes:
     """Machine code of the kernel, compiled now: see `cubin`."""
     nvrtc, program = _library(), ctypes.c_void_p()
     options = [f"-arch={target}", *_OPTIONS, *(f"-D{name}={value}" for name, value in macros.items())]
     array = (ctypes.c_char_p * len(options))(*map(str.encode, options))
-    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source().encode(), b"codecs.cu", 0, None, None), "")
+    _check(nvrtc.nvrtcCreateProgram(ctypes.byref(program), source(more).encode(), b"codecs.cu", 0, None, None), "")
     try:
         code = nvrtc.nvrtcCompileProgram(program, len(options), array)
         log = _text(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)

@@ -5,6 +5,7 @@ Loaded in the context that torch has made current for the device. Nothing here h
 
 import ctypes
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -62,22 +63,27 @@ def make_current(device: int):
 
 
 class Kernel:
-    """One kernel on one device. The device's context must be current when it is made and launched."""
+    """One kernel on one device. The device's context must be current when it is made and launched.
 
-    def __init__(self, code: bytes):
+    Args:
+        code: machine code.
+        name: of the kernel in it.
+    """
+
+    def __init__(self, code: bytes, name: str = "move"):
         self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
         _check(_library().cuModuleLoadData(ctypes.byref(self._module), code))
-        _check(_library().cuModuleGetFunction(ctypes.byref(self._function), self._module, b"move"))
+        _check(_library().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode()))
 
-    def __call__(self, blocks: int, stream: int, arguments: Arguments):
+    def __call__(self, blocks: int, stream: int, arguments: ctypes.Structure, threads: int = THREADS):
         """Start `blocks` blocks on a stream; the driver copies the arguments before it returns."""
         size = ctypes.c_size_t(ctypes.sizeof(arguments))
         extra = (ctypes.c_void_p * 5)(_BUFFER, ctypes.addressof(arguments), _SIZE, ctypes.addressof(size), _END)
-        _check(_library().cuLaunchKernel(self._function, blocks, 1, 1, THREADS, 1, 1, 0, stream, None, extra))
+        _check(_library().cuLaunchKernel(self._function, blocks, 1, 1, threads, 1, 1, 0, stream, None, extra))
 
 
 @lru_cache(maxsize=4096)
-def kernel(macros: tuple[tuple[str, str], ...], device: int) -> Kernel:
-    """The kernel with these macros on a device, whose context must be current."""
+def kernel(macros: tuple[tuple[str, str], ...], device: int, name: str = "move", more: Path | None = None) -> Kernel:
+    """The kernel of a name with these macros on a device, whose context must be current; `more` as in `compiler`."""
     major, minor = torch.cuda.get_device_capability(device)
-    return Kernel(compiler.cubin(dict(macros), f"sm_{major}{minor}"))
+    return Kernel(compiler.cubin(dict(macros), f"sm_{major}{minor}", more), name)

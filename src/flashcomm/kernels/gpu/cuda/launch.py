@@ -1,6 +1,7 @@
 """The verbs in CUDA C++: which formats it serves, how the source spells them, and launches.
 
-Left to Triton: all other formats, and pairs with one of them.
+Left to Triton: all other formats, and pairs with one of them. Rows without loss are decoded here and encoded by the
+specification.
 """
 
 import logging
@@ -10,16 +11,20 @@ from operator import or_
 
 import torch
 
-from flashcomm import settings
-from flashcomm.codecs import Affine, Block, Codec, Hadamard
+from flashcomm import codecs, settings
+from flashcomm.codecs import Affine, Block, Codec, Hadamard, Lossless
 from flashcomm.kernels.gpu.cuda import compiler
 from flashcomm.kernels.gpu.cuda.driver import Arguments, kernel, make_current
 
 _log = logging.getLogger("flashcomm.kernels")
 
-_VALUES = {torch.bfloat16: "Values<BF16>", torch.float16: "Values<FP16>", torch.float32: "Values<FP32>"}
+_NAMES = {torch.bfloat16: "BF16", torch.float16: "FP16", torch.float32: "FP32"}
+VALUES = {dtype: f"Values<{name}>" for dtype, name in _NAMES.items()}
+"""Values as the source spells them, by their type."""
 LAYOUTS = ("Wide<16>", "Wide<4>", "Thin")
 _PACK, _PACKS_PER_BLOCK = 128, {"Wide<16>": 32, "Wide<4>": 32, "Thin": 4}
+_MOST_UNPACKED = 32
+"""Ranks whose rows without loss are added: a lane counts the escapes of each."""
 _MOST_BLOCKS = 1 << 20
 """Blocks of one launch; where there are more packs, a block takes several."""
 
@@ -43,7 +48,8 @@ def why_not(codec: Codec) -> str | None:
     """Why the CUDA C++ kernels do not serve `codec`; None if they do."""
     if not settings.switched_on("FLASHCOMM_CUDA"):
         return "FLASHCOMM_CUDA is off"
-    return unavailable() or (None if spell(codec) else f"no CUDA C++ kernel for {codec}")
+    serves = spell(codec) or type(codec) is Lossless
+    return unavailable() or (None if serves else f"no CUDA C++ kernel for {codec}")
 
 
 @lru_cache(maxsize=4096)
@@ -75,16 +81,27 @@ def macros(source: str, target: str, layout: str, sum_ranks: bool) -> tuple[tupl
 
 def encode(x: torch.Tensor, codec: Codec, out: torch.Tensor):
     """x[T, H] -> out[T, P]."""
-    _move(x[None], _VALUES[x.dtype], out, spell(codec), x.shape[1])
+    if isinstance(codec, Lossless):
+        out.copy_(codec.encode(x))
+        return
+    _move(x[None], VALUES[x.dtype], out, spell(codec), x.shape[1])
 
 
 def decode_sum(payloads: torch.Tensor, codec: Codec, out: torch.Tensor):
     """payloads[R, T, P] -> out[T, H]."""
-    _move(payloads, spell(codec), out, _VALUES[out.dtype], out.shape[1])
+    if isinstance(codec, Lossless):
+        _unpack(payloads, codec, out)
+        return
+    _move(payloads, spell(codec), out, VALUES[out.dtype], out.shape[1])
 
 
 def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int, out: torch.Tensor):
     """payloads[R, T, P] -> out[T, P']."""
+    if isinstance(codec, Lossless) or isinstance(out_codec, Lossless):
+        total = torch.empty(out.shape[0], cols, dtype=torch.float32, device=out.device)
+        decode_sum(payloads, codec, total)
+        encode(total, out_codec, out)
+        return
     _move(payloads, spell(codec), out, spell(out_codec), cols)
 
 
@@ -110,8 +127,14 @@ def plan(
     source: torch.Tensor, source_format: str, target: torch.Tensor, target_format: str, cols: int
 ) -> tuple[str, Arguments, tuple[tuple[str, str], ...]]:
     """Layout, arguments and macros of the kernel that fills target [T, ...] from source [R, T, ...]."""
-    layout, size = layout_of(source, target, cols), source.element_size()
-    arguments = Arguments(
+    layout, kind = layout_of(source, target, cols), source.shape[0] > 1
+    return layout, arguments_of(source, target, cols), macros(source_format, target_format, layout, kind)
+
+
+def arguments_of(source: torch.Tensor, target: torch.Tensor, cols: int) -> Arguments:
+    """Arguments of a kernel that fills target [T, ...] from source [R, T, ...]."""
+    size = source.element_size()
+    return Arguments(
         source.data_ptr(),
         source.stride(0) * size,
         source.stride(1) * size,
@@ -121,7 +144,24 @@ def plan(
         source.shape[0],
         cols,
     )
-    return layout, arguments, macros(source_format, target_format, layout, source.shape[0] > 1)
+
+
+def unpack_macros(codec: Lossless, dtype: torch.dtype, sum_ranks: bool) -> tuple[tuple[str, str], ...]:
+    """Macros of the kernel that decodes rows without loss.
+
+    >>> unpack_macros(Lossless(torch.bfloat16), torch.float32, True)
+    (('UNPACK', 'BF16, FP32, true'),)
+    """
+    return (("UNPACK", f"{_NAMES[codec.wire]}, {_NAMES[dtype]}, {str(sum_ranks).lower()}"),)
+
+
+def _unpack(payloads: torch.Tensor, codec: Lossless, out: torch.Tensor):
+    if len(payloads) > _MOST_UNPACKED:
+        out.copy_(codecs.decode_sum(payloads, codec, out.shape[1], out.dtype))
+        return
+    kind, arguments = unpack_macros(codec, out.dtype, len(payloads) > 1), arguments_of(payloads, out, out.shape[1])
+    # A warp for each row.
+    _start(kind, "unpack", min(-(-len(out) // 4), _MOST_BLOCKS), payloads.device, arguments)
 
 
 def _move(source: torch.Tensor, source_format: str | None, target: torch.Tensor, target_format: str | None, cols: int):
@@ -130,7 +170,11 @@ def _move(source: torch.Tensor, source_format: str | None, target: torch.Tensor,
     packs = target.shape[0] * -(-cols // _PACK)
     assert packs < 1 << 32, "more packs than memory holds"
     blocks = min(-(-packs // _PACKS_PER_BLOCK[layout]), _MOST_BLOCKS)
-    with torch.cuda.device(source.device):
+    _start(kind, "move", blocks, source.device, arguments)
+
+
+def _start(kind: tuple[tuple[str, str], ...], name: str, blocks: int, device: torch.device, arguments: Arguments):
+    with torch.cuda.device(device):
         index = torch.cuda.current_device()
         make_current(index)
-        kernel(kind, index)(blocks, torch.cuda.current_stream().cuda_stream, arguments)
+        kernel(kind, index, name)(blocks, torch.cuda.current_stream().cuda_stream, arguments)
