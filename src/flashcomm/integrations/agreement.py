@@ -48,7 +48,9 @@ def same_policy(group: dist.ProcessGroup, mine: str, who: str, what: str, timeou
     """
     try:
         # A monitored barrier's limit is for rank 0 alone; others wait for the group's, which may be half an hour.
-        dist.barrier(group, async_op=True).wait(timedelta(seconds=timeout_s))
+        here = dist.barrier(group, async_op=True)
+        assert here is not None
+        here.wait(timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise TimedOut(
             f"{who} {group.rank()} has the policy {mine} for {what}, and another {who} did not come within "
