@@ -300,7 +300,8 @@ def in_parts(requests: int) -> list[dict]:
                 starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
                 texts([ids[start : start + length] for start, length in zip(starts, lengths, strict=True)])
                 done = (part + 1) * (requests // 5)
-                rows.append({**row, "parts": overlap, "requests": done, "memory_mib": memory_mib(server)})
+                watched = {"texts": None, "same": None, "steps_in_parts": None, "requests": done}
+                rows.append({**row, "parts": overlap, **watched, "memory_mib": memory_mib(server)})
                 print(rows[-1], flush=True)
         requests = 0 if rows[-1]["requests"] else requests
     return rows
