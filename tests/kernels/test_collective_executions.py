@@ -154,11 +154,12 @@ def one_step(packs):
 SPLITS = [([8, 24], [8, 16]), ([16, 0], [24, 0])]
 ALL_TO_ALL = ("all_to_all", 0, SPLITS)
 ONE_WAY = ("all_to_all", 0, [([0, 8], [0, 0]), ([0, 0], [8, 0])])
+LONG_WAY = ("all_to_all", 0, [([0, 24], [0, 0]), ([0, 0], [24, 0])])
 
 # (ranks, blocks, threads, LOW_LATENCY_BYTES, calls)
 WORLDS = {
     "two_step": (2, 1, 32, 0, [two_step(16)] * 3),
-    "two_step, several tiles": (2, 1, 32, 0, [two_step(40)] * 2),
+    "two_step, several tiles": (2, 1, 32, 0, [two_step(40)]),
     "two_step, no row for one rank": (2, 1, 32, 0, [two_step(1)] * 3),
     "two_step, three ranks": (3, 1, 32, 0, [two_step(3)]),
     "one_step, two warps": (2, 1, 64, 0, [one_step(16)]),
@@ -168,6 +169,7 @@ WORLDS = {
     "lines": (2, 1, 32, 1 << 16, [one_step(16)] * 3),
     "lines among flags": (2, 1, 32, 1 << 14, [one_step(16), two_step(1), one_step(1)]),
     "all_to_all": (2, 1, 32, 0, [ALL_TO_ALL] * 2),
+    "all_to_all, one way": (2, 1, 32, 0, [LONG_WAY] * 3),
 }
 
 MACROS = {
@@ -207,7 +209,7 @@ FAULTS = {
     ),
     "writes over what was not read": (
         *("if (wave >= e.ring) launch.await_one(1,", "if (false) launch.await_one(1,"),
-        *("ALL_TO_ALL", 32, [ALL_TO_ALL], "race"),
+        *("ALL_TO_ALL", 32, [LONG_WAY], "race"),
     ),
     "does not wait for a rank that sends nothing": (
         *("  launch.await_one(0, to_come, true);\n", "", "ALL_TO_ALL", 32, [ONE_WAY] * 3, "race"),
