@@ -192,8 +192,9 @@ def test_a_rank_that_stays_away(monkeypatch):
 def test_launches_that_run_at_the_same_time_are_noticed():
     world, codec = World(3), codecs.parse("int8g128")
     xs = [promises.tensor(rank, (2, 256)) for rank in range(3)]
+    outs = [torch.empty_like(x) for x in xs]
     world.peers[1].state[2] = 1
-    for each in world.launches("two_step", codec, xs, [torch.empty_like(x) for x in xs]):
+    for each in world.launches("two_step", codec, xs, outs):
         kernels_of(*INT8).run(each)
     assert [int(peers.lost[0]) for peers in world.peers] == [0, -1, 0]
 

@@ -3,8 +3,8 @@
 The kernels run on the CPU once, and note which memory of the ranks they touch and what puts that in order: flags,
 lines, fences, barriers. What a thread does depends on no other, so these are its operations in every execution, and
 `interleavings` explores all of them. Without a race there is one result, which test_collective.py compares with the
-specification. Actors are warps; a launch begins when all of the rank's launch before has ended. Each planted fault
-replaces a line of the source, and must be found.
+specification. Actors are blocks, and warps where barriers are checked; a launch begins when all of the rank's launch
+before has ended. Each planted fault replaces a line of the source, and must be found.
 
 Memory that is always touched together counts as one word. Lines order nothing but themselves within a launch, and none
 is written twice in one, so it does no harm that they count as flags here.
@@ -45,14 +45,15 @@ def traced(kernels, calls, world, version):
             yield kernels.run(each, memory=world.memory, version=version), each[0].blocks, each[0].threads // 32
 
 
-def operations(launches, blocks: int, bytes_of_a_rank: int) -> list[list]:
-    """The operations of every warp that any launch has, one launch after the other."""
+def operations(launches, blocks: int, bytes_of_a_rank: int, warps_apart: bool) -> list[list]:
+    """The operations of every block, or of every warp, that any launch has, one launch after the other."""
     of_rank, found = blocks * MOST_WARPS, []
     for events, its_blocks, warps in launches:
         phases, met = defaultdict(lambda: defaultdict(list)), defaultdict(int)
         for kind, thread, address, value in events:
             rest, warp = divmod(thread // 32, warps)
             rank, block = divmod(rest, its_blocks)
+            warp = warp if warps_apart else 0
             actor = rank * of_rank + block * MOST_WARPS + warp
             phases[actor][met[thread]].append((kind, thread, address, value))
             met[thread] += kind == BARRIER
@@ -65,7 +66,7 @@ def operations(launches, blocks: int, bytes_of_a_rank: int) -> list[list]:
                 here += [Wait(ENDED + other, place, True) for other in made if other // of_rank == actor // of_rank]
             for phase in sorted(phases[actor]):
                 _phase(here, phases[actor][phase], touched, actor, bytes_of_a_rank)
-                if warps > 1 and any(kind == BARRIER for kind, *_ in phases[actor][phase]):
+                if warps_apart and any(kind == BARRIER for kind, *_ in phases[actor][phase]):
                     number, first = (place << 20) + phase + 1, actor // MOST_WARPS * MOST_WARPS
                     here.append(Publish(MET + actor, number, True))
                     here += [Wait(MET + other, number, True) for other in range(first, first + warps) if other != actor]
@@ -132,11 +133,11 @@ def _with_words(made, touched):
     return actors
 
 
-def wrong(kernels, ranks, blocks, calls, version=0, until=None):
+def wrong(kernels, ranks, blocks, calls, warps_apart, version=0, until=None):
     # A tile has 8 packs to a warp.
     world = World(ranks, half_bytes=1 << 16, processors=blocks, patience=2000)
     launches = list(traced(kernels, calls, world, version))
-    actors = operations(launches, blocks, world.memory.shape[1])
+    actors = operations(launches, blocks, world.memory.shape[1], warps_apart)
     found = interleavings.explore(actors, until=until)
     assert until or found.states > 50
     return found.wrong
@@ -153,28 +154,30 @@ def one_step(packs):
 SPLITS = [([8, 24], [8, 16]), ([16, 0], [24, 0])]
 ALL_TO_ALL = ("all_to_all", 0, SPLITS)
 ONE_WAY = ("all_to_all", 0, [([0, 8], [0, 0]), ([0, 0], [8, 0])])
+LONG_WAY = ("all_to_all", 0, [([0, 24], [0, 0]), ([0, 0], [24, 0])])
 
 # (ranks, blocks, threads, LOW_LATENCY_BYTES, calls)
 WORLDS = {
     "two_step": (2, 1, 32, 0, [two_step(16)] * 3),
-    "two_step, several tiles": (2, 1, 32, 0, [two_step(40)] * 2),
+    "two_step, several tiles": (2, 1, 32, 0, [two_step(40)]),
     "two_step, no row for one rank": (2, 1, 32, 0, [two_step(1)] * 3),
     "two_step, three ranks": (3, 1, 32, 0, [two_step(3)]),
-    "two_step, two warps": (2, 1, 64, 0, [two_step(32)]),
+    "one_step, two warps": (2, 1, 64, 0, [one_step(16)]),
     "one_step": (2, 1, 32, 0, [one_step(8)] * 4),
     "other numbers of blocks": (2, 2, 32, 0, [one_step(16), one_step(1)]),
     "halves": (2, 1, 32, 0, [("reduce_scatter", 16, None), ("all_gather", 8, None), ("reduce_scatter", 16, None)]),
     "lines": (2, 1, 32, 1 << 16, [one_step(16)] * 3),
     "lines among flags": (2, 1, 32, 1 << 14, [one_step(16), two_step(1), one_step(1)]),
     "all_to_all": (2, 1, 32, 0, [ALL_TO_ALL] * 2),
+    "all_to_all, one way": (2, 1, 32, 0, [LONG_WAY] * 3),
 }
 
 MACROS = {
     (algorithm, threads, ranks): (macros(algorithm, "int8g128", ranks, torch.float32)[0], ("THREADS", str(threads)))
     for algorithm, threads, ranks in (
-        *(("TWO_STEP", threads, ranks) for threads, ranks in ((32, 2), (32, 3), (64, 2))),
+        *(("TWO_STEP", threads, ranks) for threads, ranks in ((32, 2), (32, 3))),
         *((name, 32, 2) for name in ("ONE_STEP", "REDUCE_SCATTER", "ALL_GATHER", "ALL_TO_ALL")),
-        ("LOW_LATENCY", 64, 2),
+        *((name, 64, 2) for name in ("ONE_STEP", "LOW_LATENCY")),
     )
 }
 
@@ -187,7 +190,7 @@ FAULTS = {
         *("launch.await(0, middle + 1)", "launch.await(0, middle)", "TWO_STEP", 32, [two_step(40)], "race"),
     ),
     "says it before all warps have written": (
-        *(SIGNAL, SIGNAL.replace("barrier();", ""), "TWO_STEP", 64, [two_step(32)], "race"),
+        *(SIGNAL, SIGNAL.replace("barrier();", ""), "ONE_STEP", 64, [one_step(16)], "race"),
     ),
     "sets flags without a fence": (SIGNAL, SIGNAL.replace("fence(), ", ""), "TWO_STEP", 32, [two_step(16)], "race"),
     "reads after a flag without a fence": (
@@ -206,7 +209,7 @@ FAULTS = {
     ),
     "writes over what was not read": (
         *("if (wave >= e.ring) launch.await_one(1,", "if (false) launch.await_one(1,"),
-        *("ALL_TO_ALL", 32, [ALL_TO_ALL], "race"),
+        *("ALL_TO_ALL", 32, [LONG_WAY], "race"),
     ),
     "does not wait for a rank that sends nothing": (
         *("  launch.await_one(0, to_come, true);\n", "", "ALL_TO_ALL", 32, [ONE_WAY] * 3, "race"),
@@ -238,7 +241,7 @@ def test_no_race_and_no_deadlock_in_any_execution(name, kernels, monkeypatch):
     ranks, blocks, threads, small, calls = WORLDS[name]
     monkeypatch.setattr(collective, "_THREADS", threads)
     monkeypatch.setattr(collective, "LOW_LATENCY_BYTES", small)
-    assert wrong(kernels, ranks, blocks, calls) == {}
+    assert wrong(kernels, ranks, blocks, calls, threads == 64) == {}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -246,5 +249,13 @@ def test_planted_faults_are_found(fault, kernels, monkeypatch):
     _, _, name, threads, calls, kind = FAULTS[fault]
     monkeypatch.setattr(collective, "_THREADS", threads)
     monkeypatch.setattr(collective, "LOW_LATENCY_BYTES", 0 if name != "LOW_LATENCY" else 1 << 16)
-    found = wrong(kernels, 2, 1, calls, version=1 + list(FAULTS).index(fault), until={kind})
+    found = wrong(
+        kernels,
+        2,
+        1,
+        calls,
+        name != "LOW_LATENCY" and threads == 64,
+        version=1 + list(FAULTS).index(fault),
+        until={kind},
+    )
     assert kind in found, found
