@@ -99,7 +99,7 @@ def test_a_broken_source_is_shown_with_the_compilers_words():
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "flashcomm").write_text("a file where the folder would be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(compiler, "compiled", lambda macros, target: b"code")
+    monkeypatch.setattr(compiler, "compiled", lambda *_: b"code")
     monkeypatch.setattr(compiler, "version", lambda: (13, 0))
     assert compiler.cubin({"SOURCE": "x"}, "sm_90") == b"code"
     assert os.listdir(tmp_path) == ["flashcomm"]
