@@ -119,7 +119,7 @@ def scattering_into(experts_of: Callable[[Any], Experts | None], scatter: Callab
 
 
 WRAPPERS = dict(zip(METHODS, (gathering, scattering, scattering_into), strict=True))
-"""What wraps each method."""
+"""Wrapper of each method, by its name."""
 
 
 def _tokens(tensors: list) -> bool:
