@@ -236,8 +236,14 @@ def operators():
     ops, x = torch.ops.flashcomm, promises.tensor(dist.get_rank(), (8, 256))
     samples = {
         ops.all_reduce: [(t, "int4g128", "", "two_step", False, False) for t in (x, x.t(), x[0], x[:, :0], x[0, 0])],
-        ops.reduce_scatter: [(t, "int8g128", "", "auto") for t in (x, x.t(), x[0], x[:0])],
-        ops.all_gather: [(t, "int8g128", "", "auto") for t in (x, x.t(), x[0], x[:0], x[0, 0])],
+        ops.reduce_scatter: [
+            *((t, "int8g128", "", None, "auto") for t in (x, x.t(), x[0], x[:0])),
+            (x, "int8g128", "", [5, 3], "auto"),
+        ],
+        ops.all_gather: [
+            *((t, "int8g128", "", None, "auto") for t in (x, x.t(), x[0], x[:0], x[0, 0])),
+            (x, "int8g128", "", [8, 8], "auto"),
+        ],
         ops.all_to_all: [(x, "int8g128", "", None, None, "auto"), (x, "int8g128", "", [4, 4], [4, 4], "auto")],
         ops.encode: [(x, "int4g128"), (x.t(), "int4g32"), (x[:0], "nvfp4")],
         ops.decode: [(flashcomm.encode(x, "int4g128"), "int4g128", 256, torch.float32)],
