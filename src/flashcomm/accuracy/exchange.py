@@ -24,9 +24,6 @@ from torch import nn
 from flashcomm import kernels, simulate
 from flashcomm.codecs import Codec
 
-KINDS = ("dispatch", "combine")
-"""The two hops, by their names in a policy."""
-
 
 def of_each_rank(
     module: nn.Module,

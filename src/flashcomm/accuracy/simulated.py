@@ -28,6 +28,7 @@ from flashcomm import simulate
 from flashcomm.accuracy import exchange, shards
 from flashcomm.calibration import Calibration, MovingReach
 from flashcomm.codecs import Codec, Features
+from flashcomm.integrations import experts
 from flashcomm.integrations.patches import Patches
 from flashcomm.integrations.sums import apply
 from flashcomm.models import heads
@@ -82,11 +83,11 @@ class Simulation:
         for name, receiver in boundaries.items():
             self.modules[name] = model.config.get_text_config().hidden_size
             self._receive(name, receiver)
-        for name, experts, cut in list(shards.expert_modules(model, expert_ranks)) if expert_ranks > 1 else ():
-            for kind in exchange.KINDS:
+        for name, module, cut in list(shards.expert_modules(model, expert_ranks)) if expert_ranks > 1 else ():
+            for kind in experts.KINDS:
                 self.hops[f"{name}.{kind}"] = kind
                 self.modules[f"{name}.{kind}"] = model.config.get_text_config().hidden_size
-            self._exchange(name, experts, cut, expert_ranks)
+            self._exchange(name, module, cut, expert_ranks)
 
     def undo(self):
         """Restore the model. Harmless when repeated."""

@@ -105,8 +105,9 @@ def measure_accuracy(
         model, specs, text, tp=ranks, pp=pp, ep=ep, hosts=hosts, algorithm=algorithm, tokens=tokens, window=window,
         dtype=dtype, calibration=calibration, seed=seed, out=out,
     )  # fmt: skip
-    from flashcomm.accuracy import exchange, report
+    from flashcomm.accuracy import report
     from flashcomm.accuracy.metrics import FLOOR
+    from flashcomm.integrations import experts
 
     try:
         sums = [FLOOR, *specs] if pp == ep == 1 else [FLOOR] if ranks > 1 else []
@@ -114,7 +115,7 @@ def measure_accuracy(
         if ep > 1:
             variants = {FLOOR: Policy(codec="none", hops=Hops(combine=FLOOR))}
             for name in specs:
-                for label, kinds in (("dispatch ", ["dispatch"]), ("combine ", ["combine"]), ("", exchange.KINDS)):
+                for label, kinds in (("dispatch ", ["dispatch"]), ("combine ", ["combine"]), ("", experts.KINDS)):
                     hops = Hops(**dict.fromkeys(kinds, name))
                     variants.setdefault(label + name, Policy(codec="none", hops=hops))
         elif pp > 1:

@@ -57,6 +57,7 @@ def setup(
     from flashcomm.accuracy.setup import Setup
 
     directory = model_directory(bundled_or(model), tp)
+    dtype = model_dtype(dtype)
     if hosts and tp % hosts:
         fail(f"--hosts {hosts} with --tp {tp}: give hosts with as many ranks each")
     for spec in specs:
@@ -74,7 +75,7 @@ def setup(
         algorithm=algorithm,
         tokens=tokens,
         window=window,
-        dtype=model_dtype(dtype),
+        dtype=dtype,
         seed=seed,
         calibration=calibration,
         out=out,

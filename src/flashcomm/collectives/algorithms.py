@@ -94,7 +94,8 @@ def all_gather(
     S is the same on all ranks, or ``sizes[r]`` on rank r.
     """
     rows, cols = x.shape
-    stripes = _deal(sum(sizes or ()) or messages.ranks.world_size * rows, messages, pieces, fixed=True, sizes=sizes)
+    total = sum(sizes) if sizes else messages.ranks.world_size * rows
+    stripes = _deal(total, messages, pieces, fixed=True, sizes=sizes)
     width = codec.payload_bytes(cols, x.dtype)
     gather = messages.gather(stripes.sizes, width, pieces, x.device, codec.varies)
     for piece in gather.pieces:
