@@ -5,8 +5,10 @@ STAMP := $(VENV)/.current
 ENGINES := .venv-engines
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
+# Hundreds of processes import the package; without bytecode on the disk each of them compiles it.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo real setup setup-engines check test test-engines test-matrix test-smoke test-gpu bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-thorough test-engines test-matrix test-smoke test-gpu bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -39,6 +41,9 @@ check: $(STAMP)  ## style, types, layering, spelling
 
 test: $(STAMP)  ## everything that this machine can test; the rest is skipped with its reason
 	$(BIN)/pytest -rs -n 2
+
+test-thorough: $(STAMP)  ## the same with more sizes, and for longer (twice the time)
+	$(BIN)/pytest -rs -n 2 -m "not real"
 
 setup-engines: $(ENGINES)/.current  ## another one, with vLLM
 

@@ -96,11 +96,12 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every worker collects the scopes in the order in which they are handed out."""
+    """Every worker collects scopes in the order in which they are handed out, those with a time limit of their own first."""
     if hasattr(config, "workerinput"):
         scopes = {item: _scope(item.nodeid) for item in items}
         sizes = Counter(scopes.values())
-        items.sort(key=lambda item: (scopes[item][0], -sizes[scopes[item]]))
+        long = {scopes[item] for item in items if item.get_closest_marker("timeout")}
+        items.sort(key=lambda item: (scopes[item][0], scopes[item] not in long, -sizes[scopes[item]]))
 
 
 @pytest.fixture(scope="session", autouse=True)

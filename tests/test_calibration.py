@@ -223,6 +223,7 @@ def model_with_calibration(folder: str):
     return shapes, errors, path.read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_model_is_calibrated_and_compressed(tmp_path):
     results = ranks.shared(2).run(model_with_calibration, str(tmp_path))
     shapes, errors, _ = results[0]

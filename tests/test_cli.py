@@ -236,6 +236,7 @@ def test_bench_all_reduce(tmp_path):
     assert rows[2]["chosen"] == "two_step"
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(lab.unavailable() is not None, reason=f"no lab here: {lab.unavailable()}")
 def test_bench_joins_ranks_that_run_already(tmp_path):
     bench = ("bench", "all_gather", "--sizes", "1k,16k", "--repeats", 1, "--codecs", "int4g128")
@@ -317,6 +318,7 @@ def test_demo(tmp_path, forked_launch):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.thorough
 def test_demo_shows_how_prompts_overlap(tmp_path):
     options = ("--codecs", "int8g128", "--tokens", 1024, "--repeats", 1, "--new-tokens", 1, "--out", tmp_path)
     done = run("demo", "--overlap", *options)

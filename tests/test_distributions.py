@@ -70,6 +70,7 @@ def test_without_the_model_the_demo_says_what_to_install(bare):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.thorough
 def test_the_model_is_found_where_it_is_installed(wheel, tmp_path):
     made = build("wheel", MODEL, tmp_path / "wheel")
     installed = tmp_path / "installed"

@@ -117,6 +117,7 @@ def test_examples_run(path, tmp_path):
         assert "times fewer than plain" in printed
 
 
+@pytest.mark.thorough
 def test_an_example_runs_as_it_says():
     path = ROOT / "examples" / "all_reduce.py"
     command = re.search(r"^torchrun (.*)", path.read_text(), re.MULTILINE)

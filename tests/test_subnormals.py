@@ -15,6 +15,7 @@ from calls import new_group
 from flashcomm import codecs, kernels, subnormals
 from flashcomm.codecs.registry import ALL
 from flashcomm.kernels import eager, verbs
+from thorough import thorough
 
 
 @contextlib.contextmanager
@@ -144,6 +145,6 @@ def one_rank_flushes() -> int:
     return sum(not promises.same(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("by", ["memory", thorough("connections"), thorough("gloo")])
 def test_a_rank_that_flushes_gets_and_sends_the_same_bits(by):
     assert ranks.shared(2, by=by).run(one_rank_flushes) == [0, 0]

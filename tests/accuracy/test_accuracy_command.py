@@ -24,8 +24,9 @@ def test_accuracy(tmp_path):
     policy = tmp_path / "mine.toml"
     Policy(codec="int4g32").save(policy)
     options = ("--text", text, "--text", text, "--tokens", 384, "--window", 128, "--tp", 4, "--out", tmp_path / "out")
-    options = ("--codecs", "int8g128,int2g32", "--policy", policy, *options, "--json", tmp_path / "a.json")
-    done = invoke("accuracy", *options)
+    # In fp32, the row `fp32` would be the row `none`.
+    options = ("--dtype", "bfloat16", "--codecs", "int8g128,int2g32", "--policy", policy, *options)
+    done = invoke("accuracy", *options, "--json", tmp_path / "a.json")
     assert done.exit_code == 0, done.output
     assert "Warning" not in done.stderr
     document = json.loads((tmp_path / "a.json").read_text())

@@ -14,6 +14,7 @@ from flashcomm.demo import MODEL
 from flashcomm.integrations import transformers as integration
 from flashcomm.models.load import load, load_model
 from flashcomm.policy import Policy, Rule
+from thorough import thorough
 
 CODECS = ("int8g128", "int4g32", "mxfp4", "int2g32+spike", "fp32")
 ALGORITHMS = ("one_step", "two_step")
@@ -61,7 +62,7 @@ def simulate(path: Path, dtype: torch.dtype, policies: list[Policy], count: int)
     return found
 
 
-@pytest.mark.parametrize(("count", "dtype"), [(2, torch.bfloat16), (4, torch.float32)], ids=str)
+@pytest.mark.parametrize(("count", "dtype"), [(2, torch.bfloat16), thorough(4, torch.float32)], ids=str)
 def test_the_bundled_model_has_the_bits_of_real_ranks(count, dtype):
     theirs = ranks.shared(count).run(real, MODEL, dtype, policies())
     ours = simulate(MODEL, dtype, policies(), count)

@@ -18,9 +18,9 @@ from flashcomm.bench import gpu
 from flashcomm.cli import app
 
 SPECS = {
-    "sm_80": ("int4g128", "mxfp4", "nvfp4", "int2g32+spike"),
+    "sm_80": ("int4g128", "nvfp4", "int2g32+spike"),
     "sm_89": ("int4g128",),
-    "sm_90": ("int4g128", "mxfp4"),
+    "sm_90": ("mxfp4",),
     "gfx942": ("int4g128",),
 }
 """One format of each kind of device function on one target; the rest differ in constants, and targets hardly at all."""

@@ -8,6 +8,7 @@ import torch
 
 from flashcomm.bench import codec as bench
 from flashcomm.codecs import parse, registry
+from thorough import thorough
 
 ROWS = json.loads((Path(__file__).parents[2] / "results" / "codec_cpu.json").read_text())["rows"]
 
@@ -25,7 +26,9 @@ def partial_sums():
     return partial_sums()
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row["codec"])
+@pytest.mark.parametrize(
+    "row", [thorough(row) if i % 4 else row for i, row in enumerate(ROWS)], ids=lambda row: row["codec"]
+)
 def test_figures_are_those_of_todays_code(row, partial_sums):
     codec = parse(row["codec"])
     if codec.varies:

@@ -13,7 +13,7 @@ from flashcomm import codecs, kernels
 from flashcomm.codecs import parse
 
 #: Groups per format that are tried against the bound; a million takes some minutes.
-FUZZ_GROUPS = int(os.environ.get("FLASHCOMM_FUZZ_GROUPS", "20000"))
+FUZZ_GROUPS = int(os.environ.get("FLASHCOMM_FUZZ_GROUPS", "4000"))
 
 
 def same_bytes(a, b):

@@ -48,6 +48,7 @@ def test_a_format_is_found_by_name(install, tmp_path):
     assert "Did you mean sign?" in done.stderr
 
 
+@pytest.mark.thorough
 def test_every_rank_finds_it(install, tmp_path):
     env, file = install("sign = custom_codec:Sign"), tmp_path / "a.json"
     options = ("--codecs", "sign:int8", "--algorithms", "two_step", "--sizes", "4k", "--repeats", 1, "--json", file)

@@ -19,6 +19,7 @@ from flashcomm.collectives import algorithms
 from flashcomm.collectives.hierarchical import hierarchical
 from flashcomm.transports.base import OnRows, Run, Task
 from loopback import Deadlock, Loopback
+from thorough import thorough
 
 RECORDED = json.loads(recorded.FILE.read_text())
 BULK = pytest.mark.parametrize("bulk", [False, True], ids=["direct", "bulk"])
@@ -44,7 +45,7 @@ def test_payloads_are_those_that_were_recorded(spec):
 
 
 # The others' digests show that a change was meant; five sizes show that it is there.
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, thorough(8)])
 @pytest.mark.parametrize("name", ["one_step", "two_step"])
 def test_sums_are_those_that_were_recorded(name, world_size):
     """For every codec, dtype and shape; recorded before the transports had a seam."""
@@ -100,7 +101,7 @@ def test_sums_over_levels_are_those_that_were_recorded(spec, world_size, hosts):
 @pytest.mark.parametrize("spec", promises.CODECS)
 @pytest.mark.parametrize(
     ("world_size", "bulk"),
-    [(2, False), (3, False), (7, False), (3, True), (4, True)],
+    [(2, False), (3, False), thorough(7, False), (3, True), thorough(4, True)],
     ids=lambda x: {False: "direct", True: "bulk"}.get(x),
 )
 def test_sums_are_those_of_the_simulation(world_size, spec, bulk):

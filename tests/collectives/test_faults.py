@@ -26,7 +26,7 @@ from calls import new_group
 from faults import Message
 from flashcomm.errors import CollectiveError
 
-COUNT = int(os.environ.get("FLASHCOMM_FAULTS", "320"))
+COUNT = int(os.environ.get("FLASHCOMM_FAULTS", "120"))
 EVERY = 60
 """Calls for each fault."""
 TIMEOUT_S, STOP_S = 5.0, 2.0

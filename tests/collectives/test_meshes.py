@@ -11,6 +11,7 @@ import ranks
 import values
 from flashcomm.collectives.group import group_of
 from flashcomm.collectives.topology import num_hosts
+from thorough import thorough
 
 INTERLEAVED = [[0, 2], [1, 3]]
 
@@ -131,7 +132,7 @@ def lanes_at_the_same_time():
 
 
 @pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize("rows", [[[0, 1], [2, 3]], INTERLEAVED], ids=str)
+@pytest.mark.parametrize("rows", [thorough([[0, 1], [2, 3]]), INTERLEAVED], ids=str)
 def test_given_levels_give_the_bits_that_one_process_predicts(rows, by):
     host_of = {r: host for host, row in enumerate(rows) for r in row}
     results = ranks.shared(4, by=by).run(levels_of_a_mesh, rows)
@@ -158,7 +159,7 @@ def test_meshes_that_are_no_group_are_refused():
     ranks.shared(4).run(refusals)
 
 
-@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("by", ["memory", "connections", thorough("gloo")])
 def test_meshes_and_the_default_group_do_not_take_each_others_messages(by):
     ranks.shared(4, by=by).run(lanes_at_the_same_time)
 

@@ -18,6 +18,7 @@ from calls import all_reduce_of_ones, check, failure, meeting, new_group
 from events import dawdle
 from flashcomm.errors import PeerLost, TimedOut
 from flashcomm.transports.shared.memory import InMemory
+from thorough import thorough
 
 TIMEOUT_S = 2.0
 SLACK_S = 1.5
@@ -49,7 +50,7 @@ def wait_behind_a_rank_that_is_stopped(last: str, backwards: bool) -> float:
 
 
 @pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize(("last", "backwards"), [("plain", False), ("hierarchical", True)])
+@pytest.mark.parametrize(("last", "backwards"), [thorough("plain", False), ("hierarchical", True)])
 def test_calls_behind_one_that_times_out_end_with_it(last, backwards, by, fresh_ranks):
     world = fresh_ranks(4, env=ranks.WAYS[by])
     try:

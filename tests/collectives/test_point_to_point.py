@@ -19,6 +19,7 @@ import values
 from calls import failure, hear, new_group, tell
 from flashcomm.collectives.hops import kernels
 from flashcomm.errors import CollectiveError, PeerLost, RanksDisagree, TimedOut
+from thorough import thorough
 
 SPECS = ("int8g128", "int4g32", "fp32", "mxfp4", "ec4.25", "lossless", "none")
 
@@ -223,7 +224,7 @@ def broken_on_ranks() -> list[bool]:
     return [bool(promise(broken)) for promise, broken in zip(PROMISES, BROKEN, strict=True)]
 
 
-@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("by", ["memory", thorough("connections"), thorough("gloo")])
 def test_promises(by):
     assert ranks.shared(3, by=by).run(promises_on_ranks) == [[]] * 3
 

@@ -9,12 +9,12 @@ import pytest
 import promises
 import ranks
 from loopback import Loopback
+from thorough import thorough
 
-IN_ONE_PROCESS = [*((size, False) for size in (1, 2, 3, 5, 7)), *((size, True) for size in (2, 4))]
+IN_ONE_PROCESS = [(1, False), (2, False), (3, False), (5, False), (4, True), thorough(7, False), thorough(2, True)]
 ON_RANKS = [
-    *((size, "memory") for size in (1, 2, 4)),
-    *((size, "connections") for size in (2, 5)),
-    *((size, "gloo") for size in (3,)),
+    *[(1, "memory"), (2, "memory"), (2, "connections"), (2, "gloo")],
+    *[thorough(4, "memory"), thorough(5, "connections"), thorough(3, "gloo")],
 ]
 
 

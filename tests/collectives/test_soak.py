@@ -18,6 +18,7 @@ import ranks
 from calls import meeting
 from events import dawdle
 from flashcomm import kernels
+from thorough import thorough
 
 COUNT = int(os.environ.get("FLASHCOMM_SOAK", "1000"))
 VARIANTS = 3
@@ -166,7 +167,7 @@ def soak(count: int, seed: int) -> tuple[float, list[tuple[int, int, int]]]:
 
 
 @pytest.mark.timeout(300 + COUNT // 20)
-@pytest.mark.parametrize("world_size, threads", [(2, 2), (3, 1)])
+@pytest.mark.parametrize("world_size, threads", [thorough(2, 2), (3, 1)])
 def test_many_collectives(world_size, threads):
     group = ranks.shared(world_size)
     group.run(torch.set_num_threads, threads)

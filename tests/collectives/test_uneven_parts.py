@@ -10,6 +10,7 @@ import ranks
 import values
 from flashcomm import kernels
 from flashcomm.errors import RanksDisagree
+from thorough import thorough
 
 SPECS = ("int8g128", "int4g32+hadamard", "lossless", "ec5", "fp32", "none")
 
@@ -56,7 +57,7 @@ def on_ranks(dtypes: tuple[torch.dtype, ...] = values.DTYPES):
 
 
 @pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, thorough(2), 3])
 def test_on_ranks(world_size, by):
     dtypes = values.DTYPES if world_size == 3 and by == "connections" else (torch.bfloat16,)
     ranks.shared(world_size, by=by).run(on_ranks, dtypes)

@@ -19,6 +19,7 @@ from flashcomm.collectives.group import group_of
 from flashcomm.collectives.rules import ALL_GATHER, ALL_REDUCE
 from flashcomm.errors import RanksDisagree
 from loopback import Loopback
+from thorough import thorough
 
 
 def decoded(x, spec):
@@ -308,7 +309,7 @@ def errors_on_ranks():
     ids=lambda f: f.__name__,
 )
 @pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, thorough(2), 3, thorough(4)])
 def test_on_ranks(function, world_size, by):
     ranks.shared(world_size, by=by).run(function)
 
@@ -466,7 +467,7 @@ def mixed_on_ranks():
 
 
 @pytest.mark.parametrize("by", ranks.WAYS)
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [thorough(2), 3])
 def test_ranks_may_differ_in_whether_a_call_is_asynchronous(world_size, by):
     ranks.shared(world_size, by=by).run(mixed_on_ranks)
 

@@ -16,6 +16,7 @@ from flashcomm.demo import MODEL
 from flashcomm.integrations.loaded import tensor_parallel_argument
 from flashcomm.integrations.transformers import compress, compressed, compression_of
 from flashcomm.policy import Policy, Rule
+from thorough import thorough
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
 _PLAIN = dist.all_reduce
@@ -528,7 +529,7 @@ def test_the_oldest_release_is_another_one():
     assert newest().run(version)[0] > "5.1"
 
 
-@both
+@pytest.mark.parametrize("release", [newest, thorough(oldest)])
 @pytest.mark.parametrize(
     "function",
     [
@@ -569,7 +570,7 @@ def test_sums_outside_of_the_plan_are_counted(release, tmp_path):
     release().run(outside_of_the_plan, str(tmp_path))
 
 
-@both
+@pytest.mark.parametrize("release", [newest, thorough(oldest)])
 def test_wrappers_may_be_inside(release, tmp_path):
     release().run(wrapped_inside, str(tmp_path))
 

@@ -10,6 +10,7 @@ import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.kernels import routes
+from thorough import thorough
 
 pytest.importorskip("triton")
 import cuda_on_cpu
@@ -37,7 +38,11 @@ EVERYWHERE = [
     ("mxfp4", "decode"),
     ("fp8g128", "encode"),
 ]
-CASES = [(spec, verb, target) for spec, verb in EVERYWHERE for target in TARGETS]
+CASES = [
+    (spec, verb, target) if target in ("sm_80", "sm_90", "sm_120") else thorough(spec, verb, target)
+    for spec, verb in EVERYWHERE
+    for target in TARGETS
+]
 CASES += [(spec, verb, "sm_90") for spec in MOST for verb in VERBS if (spec, verb) not in EVERYWHERE]
 
 needs_nvrtc = pytest.mark.skipif(compiler.find() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")

@@ -12,6 +12,7 @@ import promises
 import ranks
 from events import dawdle
 from flashcomm import codecs
+from thorough import thorough
 
 pytest.importorskip("triton")
 import interpreter
@@ -73,7 +74,7 @@ def sums_are_those_of_the_simulation(folder):
     del memory
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [thorough(2), 3, thorough(4)])
 def test_sums_are_those_of_the_simulation(world_size, tmp_path):
     ranks.shared(world_size).run(sums_are_those_of_the_simulation, str(tmp_path))
 

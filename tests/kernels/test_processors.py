@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CROSS = Path(__file__).parents[1] / "cross.py"
 LIBC = {"clock_gettime", "memcpy", "memmove", "memset", "poll", "sched_yield", "usleep"}
 
@@ -18,6 +20,7 @@ def run(*command, **variables):
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_the_kernels_are_arms_instructions_when_compiled_for_it():
     text = run(CROSS, "narrow", "widen", "quantise", "round_floats", "hadamard")
     # An intrinsic of another processor would have ended it.

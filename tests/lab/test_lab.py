@@ -20,6 +20,7 @@ import flashcomm.bench.lab
 from events import wait_for
 from flashcomm.lab import Lab, launch
 from flashcomm.lab import hosts as module
+from thorough import thorough
 
 COMMAND = [sys.executable, "-m", "flashcomm.cli", "lab"]
 MIB = 1 << 20
@@ -310,7 +311,9 @@ def running_command():
 
 
 @real
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), thorough(signal.SIGHUP, 129)]
+)
 def test_a_signal_to_the_command_leaves_nothing(running_command, number, status):
     process, marker = running_command
     os.killpg(process.pid, number)

@@ -16,6 +16,7 @@ import ranks
 from flashcomm.demo import MODEL
 from flashcomm.integrations.transformers import compress, compressed
 from flashcomm.overlap import prefill, wrap
+from thorough import thorough
 
 _OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
 _SIZES = dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=256)
@@ -140,7 +141,10 @@ def more_of(mask):
 
 @pytest.mark.parametrize(
     ("release", "name"),
-    [*((newest, name) for name in CONFIGS), *((oldest, name) for name in SLIDING)],
+    [
+        *[(newest, "llama"), (newest, "gemma"), (newest, "qwen_moe"), thorough(newest, "qwen")],
+        *[thorough(release, name) for release, name in ((newest, "mistral"), (oldest, "mistral"), (oldest, "gemma"))],
+    ],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_answers_are_those_of_an_unsplit_prompt(release, name, tmp_path):
@@ -393,7 +397,7 @@ def planned():
 
 @pytest.mark.parametrize(
     ("release", "cache"),
-    [(newest, None), (newest, "static"), (oldest, "static")],
+    [thorough(newest, None), (newest, "static"), thorough(oldest, "static")],
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_generated_tokens_are_the_same(release, cache):
@@ -407,11 +411,11 @@ def test_on_ranks(function):
     newest().run(function)
 
 
-@pytest.mark.parametrize("by", ranks.WAYS)
+@pytest.mark.parametrize("by", ["memory", thorough("connections"), thorough("gloo")])
 def test_an_exception_ends_all_parts(by):
     newest(by=by).run(survives_exceptions)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, thorough(4)])
 def test_all_ranks_get_the_same_bits(world_size):
     assert len(set(newest(world_size).run(bits_do_not_change))) == 1
