@@ -96,7 +96,7 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Every worker collects scopes in the order in which they are handed out, those with a time limit of their own first."""
+    """Hand out the same order on every worker; inside of a kind, what has a time limit of its own goes first."""
     if hasattr(config, "workerinput"):
         scopes = {item: _scope(item.nodeid) for item in items}
         sizes = Counter(scopes.values())
