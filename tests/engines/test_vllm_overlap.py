@@ -82,6 +82,19 @@ def test_a_worker_lost_in_the_middle_of_parts_is_an_error(server):
     assert "EngineDeadError" in server.printed()
 
 
+def test_a_compiled_engine_runs_steps_in_parts(tmp_path):
+    """Parts run without the compiled graph, which all other steps keep."""
+    arguments = ["--max-num-batched-tokens", "512"]
+    with Server(tmp_path / "log", *arguments, dtype="float32", env={"FLASHCOMM_OVERLAP": "2"}) as server:
+        whole, plain, _ = answers(server, "off")
+        texts, changed, (first, second) = answers(server, 2)
+        assert texts == whole
+        # Operators that are fused round in other places.
+        assert max(abs(one - other) for one, other in zip(changed, plain, strict=True)) < 1e-4
+        assert first["prefills"] == second["prefills"]
+        assert in_parts(first, 2) >= 5
+
+
 def test_off_replaces_nothing_of_steps():
     code = """
 from types import SimpleNamespace
