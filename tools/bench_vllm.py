@@ -5,7 +5,7 @@
 .venv-engines/bin/python tools/bench_vllm.py real --json results/vllm_real_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py parts --json results/vllm_parts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
-.venv-engines/bin/python tools/bench_vllm.py ttft --rate 200mbit --tp 1 --pp 2 --codecs none,lossless,int8g128
+.venv-engines/bin/python tools/bench_vllm.py ttft --rate 20mbit --tp 1 --pp 2 --codecs none,lossless,int8g128
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 370mbit --model llama-160m --overlap --codecs none --eager
 
 `all_reduce` times the sum that vLLM's CPU workers make, over memory that they share, against ours. `texts` counts which
@@ -185,7 +185,10 @@ def ttft(options: argparse.Namespace) -> list[dict]:
         (folder / "task.json").write_text(json.dumps(task))
         codes = lab.run([sys.executable, __file__, "node", str(folder)], timeout_s=2 * START_S)
         if any(codes):
-            raise SystemExit(f"the nodes ended with {codes}:\n{(folder / '0.log').read_text()[-3000:]}")
+            log = (folder / "0.log").read_text().splitlines()
+            # The first error ended the server.
+            told = [line for line in log if " ERROR " in line][:40] or log[-40:]
+            raise SystemExit("\n".join([f"the nodes ended with {codes}:", *told]))
         figures = json.loads((folder / "result.json").read_text())
     return [
         {
