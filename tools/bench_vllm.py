@@ -4,6 +4,7 @@
 .venv-engines/bin/python tools/bench_vllm.py texts --json results/vllm_texts_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py real --json results/vllm_real_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py parts --json results/vllm_parts_cpu.json
+.venv-engines/bin/python tools/bench_vllm.py memory --json results/vllm_memory_cpu.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 1gbit --json results/vllm_ttft_lab2_1gbit.json
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 20mbit --tp 1 --pp 2 --codecs none,lossless,int8g128
 .venv-engines/bin/python tools/bench_vllm.py ttft --rate 370mbit --model llama-160m --overlap --codecs none --eager
@@ -16,11 +17,10 @@ with pipeline stages those of sums and hops alike. Timed prompts are random and 
 as times do not depend on them, but for those of the bundled model. With --overlap each codec takes two turns, in one
 piece and in parts, and the rows have the planner's compute and sums. It needs root, as the lab does.
 `parts` streams 16 texts at once, with steps in one piece, once more, and in parts; with chunked prefill and without.
-Then it watches a worker's memory over 500 requests.
+`memory` watches a worker over 1,000 requests: of vLLM alone, and in one server in one piece and then in parts.
 """
 
 import argparse
-import itertools
 import json
 import os
 import random
@@ -32,7 +32,9 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -85,14 +87,15 @@ def main():
     first.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     first.add_argument("--eager", action="store_true", help="vLLM without compiled graphs")
     same = commands.add_parser("texts", help="greedy texts that compression changes, and that one rank changes")
-    mixed = commands.add_parser("parts", help="texts of steps in parts, and memory over many requests")
-    mixed.add_argument("--requests", type=int, default=500)
+    mixed = commands.add_parser("parts", help="texts of steps in parts")
+    watched = commands.add_parser("memory", help="a worker's memory over many requests, in one piece and in parts")
+    watched.add_argument("--requests", type=int, default=1000)
     real = commands.add_parser("real", help="a real model over three ranks: texts, counts, and a rank that is killed")
     real.add_argument("--codecs", default="int8g128+hadamard,int8g128")
     real.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     for command, repeats in ((sums, 21), (first, 11)):
         command.add_argument("--repeats", type=int, default=repeats)
-    for command in (sums, first, same, mixed, real):
+    for command in (sums, first, same, mixed, watched, real):
         command.add_argument("--json", type=Path)
     node = commands.add_parser("node")
     node.add_argument("folder", type=Path)
@@ -103,7 +106,9 @@ def main():
     if options.command == "texts":
         rows = texts()
     elif options.command == "parts":
-        rows = in_parts(options.requests)
+        rows = in_parts()
+    elif options.command == "memory":
+        rows = memory(options.requests)
     elif options.command == "real":
         rows = real_model(options.codecs.split(","), options.dtype)
     else:
@@ -252,62 +257,79 @@ def texts() -> list[dict]:
     return rows
 
 
-def in_parts(requests: int) -> list[dict]:
-    """Compare streamed texts of steps in parts with those of one piece; a row for each way, prefix caching on.
-
-    Args:
-        requests: number of mixed requests over which memory is watched, in one piece and then in parts.
-    """
-    for folder in ("tests", "tests/engines"):
-        sys.path.insert(0, str(Path(__file__).parents[1] / folder))
-    from server import Server  # pyright: ignore[reportMissingImports]
-    from test_vllm import prompts, tokens  # pyright: ignore[reportMissingImports]
-
-    asked, ids, rows = prompts(), tokens(), []
+def in_parts() -> list[dict]:
+    """Compare streamed texts of steps in parts with those of one piece; a row for each way, prefix caching on."""
+    prompts = _engine_tests().prompts()
+    rows = []
     chunked = ["--max-num-batched-tokens", "512"]
     whole = ["--max-num-batched-tokens", "2048", "--no-enable-chunked-prefill"]
     for dtype, arguments in (("float32", chunked), ("float32", whole), ("bfloat16", chunked)):
-        with (
-            tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name,
-            Server(
-                # Few blocks of the cache, all of them used soon: pages that were never written take no memory.
-                Path(name, "log"), "--enforce-eager", "--enable-prefix-caching", "--num-gpu-blocks-override", "160",
-                *arguments, dtype=dtype,
-                env={"FLASHCOMM_OVERLAP": "2"},
-            ) as server,
-            ThreadPoolExecutor(16) as pool,
-        ):  # fmt: skip
-
-            def texts(prompts: list, server: Any = server, pool: ThreadPoolExecutor = pool) -> list[str]:
-                stream = partial(server.stream, max_tokens=8)
-                return list(pool.map(lambda prompt: "".join(stream(prompt)), prompts))
-
+        with _server(*arguments, dtype=dtype, env={"FLASHCOMM_OVERLAP": "2"}) as server:
             plain: list[str] = []
             for overlap in ("off", "off", 2, 3):
                 server.ask("/reset_prefix_cache", {})
                 server.on_workers("flashcomm_overlap", overlap)
                 server.on_workers("flashcomm_stats")
-                got = texts(asked)
+                got = _streamed(server, prompts)
                 plain = plain or got
                 row = {"op": "vllm_parts", "dtype": dtype, "chunked": arguments is chunked, "parts": overlap}
                 row |= {"texts": len(got), "same": sum(map(str.__eq__, got, plain))}
                 counts = server.on_workers("flashcomm_stats")[0]["prefills"]
                 row["steps_in_parts"] = sum(count for how, count in counts.items() if how[0].isdigit())
-                rows.append({**row, "requests": 0, "memory_mib": memory_mib(server)})
-                print(rows[-1], flush=True)
-            generator = random.Random(0)
-            # In one piece first: vLLM's own memory grows with the lengths that it has seen.
-            for overlap, part in itertools.product(("off", 2), range(5 if requests else 0)):
-                server.on_workers("flashcomm_overlap", overlap)
-                lengths = [generator.randrange(1, 900) for _ in range(requests // 5)]
-                starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
-                texts([ids[start : start + length] for start, length in zip(starts, lengths, strict=True)])
-                done = (part + 1) * (requests // 5)
-                watched = {"texts": None, "same": None, "steps_in_parts": None, "requests": done}
-                rows.append({**row, "parts": overlap, **watched, "memory_mib": memory_mib(server)})
-                print(rows[-1], flush=True)
-        requests = 0 if rows[-1]["requests"] else requests
+                rows.append(row)
+                print(row, flush=True)
     return rows
+
+
+def memory(requests: int) -> list[dict]:
+    """Watch a worker's memory; a row after each tenth of the requests, in fp32 with prefix caching on.
+
+    Args:
+        requests: number of mixed requests, of vLLM alone and then of flashcomm, where the second half runs in parts.
+    """
+    ids, rows = _engine_tests().tokens(), []
+    for env in ({}, {"FLASHCOMM_OVERLAP": "2"}):
+        # Few blocks of the cache, all of them used soon: pages that were never written take no memory.
+        few = ("--num-gpu-blocks-override", "160", "--max-num-batched-tokens", "512")
+        generator = random.Random(0)
+        with _server(*few, dtype="float32", env=env) as server:
+            for tenth in range(10):
+                parts = "vLLM alone" if not env else "off" if tenth < 5 else 2
+                if env:
+                    server.on_workers("flashcomm_overlap", parts)
+                lengths = [generator.randrange(1, 900) for _ in range(requests // 10)]
+                starts = [generator.choice((0, generator.randrange(3000))) for _ in lengths]
+                _streamed(server, [ids[at : at + length] for at, length in zip(starts, lengths, strict=True)])
+                done = (tenth + 1) * (requests // 10)
+                rows.append({"op": "vllm_memory", "parts": parts, "requests": done, "memory_mib": memory_mib(server)})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _engine_tests() -> Any:
+    """The tests of vLLM, for their prompts."""
+    for folder in ("tests", "tests/engines"):
+        sys.path.insert(0, str(Path(__file__).parents[1] / folder))
+    import test_vllm  # pyright: ignore[reportMissingImports]
+
+    return test_vllm
+
+
+@contextmanager
+def _server(*arguments: str, dtype: str, env: dict[str, str]) -> Iterator[Any]:
+    from server import Server  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory(prefix="flashcomm-vllm-") as name:
+        log = Path(name, "log")
+        with Server(log, "--enforce-eager", "--enable-prefix-caching", *arguments, dtype=dtype, env=env) as server:
+            yield server
+
+
+def _streamed(server: Any, prompts: list) -> list[str]:
+    """Texts of 8 tokens, 16 at a time."""
+    with ThreadPoolExecutor(16) as pool:
+        stream = partial(server.stream, max_tokens=8)
+        return list(pool.map(lambda prompt: "".join(stream(prompt)), prompts))
 
 
 def memory_mib(server: Any) -> float:

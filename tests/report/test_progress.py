@@ -11,8 +11,8 @@ def test_a_log_is_told_how_much_is_left(monkeypatch, capsys):
             advance()
     assert capsys.readouterr().err.splitlines() == [
         "measuring accuracy ...",
-        "  1 of 3 parts, 0 minutes left",
-        "  2 of 3 parts, 0 minutes left",
+        "  1 of 3 parts, 0.0 min left",
+        "  2 of 3 parts, 0.0 min left",
     ]
 
 

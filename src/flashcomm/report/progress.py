@@ -50,6 +50,6 @@ def _announce(name: str, total: int) -> Callable[[], None]:
         now = time.monotonic()
         if done < total and now - said >= PAUSE_S:
             said, left = now, (now - start) / done * (total - done)
-            print(f"  {done} of {total} parts, {left / 60:.0f} minutes left", file=sys.stderr, flush=True)
+            print(f"  {done} of {total} parts, {left / 60:.1f} min left", file=sys.stderr, flush=True)
 
     return advance
