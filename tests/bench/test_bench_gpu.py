@@ -12,6 +12,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 import ranks
+from thorough import thorough
 
 pytest.importorskip("triton")
 from flashcomm.bench import gpu
@@ -46,7 +47,7 @@ def compiler():
         yield pool
 
 
-@pytest.mark.parametrize("target", gpu.TARGETS)
+@pytest.mark.parametrize("target", [*gpu.TARGETS[:-1], thorough(gpu.TARGETS[-1])])
 def test_all_kernels_compile_with_hardly_a_spill(compiler, target, tmp_path):
     file = tmp_path / "rows.json"
     specs = SPECS[target]

@@ -20,7 +20,7 @@ from events import dawdle
 from flashcomm import kernels
 from thorough import thorough
 
-COUNT = int(os.environ.get("FLASHCOMM_SOAK", "1000"))
+COUNT = int(os.environ.get("FLASHCOMM_SOAK", "500"))
 VARIANTS = 3
 """Tensors for each case, so that what is left from an earlier call is not the right result by chance."""
 
