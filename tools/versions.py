@@ -111,7 +111,7 @@ def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
     report.unlink(missing_ok=True)
     start = time.monotonic()
     print(f"{name}: {' '.join(tests)}", file=sys.stderr, flush=True)
-    command = [str(python), "-m", "pytest", "-q", f"--junitxml={report}", *tests]
+    command = [str(python), "-m", "pytest", "-q", "-n", "2", f"--junitxml={report}", *tests]
     code = subprocess.run(command, cwd=ROOT, timeout=limit_s).returncode
     if code not in (0, 1):
         sys.exit(f"{name}: pytest ended with status {code}")

@@ -145,13 +145,10 @@ def _own_grid(x: torch.Tensor, reach: _Reach, k: torch.Tensor, size: int) -> tup
 
 def _common_octaves(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """[T, H] codes of step k -> [T]: how often 2 divides all codes of a row, as far as the ladder goes; 0 for zeros."""
-    odd = torch.zeros(q.shape[0], dtype=torch.int64, device=q.device)
-    shared = torch.ones_like(odd, dtype=torch.bool)
-    for octave in range(OCTAVES + 3):
-        shared = shared & (q & (2 << octave) - 1 == 0).all(1)
-        odd = odd + shared
-    odd = torch.minimum(odd, torch.div((LADDER - k).clamp_min(0), 16, rounding_mode="floor"))
-    return odd.masked_fill((q == 0).all(1), 0)
+    # The largest power of two that divides a code, of which a row's smallest counts; 2**24 for zero.
+    power = torch.where(q == 0, 1 << 24, q & -q).amin(1)
+    octaves = torch.minimum(_bit_length(power) - 1, torch.div((LADDER - k).clamp_min(0), 16, rounding_mode="floor"))
+    return octaves.masked_fill((q == 0).all(1), 0)
 
 
 def choose(x: torch.Tensor, size: int) -> tuple[torch.Tensor, Coded, _Reach]:
