@@ -513,6 +513,46 @@ def lost_weights(folder):
         compress(model)
 
 
+def packed_weights(folder):
+    """Weights in GGUF's blocks, which transformers cannot run tensor parallel, are refused by name.
+
+    On a CPU transformers unpacks GGUF files, for want of a kernel, so a quantiser of the test's puts its modules in.
+    """
+    import transformers as hf
+    from transformers.integrations.gguf import utils as gguf
+    from transformers.quantizers import auto, base
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Kernel:
+        def supports(self, kind):
+            return True
+
+    class Packed(QuantizationConfigMixin):
+        def __init__(self, **_):
+            self.quant_method = "packed"
+
+    class Quantiser(base.HfQuantizer):
+        requires_calibration = is_trainable = False
+
+        def is_serializable(self, **_):
+            return False
+
+        def _process_model_before_weight_loading(self, model, **_):
+            gguf.replace_with_gguf_modules(model, {"model.layers.0.mlp.down_proj.weight": 8}, Kernel())  # q8_0
+
+    auto.register_quantization_config("packed")(Packed)
+    auto.register_quantizer("packed")(Quantiser)
+    path = tiny("biased", folder)
+    parallel = tensor_parallel_argument()
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        path, quantization_config=Packed(), ignore_mismatched_sizes=True, **parallel
+    )
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+        model(torch.arange(64)[None])
+    with pytest.raises(ValueError, match="transformers' GgufLinear cannot run tensor parallel: .*dequantize=True"):
+        compress(model)
+
+
 def not_tensor_parallel():
     os.environ["HF_HUB_OFFLINE"] = "1"
     import transformers
@@ -596,6 +636,11 @@ def test_weights_in_8_bits(tmp_path):
 def test_weights_of_bitsandbytes(tmp_path):
     pytest.importorskip("bitsandbytes", reason="pip install bitsandbytes")
     newest().run(lost_weights, str(tmp_path))
+
+
+def test_weights_in_blocks_of_gguf(tmp_path):
+    pytest.importorskip("transformers.integrations.gguf", reason="transformers 5.23 keeps GGUF weights packed")
+    newest().run(packed_weights, str(tmp_path))
 
 
 @both

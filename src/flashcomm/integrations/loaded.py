@@ -84,12 +84,18 @@ def reducing_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:
 
 
 def refuse_lost_weights(modules: Iterable[torch.nn.Module]):
-    """Refuse layers of bitsandbytes whose weights lost, as they were split, the state by which they are read."""
+    """Refuse quantised layers that transformers cannot run tensor parallel: of bitsandbytes, and packed GGUF."""
     for module in modules:
-        package = type(module).__module__.split(".")[0]
-        if package == "bitsandbytes" and not type(module.weight).__module__.startswith(package):
+        kind, package = type(module).__name__, type(module).__module__
+        if package.startswith("bitsandbytes.") and not type(module.weight).__module__.startswith("bitsandbytes."):
             raise ValueError(
-                f"bitsandbytes' {type(module).__name__} cannot run tensor parallel: transformers splits its weight "
-                "without its quantisation state, so the model does not run without flashcomm either. Load it with "
-                "torchao's int8 weights (TorchAoConfig), or unquantised"
+                f"bitsandbytes' {kind} cannot run tensor parallel: transformers splits its weight without its "
+                "quantisation state, so the model does not run without flashcomm either. Load it with torchao's int8 "
+                "weights (TorchAoConfig), or unquantised"
+            )
+        if package.startswith("transformers.integrations.gguf"):
+            raise ValueError(
+                f"transformers' {kind} cannot run tensor parallel: it unpacks whole weights and has none of the parts, "
+                "so the model does not run without flashcomm either. Unpack the weights as they are loaded "
+                "(GgufConfig(dequantize=True))"
             )
