@@ -1,4 +1,4 @@
-// The operations of device.cuh on a CPU, so that codecs.cu and exchange.cu run there as they are. Threads are fibers,
+// The operations of device.cuh on a CPU, so that codecs.cu, entropy.cu and exchange.cu run there as they are. Threads are fibers,
 // which take turns wherever one waits for others: ranks of blocks of warps. Compile with -ffp-contract=off.
 #include <stdio.h>
 #include <stdlib.h>
@@ -171,6 +171,11 @@ inline float at_least(float a, float b) { return a != a ? b : b != b ? a : a > b
 inline u32 larger(u32 a, u32 b) { return a > b ? a : b; }
 inline int highest_bit(u32 x) { return 31 - __builtin_clz(x); }
 inline u32 ones(u32 x) { return __builtin_popcount(x); }
+inline u32 reversed(u32 x) {
+  u32 r = 0;
+  for (int i = 0; i < 32; ++i) r |= (x >> i & 1) << (31 - i);
+  return r;
+}
 inline u32 bytes(u32 a, u32 b, u32 which) {
   unsigned long long both = (unsigned long long)b << 32 | a;
   u32 r = 0;

@@ -14,7 +14,7 @@ import torch
 
 from flashcomm.codecs import Lossless
 from flashcomm.kernels.gpu.cuda import compiler, launch
-from flashcomm.kernels.gpu.cuda.driver import Arguments
+from flashcomm.kernels.gpu.cuda.driver import Arguments, EntropyArguments
 from flashcomm.transports.symmetric import collective
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -24,8 +24,10 @@ _FRAME = """
 #include "{header}"
 #define KERNEL(threads) extern "C" void
 #include "{source}"
+#include "{entropy}"
 struct Arguments {{
   const u8* source; i64 rank_stride, row_stride; u8* target; i64 target_stride, rows; int ranks, cols;
+  const Tables* tables; int size;
 }};
 static Arguments given;
 template <class S, class T, class L, bool SUM> void lane_of_move() {{
@@ -35,6 +37,17 @@ template <class S, class T, class L, bool SUM> void lane_of_move() {{
 template <class D, class Out, bool SUM> void lane_of_unpack() {{
   unpack_rows<D, Out, SUM>(given.source, given.rank_stride, given.row_stride, given.target, given.target_stride,
                            given.rows, given.ranks, given.cols);
+}}
+"""
+_ENTROPY = """
+template <class Out, int MOST> void lane_of_{name}() {{
+  decode_rows<Out, MOST>(given.source, given.rank_stride, given.row_stride, given.target, given.target_stride,
+                         given.rows, given.ranks, given.cols, *given.tables, given.size);
+}}
+extern "C" int {name}(Arguments arguments) {{
+  given = arguments, misaligned = 0;
+  run<lane_of_{name}<{DECODED}, {MOST_RANKS}>>();
+  return misaligned;
 }}
 """
 _UNPACK = """
@@ -62,7 +75,8 @@ def _name(macros: Macros) -> str:
 def _compiled(text: str, *options: str) -> ctypes.CDLL:
     """Compile C++ that includes the kernels, or load it from disk."""
     options = ("-std=c++17", "-O0", "-fPIC", "-shared", "-ffp-contract=off", *options)
-    key = hashlib.sha256(repr((text, options, _SOURCE.read_text(), _HEADER.read_text())).encode()).hexdigest()[:16]
+    sources = [path.read_text() for path in (_SOURCE, launch.ENTROPY, _HEADER)]
+    key = hashlib.sha256(repr((text, options, sources)).encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"flashcomm-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     library = folder / f"{key}.so"
@@ -80,9 +94,10 @@ class Kernels:
     """Kernels of the given macros, compiled together; launch one by `move`."""
 
     def __init__(self, kinds: Iterable[Macros], *, e4m3_by_hardware: bool = False):
-        text = _FRAME.format(header=_HEADER, source=_SOURCE)
+        text = _FRAME.format(header=_HEADER, source=_SOURCE, entropy=launch.ENTROPY)
         for kind in sorted(set(kinds)):
-            text += (_UNPACK if "UNPACK" in dict(kind) else _ONE).format(name=_name(kind), **dict(kind))
+            one = _UNPACK if "UNPACK" in dict(kind) else _ENTROPY if "DECODED" in dict(kind) else _ONE
+            text += one.format(name=_name(kind), **dict(kind))
         self.library = _compiled(text, f"-DE4M3_BY_HARDWARE={int(e4m3_by_hardware)}")
 
     def move(
@@ -98,9 +113,14 @@ class Kernels:
         macros = launch.unpack_macros(codec, out.dtype, len(payloads) > 1)
         self._run(macros, launch.arguments_of(payloads, out, out.shape[1]))
 
+    def decode_entropy(self, payloads: torch.Tensor, out: torch.Tensor):
+        """Fill `out` [T, H] as `launch._decode_entropy` does on a GPU."""
+        self._run(launch.entropy_macros(out.dtype, len(payloads)), launch.entropy_arguments(payloads, out))
+
     def _run(self, macros: Macros, arguments: Arguments):
         function = getattr(self.library, _name(macros))
-        function.argtypes, function.restype = [Arguments], ctypes.c_int
+        function.argtypes, function.restype = [EntropyArguments], ctypes.c_int
+        arguments = EntropyArguments.from_buffer_copy(bytes(arguments).ljust(ctypes.sizeof(EntropyArguments), b"\0"))
         assert function(arguments) == 0, "accesses that are not aligned"
 
 

@@ -43,6 +43,7 @@ SETTINGS = {
         Setting("FLASHCOMM_SHARED_MEMORY", True, "share memory between the ranks of a host"),
         Setting("FLASHCOMM_CONNECTIONS", True, "send messages over TCP connections of our own instead of gloo's"),
         Setting("FLASHCOMM_FUSED", False, "all-reduce in one launch over symmetric GPU memory"),
+        Setting("FLASHCOMM_COPIES", False, "send messages between the GPUs of a host by their copy engines"),
         Setting("FLASHCOMM_TRITON", True, "use Triton kernels on GPUs"),
         Setting("FLASHCOMM_CUDA", False, "use CUDA C++ kernels on GPUs for the formats that have one"),
         Setting("FLASHCOMM_TUNING", "", "path of the file that 'flashcomm tune' writes"),

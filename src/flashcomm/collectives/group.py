@@ -104,6 +104,7 @@ class Group:
             costs=costs,
             device=device.type,
             link=meeting.link,
+            copied=meeting.copied,
         )
 
     @property

@@ -1,6 +1,6 @@
 """Measure every codec for the demo, on each rank, and make its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,9 +74,11 @@ def rank_main(
     held_out = windows(ids, eval_tokens)
     calibration = None
     if any(parse(spec).unbound for spec in specs):
-        calibration = calibrate(
-            model, _calibration_windows(tokenizer, ids, eval_tokens, bool(sources)), origin="the demo"
-        )
+        batches = _calibration_windows(tokenizer, ids, eval_tokens, bool(sources))
+        with _progress() as step:
+            calibration = calibrate(
+                model, _told(batches, step("features to calibrate on", len(batches))), origin="the demo"
+            )
     # Batch-invariant, so that the short messages of generated text are compressed too, not left plain.
     with compressed(model, "none", batch_invariant=True, calibration=calibration) as handle, _progress() as step:
         total = len(held_out) * (len(specs) + 1)
@@ -128,6 +130,13 @@ def _calibration_windows(tokenizer: Any, ids: torch.Tensor, eval_tokens: int, gi
             "the others. Give a longer text, fewer --tokens, or --codecs without them"
         )
     return windows(left, text.CALIBRATION)
+
+
+def _told(batches: list[torch.Tensor], advance: Callable[[], None]) -> Iterator[torch.Tensor]:
+    """Yield the batches, and advance after each."""
+    for batch in batches:
+        yield batch
+        advance()
 
 
 def _progress():

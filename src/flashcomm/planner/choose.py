@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from flashcomm import policy
 from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
+from flashcomm.codecs.entropy import Entropy
 from flashcomm.planner.costs import LinkCosts
 from flashcomm.units import bytes_text
 
@@ -29,8 +30,8 @@ MAX_EXACT_ONE_STEP_BYTES = 64 << 10
 # Seconds to encode and decode a byte of the message, and the overhead of a piece:
 # 4 ranks on 2 cores behind 1 Gbit/s, 2026-11-21.
 CODEC_S_PER_BYTE, PIECE_S = 0.6e-9, 0.3e-3
-# The same for rows that vary in length, which are packed and spread too. 16 MiB of `lossless` in 12 pieces was 1.33 and
-# 1.37x plain, in 6 pieces 1.25 and 1.29x, by the command of results/all_reduce_lossless_lab4_1gbit.md, 2026-11-28.
+# The same for values without fixed places in a row, `ecB` and `lossless`. 16 MiB of `lossless` in 12 pieces was 1.33
+# and 1.37x plain, in 6 pieces 1.25 and 1.29x, by the command of results/all_reduce_lossless_lab4_1gbit.md, 2026-11-28.
 VARYING_S_PER_BYTE = 2.4e-9
 # On GPUs, not measured: two passes over the message at 1 TB/s; three kernels and two operations of NCCL.
 GPU_CODEC_S_PER_BYTE, GPU_PIECE_S = 2e-12, 60e-6
@@ -56,6 +57,8 @@ class Facts:
     """Type of the device that holds the tensors; it decides how fast the codecs are."""
     link: str = ""
     """On GPUs, the slowest link between two of them, of `GPU_COMPRESSED_BYTES`; "" if it is not known."""
+    copied: bool = False
+    """Whether copy engines carry messages between GPUs."""
 
     @property
     def compressed_bytes(self) -> int:
@@ -151,7 +154,7 @@ def pieces(message_bytes: int, codec: Codec, device: str = "cpu") -> int:
     byte_s, piece_s = CODEC_S_PER_BYTE, PIECE_S
     if device != "cpu":
         byte_s, piece_s = GPU_CODEC_S_PER_BYTE, GPU_PIECE_S
-    elif any(single.varies for single in codec.formats):
+    elif any(single.varies or isinstance(single, Entropy) for single in codec.formats):
         byte_s = VARYING_S_PER_BYTE
     return max(1, min(MOST_PIECES, round(math.sqrt(message_bytes * byte_s / piece_s))))
 
@@ -227,7 +230,7 @@ def _compressed(algorithm: str, message_bytes: int, facts: Facts, codec: Codec, 
     count = facts.costs.pieces(codec, algorithm, message_bytes) if facts.costs else None
     if count is None:
         # Where processors carry the bytes, as in memory or over NVLink, they would not be idle meanwhile.
-        carried = facts.hosts != 1 or facts.link == "PCIe through the host"
+        carried = facts.hosts != 1 or facts.copied or facts.link == "PCIe through the host"
         count = pieces(message_bytes, codec, facts.device) if carried else 1
     sent = _with_levels(codec, exact) if algorithm == "hierarchical" else codec
     return Plan(algorithm=algorithm, codec=sent, reason=reason, pieces=count)

@@ -31,6 +31,7 @@ from flashcomm.transports.bulk import Bulk
 from flashcomm.transports.connections import Connections
 from flashcomm.transports.direct import Direct
 from flashcomm.transports.shared.memory import SharedMemory
+from flashcomm.transports.symmetric import copies
 from flashcomm.transports.symmetric.memory import SymmetricMemory
 
 _log = logging.getLogger("flashcomm")
@@ -49,6 +50,8 @@ class Site(NamedTuple):
     """The reason why this process cannot share memory; "" if it can."""
     why_not_symmetric: str
     """The same for memory of GPUs."""
+    why_not_copies: str
+    """The same for copies between GPUs."""
     device: str = "cpu"
     """The kind of device that the tensors are on."""
     gpu: str = ""
@@ -123,7 +126,8 @@ class Meeting:
     """The label of each rank's host."""
     lane: Lane
     carrier: str
-    """The fastest transport that opened: ``shared memory``, ``symmetric memory``, ``connections``, or the backend."""
+    """The fastest transport that opened: ``shared memory``, ``symmetric memory``, ``connections``, ``copy engines``, or
+    the backend."""
     why_not: dict[str, str]
     """The reason why a transport did not open, by its name."""
     link: str = ""
@@ -138,6 +142,11 @@ class Meeting:
     def connected(self) -> bool:
         """Whether messages travel over connections of our own."""
         return Connections.name not in self.why_not
+
+    @property
+    def copied(self) -> bool:
+        """Whether copy engines carry messages between GPUs."""
+        return copies.NAME not in self.why_not
 
 
 def meet(
@@ -168,12 +177,13 @@ def meet(
     names = list(dict.fromkeys(places))
     why_not: dict[str, str] = {}
     lane = _open(ranks, group, tag, device, sites, len(names), why_not)
-    memory = lane.memories[0].name if lane.memories else ""
+    carriers = [memory.name for memory in lane.memories]
+    carriers += [name for name in (copies.NAME, Connections.name) if not why_not[name]]
     return Meeting(
         hosts=tuple(names.index(place) for place in places),
         labels=tuple(site.label for site in sites),
         lane=lane,
-        carrier=memory or (backend_of(group, device) if why_not[Connections.name] else Connections.name),
+        carrier=carriers[0] if carriers else backend_of(group, device),
         why_not={name: why for name, why in why_not.items() if why},
         link=""
         if device.type != "cuda"
@@ -197,10 +207,16 @@ def _open(
     else:
         symmetric, why_not[SymmetricMemory.name] = SymmetricMemory.open(ranks, group, device)
         memories += [symmetric] if symmetric else []
+    backend = Backend(group)
+    if why := _why_not(device.type == "cuda", num_hosts, [site.why_not_copies for site in sites]):
+        why_not[copies.NAME] = why
+    else:
+        opened, why_not[copies.NAME] = copies.Copies.open(ranks, group, device)
+        backend = opened or backend
     if device.type == "cuda" or backend_of(group, device) != "gloo" or ranks.world_size == 1:
         why_not[Connections.name] = "they carry CPU tensors between ranks of gloo"
         # No thread for CUDA tensors over gloo: its collectives are paired by their order, also with the caller's own.
-        return Lane(Bulk(Backend(group), ranks, Buffers()), tuple(memories))
+        return Lane(Bulk(backend, ranks, Buffers()), tuple(memories))
     link = _connect(ranks, bool(memories), why_not) or BackendLink(group, tag)
     return Lane(Direct(link, ranks, Buffers()), tuple(memories), threaded=True)
 
@@ -258,16 +274,17 @@ def _site(device: torch.device) -> Site:
     gpu, reach = gpus.name_of(device), gpus.reach(device)
     label = socket.gethostname() + (f"@{rate}" if (rate := settings.text("FLASHCOMM_LAB_RATE")) else "")
     label += f" with {kind}" if (kind := gpus.kind_of(device)) else ""
-    fused = "" if settings.switched_on("FLASHCOMM_FUSED") else "FLASHCOMM_FUSED=1 is not set"
+    fused, copied = (
+        "" if settings.switched_on(name) else f"{name}=1 is not set" for name in ("FLASHCOMM_FUSED", "FLASHCOMM_COPIES")
+    )
     try:
         host = " ".join([machine.boot_id(), *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("net", "pid"))])
     except OSError:
-        return Site(
-            socket.gethostname(), label, 1, "no /proc: shared memory needs Linux", fused, device.type, gpu, reach
-        )
+        why = "no /proc: shared memory needs Linux"
+        return Site(socket.gethostname(), label, 1, why, fused, copied, device.type, gpu, reach)
     on = settings.switched_on("FLASHCOMM_SHARED_MEMORY")
     why = machine.why_not_compiled() if on else "FLASHCOMM_SHARED_MEMORY=0"
-    return Site(host, label, torch.get_num_threads(), why, fused, device.type, gpu, reach)
+    return Site(host, label, torch.get_num_threads(), why, fused, copied, device.type, gpu, reach)
 
 
 def why_not_shared() -> str:

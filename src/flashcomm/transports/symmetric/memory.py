@@ -10,13 +10,14 @@ Source: `torch.distributed._symmetric_memory`; the protocol is that of `exchange
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from flashcomm.transports.base import Ranks, Run, Step, Task
 
+T = TypeVar("T")
 SIZE_BYTES = 64 << 20
 """Bytes of each rank's memory; longer messages take several launches."""
 # A look at a flag of one's own GPU takes some 0.5 us.
@@ -34,23 +35,10 @@ class SymmetricMemory:
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
         """Map memory: (memory, "") on every rank, or (None, why) on every rank if one could not."""
-        made: list[Any] = []
-
-        def attempt(step: Callable[[], Any]) -> str:
-            try:
-                made.append(step())
-            except (ImportError, RuntimeError) as error:
-                return f"no symmetric memory: {str(error).splitlines()[0]}"
-            return ""
-
         # Blocks wait for those of other ranks, so there are no more than find room on every GPU.
         fewest = min(ranks.each(Step.SYMMETRIC, lambda: _processors(device)))
-        # Mapping is collective: a rank that could not allocate would leave the others waiting in it.
-        for step in (lambda: _allocate(device), lambda: _map(made[0], ranks, group, device, fewest)):
-            for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, lambda step=step: attempt(step))):
-                if refusal:
-                    return None, f"rank {rank}: {refusal}"
-        return cls(*made[1]), ""
+        made, why = mapped(ranks, device, SIZE_BYTES, lambda memory: _map(memory, ranks, group, device, fewest))
+        return (cls(*made), "") if made else (None, why)
 
     def load(self, task: Task):
         """See `base.Memory`. Triton compiles for the values of a call, so there is nothing to load before."""
@@ -66,10 +54,38 @@ class SymmetricMemory:
         """See `base.Memory`. The other ranks find out by their patience."""
 
 
-def _allocate(device: torch.device) -> torch.Tensor:
+def mapped(
+    ranks: Ranks, device: torch.device, size_bytes: int, map_it: Callable[[torch.Tensor], T]
+) -> tuple[T | None, str]:
+    """Allocate zeros on every rank and map them: (result, "") on every rank, or (None, why) on every rank.
+
+    Args:
+        ranks: of the group.
+        device: of the memory.
+        size_bytes: of each rank's memory.
+        map_it: maps this rank's memory for all ranks; all come there together.
+    """
+    made: list[Any] = []
+
+    def attempt(step: Callable[[], Any]) -> str:
+        try:
+            made.append(step())
+        except (ImportError, RuntimeError) as error:
+            return f"no symmetric memory: {str(error).splitlines()[0]}"
+        return ""
+
+    # Mapping is collective: a rank that could not allocate would leave the others waiting in it.
+    for step in (lambda: _allocate(device, size_bytes), lambda: map_it(made[0])):
+        for rank, refusal in enumerate(ranks.each(Step.SYMMETRIC, lambda step=step: attempt(step))):
+            if refusal:
+                return None, f"rank {rank}: {refusal}"
+    return made[1], ""
+
+
+def _allocate(device: torch.device, size_bytes: int) -> torch.Tensor:
     import torch.distributed._symmetric_memory as symmetric_memory
 
-    memory = symmetric_memory.empty(SIZE_BYTES, dtype=torch.uint8, device=device)
+    memory = symmetric_memory.empty(size_bytes, dtype=torch.uint8, device=device)
     memory.zero_()
     torch.cuda.synchronize(device)
     return memory

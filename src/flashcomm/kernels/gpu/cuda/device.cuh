@@ -1,4 +1,4 @@
-// The operations that codecs.cu and exchange.cu ask of a GPU. tests/cuda_on_cpu.h gives the same names a meaning on a
+// The operations that codecs.cu, entropy.cu and exchange.cu ask of a GPU. tests/cuda_on_cpu.h gives the same names a meaning on a
 // CPU, so the kernels themselves contain no PTX and no built-in of CUDA.
 
 using u8 = unsigned char;
@@ -53,6 +53,7 @@ INLINE float at_least(float a, float b) { return fmaxf(a, b); }
 INLINE u32 larger(u32 a, u32 b) { return max(a, b); }
 INLINE int highest_bit(u32 x) { return 31 - __clz(x); }
 INLINE u32 ones(u32 x) { return __popc(x); }
+INLINE u32 reversed(u32 x) { return __brev(x); }
 
 // Four bytes of the eight of a (0 to 3) and b (4 to 7), chosen by the hexadecimal digits of `which`, lowest first.
 INLINE u32 bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which); }

@@ -6,6 +6,7 @@ Loaded in the context that torch has made current for the device. Nothing here h
 import ctypes
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,12 @@ class Arguments(ctypes.Structure):
     ]
 
 
+class EntropyArguments(Arguments):
+    """Those of `decode_entropy`: where its tables are, and the bytes of a row."""
+
+    _fields_ = [("tables", ctypes.c_uint64), ("size", ctypes.c_int32)]
+
+
 # The marks of cuLaunchKernel's `extra`: a buffer of arguments, its size, and the end.
 _BUFFER, _SIZE, _END = 1, 2, 0
 
@@ -51,6 +58,15 @@ def _check(code: int):
         text = ctypes.c_char_p()
         _library().cuGetErrorString(code, ctypes.byref(text))
         raise RuntimeError(f"CUDA: {(text.value or b'unknown error').decode()}")
+
+
+def call(name: str, *arguments: Any):
+    """Call a function of the driver.
+
+    Raises:
+        RuntimeError: it fails; the message is the driver's.
+    """
+    _check(getattr(_library(), name)(*arguments))
 
 
 def make_current(device: int):

@@ -1,20 +1,23 @@
 """The verbs in CUDA C++: which formats it serves, how the source spells them, and launches.
 
-Left to Triton: all other formats, and pairs with one of them. Rows without loss are decoded here and encoded by the
-specification.
+Left to Triton: all other formats, and pairs with one of them. Rows without loss and entropy-coded ones are decoded here
+and encoded by the specification.
 """
 
 import logging
 import sys
 from functools import lru_cache, reduce
 from operator import or_
+from pathlib import Path
 
 import torch
 
 from flashcomm import codecs, settings
-from flashcomm.codecs import Affine, Block, Codec, Hadamard, Lossless
+from flashcomm.codecs import Affine, Block, Codec, Entropy, Hadamard, Lossless
+from flashcomm.codecs.entropy_layout import SECOND_PAIR, TOP, canonical
+from flashcomm.codecs.entropy_tables import MANTISSAS
 from flashcomm.kernels.gpu.cuda import compiler
-from flashcomm.kernels.gpu.cuda.driver import Arguments, kernel, make_current
+from flashcomm.kernels.gpu.cuda.driver import THREADS, Arguments, EntropyArguments, kernel, make_current
 
 _log = logging.getLogger("flashcomm.kernels")
 
@@ -25,6 +28,10 @@ LAYOUTS = ("Wide<16>", "Wide<4>", "Thin")
 _PACK, _PACKS_PER_BLOCK = 128, {"Wide<16>": 32, "Wide<4>": 32, "Thin": 4}
 _MOST_UNPACKED = 32
 """Ranks whose rows without loss are added: a lane counts the escapes of each."""
+_MOST_STREAMS = 8
+"""Ranks whose entropy-coded rows are added: a lane keeps a stream of each."""
+ENTROPY = Path(__file__).with_name("entropy.cu")
+"""The kernel that decodes entropy-coded rows."""
 _MOST_BLOCKS = 1 << 20
 """Blocks of one launch; where there are more packs, a block takes several."""
 
@@ -48,7 +55,7 @@ def why_not(codec: Codec) -> str | None:
     """Why the CUDA C++ kernels do not serve `codec`; None if they do."""
     if not settings.switched_on("FLASHCOMM_CUDA"):
         return "FLASHCOMM_CUDA is off"
-    serves = spell(codec) or type(codec) is Lossless
+    serves = spell(codec) or type(codec) in (Lossless, Entropy)
     return unavailable() or (None if serves else f"no CUDA C++ kernel for {codec}")
 
 
@@ -81,7 +88,7 @@ def macros(source: str, target: str, layout: str, sum_ranks: bool) -> tuple[tupl
 
 def encode(x: torch.Tensor, codec: Codec, out: torch.Tensor):
     """x[T, H] -> out[T, P]."""
-    if isinstance(codec, Lossless):
+    if isinstance(codec, Lossless | Entropy):
         out.copy_(codec.encode(x))
         return
     _move(x[None], VALUES[x.dtype], out, spell(codec), x.shape[1])
@@ -92,12 +99,15 @@ def decode_sum(payloads: torch.Tensor, codec: Codec, out: torch.Tensor):
     if isinstance(codec, Lossless):
         _unpack(payloads, codec, out)
         return
+    if isinstance(codec, Entropy):
+        _decode_entropy(payloads, codec, out)
+        return
     _move(payloads, spell(codec), out, VALUES[out.dtype], out.shape[1])
 
 
 def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int, out: torch.Tensor):
     """payloads[R, T, P] -> out[T, P']."""
-    if isinstance(codec, Lossless) or isinstance(out_codec, Lossless):
+    if isinstance(codec, Lossless | Entropy) or isinstance(out_codec, Lossless | Entropy):
         total = torch.empty(out.shape[0], cols, dtype=torch.float32, device=out.device)
         decode_sum(payloads, codec, total)
         encode(total, out_codec, out)
@@ -164,6 +174,42 @@ def _unpack(payloads: torch.Tensor, codec: Lossless, out: torch.Tensor):
     _start(kind, "unpack", min(-(-len(out) // 4), _MOST_BLOCKS), payloads.device, arguments)
 
 
+def entropy_macros(dtype: torch.dtype, ranks: int) -> tuple[tuple[str, str], ...]:
+    """Macros of the kernel that decodes entropy-coded rows of `ranks` ranks.
+
+    >>> entropy_macros(torch.float32, 3)
+    (('DECODED', 'FP32'), ('MOST_RANKS', '8'))
+    """
+    return ("DECODED", _NAMES[dtype]), ("MOST_RANKS", str(_MOST_STREAMS if ranks > 1 else 1))
+
+
+@lru_cache(maxsize=64)
+def _entropy_tables(device: torch.device) -> torch.Tensor:
+    """`Tables` of entropy.cu. Copied once, since a copy from the host cannot be part of a CUDA graph."""
+    tables = [canonical(table) for table in range(TOP + 1)]
+    numbers = torch.tensor([*MANTISSAS, *(table.limit for table in tables), 0], dtype=torch.int32, device="cpu")
+    words = [place | table.lengths[place] << 8 for table in tables for place in table.place]
+    both = numbers.view(torch.uint8), torch.tensor(words, dtype=torch.int16, device="cpu").view(torch.uint8)
+    return torch.cat(both).to(device)
+
+
+def entropy_arguments(payloads: torch.Tensor, out: torch.Tensor) -> EntropyArguments:
+    """Arguments of the kernel that fills out [T, H] from entropy-coded payloads [R, T, P]."""
+    common = arguments_of(payloads, out, out.shape[1])
+    fields = [getattr(common, field[0]) for field in Arguments._fields_]
+    return EntropyArguments(*fields, _entropy_tables(payloads.device).data_ptr(), payloads.shape[2])
+
+
+def _decode_entropy(payloads: torch.Tensor, codec: Entropy, out: torch.Tensor):
+    if len(payloads) > _MOST_STREAMS:
+        out.copy_(codecs.decode_sum(payloads, codec, out.shape[1], out.dtype))
+        return
+    streams = 2 if out.shape[1] < SECOND_PAIR else 4
+    blocks = min(-(-len(out) * streams // THREADS), _MOST_BLOCKS)
+    kind = entropy_macros(out.dtype, len(payloads))
+    _start(kind, "decode_entropy", blocks, payloads.device, entropy_arguments(payloads, out), ENTROPY)
+
+
 def _move(source: torch.Tensor, source_format: str | None, target: torch.Tensor, target_format: str | None, cols: int):
     assert source_format and target_format
     layout, arguments, kind = plan(source, source_format, target, target_format, cols)
@@ -173,8 +219,15 @@ def _move(source: torch.Tensor, source_format: str | None, target: torch.Tensor,
     _start(kind, "move", blocks, source.device, arguments)
 
 
-def _start(kind: tuple[tuple[str, str], ...], name: str, blocks: int, device: torch.device, arguments: Arguments):
+def _start(
+    kind: tuple[tuple[str, str], ...],
+    name: str,
+    blocks: int,
+    device: torch.device,
+    arguments: Arguments,
+    more: Path | None = None,
+):
     with torch.cuda.device(device):
         index = torch.cuda.current_device()
         make_current(index)
-        kernel(kind, index, name)(blocks, torch.cuda.current_stream().cuda_stream, arguments)
+        kernel(kind, index, name, more)(blocks, torch.cuda.current_stream().cuda_stream, arguments)
