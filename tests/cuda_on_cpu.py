@@ -46,7 +46,8 @@ template <class Out, int MOST> void lane_of_{name}() {{
 }}
 extern "C" int {name}(Arguments arguments) {{
   given = arguments, misaligned = 0;
-  run<lane_of_{name}<{DECODED}, {MOST_RANKS}>>();
+  i64 streams = arguments.rows * (arguments.cols < SECOND_PAIR ? 2 : 4);
+  run_blocks<lane_of_{name}<{DECODED}, {MOST_RANKS}>>(1, int((streams + 31) / 32), 32);
   return misaligned;
 }}
 """

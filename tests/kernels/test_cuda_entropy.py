@@ -90,12 +90,11 @@ def test_broken_rows_read_nothing_beyond_them(kernels):
 
 @needs_nvrtc
 @pytest.mark.parametrize("target", TARGETS)
-def test_machine_code(target, tmp_path, monkeypatch):
-    """Two words may be spilled around the loops; a sum keeps a stream of each rank on the stack."""
+def test_machine_code_spills_nothing(target, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     ranks = 2 if target == "sm_90" else 1
     code = sass.read(compiler.cubin(dict(cuda.entropy_macros(torch.bfloat16, ranks)), target, launch.ENTROPY))
-    assert code.spilled_bytes <= (8 if ranks == 1 else 640)
+    assert code.spilled_bytes == 0
     assert code.registers <= 80
 
 

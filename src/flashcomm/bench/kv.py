@@ -1,14 +1,16 @@
 """Time from a prefill to the first token of another process, with the cache of the prompt on the link between them.
 
 Rank 0 computes a prompt once. Then, by turns, its cache goes to rank 1 in each codec: layer by layer, so that one layer
-is encoded, another is on the wire and a third is decoded. Rank 1 computes the prompt's last token on what has arrived.
-``raw`` sends the tensors as they lie, without header or checksum.
+is encoded, another is on the wire and a third is decoded. Rank 1 computes the prompt's last token meanwhile: a layer of
+the model waits for its own part of the cache, not for all of it. ``raw`` sends the tensors as they lie, without header
+or checksum.
 
 Source: our own; DistServe and Splitwise (arXiv 2401.09670, 2311.18677) are the setting.
 """
 
 import statistics
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class KvRow:
     speedup: float
     """Raw's median over this one."""
     transfer_ms: float
-    """Median of the part up to the last decoded layer."""
+    """Median of the part up to the last decoded layer, while the layers before it compute."""
     transfer_speedup: float
     prefill_ms: float
     """Time of the prefill before; computed once."""
@@ -91,11 +93,11 @@ def rank_main(
             if rank == 0:
                 _send(layers, spec)
                 continue
-            cache, sizes[spec] = _receive(shapes, spec, dtype)
-            arrived = time.monotonic()
-            firsts[spec] = _first_token(model, cache, ids[:, -1:])
+            layers_there = _Arrivals(shapes, spec, dtype)
+            firsts[spec] = _first_token(model, layers_there, ids[:, -1:])
+            sizes[spec] = layers_there.wire_bytes
             if turn >= 0:
-                times[spec].append((arrived - start.item(), time.monotonic() - start.item()))
+                times[spec].append((layers_there.last_s - start.item(), time.monotonic() - start.item()))
     if rank == 0:
         return []
     median = {spec: [statistics.median(part) for part in zip(*pairs, strict=True)] for spec, pairs in times.items()}
@@ -136,44 +138,97 @@ def _prefill(model: Any, ids: torch.Tensor) -> tuple[float, list[kv.KV]]:
 def _send(layers: Sequence[kv.KV], spec: str):
     """Send all layers to rank 1; a layer is encoded while those before it travel."""
     pending = []
-    for layer in layers:
-        if spec == RAW:
-            messages = list(layer)
-        else:
+
+    def send(x: torch.Tensor):
+        pending.append((dist.isend(x, 1), x))
+
+    if spec == RAW:
+        for layer in layers:
+            for x in layer:
+                send(x)
+    else:
+        # The length of a layer comes before the layer in front of it; see `_Arrivals`.
+        before = None
+        for layer in layers:
             data = torch.frombuffer(bytearray(kv.encode(*layer, spec)), dtype=torch.uint8)
-            messages = [torch.tensor([data.numel()], dtype=torch.int64, device="cpu"), data]
-        pending += [(dist.isend(message, 1), message) for message in messages]
+            send(torch.tensor([data.numel()], dtype=torch.int64, device="cpu"))
+            if before is not None:
+                send(before)
+            before = data
+        assert before is not None
+        send(before)
     for work, _ in pending:
         work.wait()
 
 
-def _receive(shapes: Sequence[Sequence[Sequence[int]]], spec: str, dtype: torch.dtype) -> tuple[list[kv.KV], int]:
-    """Receive all layers from rank 0, and decode each while the next one arrives; returns them and their bytes."""
-    if spec == RAW:
-        layers = [kv.KV(*(torch.empty(*shape, dtype=dtype, device="cpu") for shape in both)) for both in shapes]
-        for work in [dist.irecv(x, 0) for layer in layers for x in layer]:
-            assert work is not None
+class _Arrivals:
+    """The layers of a cache on their way from rank 0, in order.
+
+    gloo receives only what has a known length. So a layer's length comes before the layer in front of it, and while one
+    is on the wire the next one is expected already.
+
+    Args:
+        shapes: of each layer's keys and values.
+        spec: codec, or `RAW`.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[Sequence[int]]], spec: str, dtype: torch.dtype):
+        self.tokens, self.left, self.wire_bytes, self.last_s = shapes[0][0][-2], len(shapes), 0, 0.0
+        self._raw, self._coming = spec == RAW, deque()
+        if self._raw:
+            layers = [[torch.empty(*shape, dtype=dtype, device="cpu") for shape in both] for both in shapes]
+            self._coming.extend([_expect(x) for x in layer] for layer in layers)
+        else:
+            self._unasked, self._length = len(shapes), _expect(torch.empty(1, dtype=torch.int64, device="cpu"))
+            self._ask()
+            self._ask()
+
+    def _ask(self):
+        """Expect one layer more, whose length is on its way."""
+        if self._unasked:
+            self._unasked -= 1
+            length, work = self._length
             work.wait()
-        return layers, sum(x.nbytes for layer in layers for x in layer)
-    lengths = torch.empty(len(shapes), 1, dtype=torch.int64, device="cpu")
-    layers, total, before = [], 0, None
-    for length in lengths:
-        dist.recv(length, 0)
-        data = torch.empty(int(length), dtype=torch.uint8, device="cpu")
-        work = dist.irecv(data, 0)
-        total += data.numel()
-        if before is not None:
-            layers.append(kv.decode(before.numpy().data))
-        assert work is not None
-        work.wait()
-        before = data
-    assert before is not None
-    return [*layers, kv.decode(before.numpy().data)], total
+            if self._unasked:
+                self._length = _expect(torch.empty(1, dtype=torch.int64, device="cpu"))
+            self._coming.append([_expect(torch.empty(int(length), dtype=torch.uint8, device="cpu"))])
+
+    def next_layer(self) -> kv.KV:
+        """Block until the next layer is there, decoded."""
+        parts = self._coming.popleft()
+        for x, work in parts:
+            work.wait()
+            self.wire_bytes += x.nbytes
+        if self._raw:
+            layer = kv.KV(*(x for x, _ in parts))
+        else:
+            self._ask()
+            layer = kv.decode(parts[0][0].numpy().data)
+        self.left, self.last_s = self.left - 1, time.monotonic()
+        return layer
+
+
+def _expect(x: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    return x, dist.irecv(x, 0)
 
 
 @torch.inference_mode()
-def _first_token(model: Any, layers: Sequence[kv.KV], last: torch.Tensor) -> int:
+def _first_token(model: Any, layers: _Arrivals, last: torch.Tensor) -> int:
     from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
 
-    logits = model(last, past_key_values=DynamicCache([tuple(layer) for layer in layers]), use_cache=True).logits
+    class Arriving(DynamicLayer):
+        """A layer of the cache that the model waits for when it first needs it."""
+
+        def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor):
+            super().lazy_initialization(key_states, value_states)
+            self.keys, self.values = layers.next_layer()
+
+        def get_seq_length(self) -> int:
+            return super().get_seq_length() if self.is_initialized else layers.tokens
+
+    cache = DynamicCache()
+    cache.layers[:] = [Arriving() for _ in range(layers.left)]
+    logits = model(last, past_key_values=cache, use_cache=True).logits
     return int(logits[0, -1].argmax())

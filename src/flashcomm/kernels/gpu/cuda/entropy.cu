@@ -22,7 +22,6 @@ struct Bits {
   bool down;
   u32 window = 0;
 
-  INLINE Bits() {}
   INLINE Bits(const u8* row, int size, int at, bool down) : row(row), size(size), at(at), down(down) {}
 
   INLINE u32 peek() {
@@ -46,7 +45,6 @@ struct Stream {
   float step;
   bool zero;
 
-  INLINE Stream() {}
   INLINE Stream(const u8* row, int size, int cols, int index, const Tables& tables) : bits(row, size, 0, index & 1) {
     const int pairs = cols < SECOND_PAIR ? 1 : 2;
     const u32 head = row[0] | u32(row[1]) << 8 | u32(row[2]) << 16, k = head & 4095;
@@ -68,6 +66,12 @@ struct Stream {
     }
     bits.at = index == 0 ? first : index == 1 ? middle - 1 : index == 2 ? middle : size - 1;
     record = 8 * u32(first);
+  }
+
+  // All that changes from word to word.
+  INLINE Words place() const { return Words{u32(bits.at), u32(bits.held), bits.window, record}; }
+  INLINE void go_to(Words place) {
+    bits.at = int(place.x), bits.held = int(place.y), bits.window = place.z, record = place.w;
   }
 
   // The next word: its number, and its bits in the high byte.
@@ -107,48 +111,64 @@ struct Stream {
   }
 };
 
-// Target row t = source row t, or the sum over ranks, in order, of their source rows t, of `size` bytes each.
+// The stream of a lane, at its first word. All lanes of a warp come here together.
+INLINE Stream first_word(const u8* row, int size, int cols, int index, int streams, int count, const Tables& tables) {
+  Stream stream(row, size, cols, index, tables);
+  u32 escapes = 0, length = 0, leader = lane() - index;
+  if (stream.width) stream.walk(count, escapes, length);
+  stream.record += fetch(length, leader);
+  for (int other = 0; other < streams; ++other) {
+    u32 theirs = fetch(escapes, leader + other);
+    if (other < index) stream.record += theirs * stream.width;
+  }
+  return stream;
+}
+
+// Target row t = source row t, or the sum over ranks, in order, of their source rows t, of `size` bytes each. In a sum,
+// shared memory keeps where each rank's stream is.
 template <class Out, int MOST>
 INLINE void decode_rows(const u8* __restrict__ source, i64 rank_stride, i64 row_stride, u8* __restrict__ target,
                         i64 target_stride, i64 rows, int ranks, int cols, const Tables& tables, int size) {
-  if (MOST == 1) ranks = 1;
   const int streams = cols < SECOND_PAIR ? 2 : 4, run = (cols + 16 * streams - 1) / (16 * streams) * 16;
   const int index = int(lane()) % streams;
   const int begin = index * run < cols ? index * run : cols, end = begin + run < cols ? begin + run : cols;
-  for (i64 first = warp() * (32 / streams); first < rows; first += num_warps() * (32 / streams)) {
-    i64 row = first + int(lane()) / streams;
-    // All lanes of a warp take part in exchanges; those beyond the end repeat the last row and write nothing.
-    bool active = row < rows;
-    if (!active) row = rows - 1;
-    const u8* from = source + row * row_stride;
-    Stream each[MOST];
-    ONE_BY_ONE for (int rank = 0; rank < ranks; ++rank, from += rank_stride) {
-      Stream stream(from, size, cols, index, tables);
-      u32 escapes = 0, length = 0;
-      if (stream.width) stream.walk(end - begin, escapes, length);
-      u32 leader = lane() - index;
-      stream.record += fetch(length, leader);
-      for (int other = 0; other < streams; ++other) {
-        u32 theirs = fetch(escapes, leader + other);
-        if (other < index) stream.record += theirs * stream.width;
-      }
-      each[rank] = stream;
+  u8* places = MOST > 1 ? shared_memory<MOST * 128 * sizeof(Words)>() + thread() * sizeof(Words) : nullptr;
+  i64 row = warp() * (32 / streams) + int(lane()) / streams;
+  // All lanes of a warp take part in exchanges; those beyond the end repeat the last row and write nothing.
+  bool active = row < rows;
+  if (!active) row = rows - 1;
+  const u8* from = source + row * row_stride;
+  u8* to = target + row * target_stride + i64(begin) * Out::BYTES;
+  Stream stream = first_word(from, size, cols, index, streams, end - begin, tables);
+  if constexpr (MOST > 1) {
+    store(places, stream.place());
+    ONE_BY_ONE for (int rank = 1; rank < ranks; ++rank) {
+      const u8* theirs = from + rank * rank_stride;
+      store(places + rank * 128 * sizeof(Words),
+            first_word(theirs, size, cols, index, streams, end - begin, tables).place());
     }
-    ONE_BY_ONE for (int start = begin; start < end && active; start += 8) {
-      const int inside = end - start < 8 ? end - start : 8;
-      float x[8];
-      UNROLL for (int v = 0; v < 8; ++v) x[v] = -0.0f;
-      ONE_BY_ONE for (int rank = 0; rank < ranks; ++rank)
-        // Adding to -0 changes nothing.
-        UNROLL for (int v = 0; v < 8; ++v)
-          if (v < inside) x[v] = add(x[v], each[rank].value(start + v, cols));
-      u32 w[2 * Out::BYTES];
-      UNROLL for (int i = 0; i < 2 * Out::BYTES; ++i) {
-        if constexpr (Out::BYTES == 4) w[i] = quiet(x[i]);
-        else w[i] = quiet2<Out>(Out::narrow2(x[2 * i], x[2 * i + 1]));
+  }
+  ONE_BY_ONE for (int start = begin; start < end && active; start += 8, to += 8 * Out::BYTES) {
+    const int inside = end - start < 8 ? end - start : 8;
+    float x[8];
+    UNROLL for (int v = 0; v < 8; ++v) x[v] = -0.0f;
+    ONE_BY_ONE for (int rank = 0; rank < (MOST > 1 ? ranks : 1); ++rank) {
+      u8* place = places + rank * 128 * sizeof(Words);
+      if constexpr (MOST > 1) {
+        stream = Stream(from + rank * rank_stride, size, cols, index, tables);
+        stream.go_to(load<Words>(place));
       }
-      store_eight<Out>(target + row * target_stride + i64(start) * Out::BYTES, w, inside);
+      // Adding to -0 changes nothing.
+      UNROLL for (int v = 0; v < 8; ++v)
+        if (v < inside) x[v] = add(x[v], stream.value(start + v, cols));
+      if constexpr (MOST > 1) store(place, stream.place());
     }
+    u32 w[2 * Out::BYTES];
+    UNROLL for (int i = 0; i < 2 * Out::BYTES; ++i) {
+      if constexpr (Out::BYTES == 4) w[i] = quiet(x[i]);
+      else w[i] = quiet2<Out>(Out::narrow2(x[2 * i], x[2 * i + 1]));
+    }
+    store_eight<Out>(to, w, inside);
   }
 }
 

@@ -205,7 +205,7 @@ def _decode_entropy(payloads: torch.Tensor, codec: Entropy, out: torch.Tensor):
         out.copy_(codecs.decode_sum(payloads, codec, out.shape[1], out.dtype))
         return
     streams = 2 if out.shape[1] < SECOND_PAIR else 4
-    blocks = min(-(-len(out) * streams // THREADS), _MOST_BLOCKS)
+    blocks = -(-len(out) * streams // THREADS)
     kind = entropy_macros(out.dtype, len(payloads))
     _start(kind, "decode_entropy", blocks, payloads.device, entropy_arguments(payloads, out), ENTROPY)
 
