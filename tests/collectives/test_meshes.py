@@ -141,9 +141,30 @@ def test_given_levels_give_the_bits_that_one_process_predicts(rows, by):
 
 @pytest.mark.parametrize("rows", [[[0, 2], [3, 5]], [[0, 2], [1, 4], [3, 5]]], ids=str)
 def test_a_mesh_may_be_a_part_of_the_world_and_have_three_hosts(rows):
-    results = ranks.shared(6).run(levels_of_a_mesh, rows)
+    # From torch 2.14 on, the world can make no more groups after a rank has made one of its own.
+    own = ranks.Ranks(6)
+    try:
+        results = own.run(levels_of_a_mesh, rows)
+    finally:
+        own.close()
     members = sorted(r for row in rows for r in row)
     assert [r and r[0] for r in results] == [members.index(r) if r in members else None for r in range(6)]
+
+
+def groups_made_later(rows):
+    """The groups of a part of the world, made for its levels, leave those that the whole world makes later alone."""
+    mesh, rank = DeviceMesh("cpu", rows), dist.get_rank()
+    for _ in range(2):
+        if any(rank in row for row in rows):
+            flashcomm.all_reduce(torch.ones(4), "bf16/int4g128", mesh, algorithm="hierarchical")
+        later, total = dist.new_group(), torch.ones(1)
+        dist.all_reduce(total, group=later)
+        assert total.item() == dist.get_world_size()
+        mesh = DeviceMesh("cpu", rows)
+
+
+def test_the_world_makes_groups_after_a_part_of_it_has():
+    ranks.shared(6).run(groups_made_later, [[0, 2], [3, 5]])
 
 
 @pytest.mark.parametrize("rows", [[[0, 1], [2, 3]], INTERLEAVED], ids=str)

@@ -1,6 +1,7 @@
 """A real transformers model over real ranks, on the newest and the oldest release that flashcomm supports."""
 
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from flashcomm.integrations.transformers import compress, compressed, compressio
 from flashcomm.policy import Policy, Rule
 from thorough import thorough
 
-_OLDEST = Path(__file__).parents[2] / ".venv" / "transformers-oldest"
+_OLDEST = Path(sys.prefix) / "transformers-oldest"
 _PLAIN = dist.all_reduce
 OUTSIDE = "outside of the plan: made by no module that is compressed"
 
@@ -30,7 +31,7 @@ def newest():
 
 def oldest():
     if not (_OLDEST / "transformers").is_dir():
-        pytest.skip(f"no {_OLDEST.name} in .venv: `make setup` installs it")
+        pytest.skip(f"no {_OLDEST.name} in this environment: `make setup` installs it in .venv")
     return ranks.shared(2, str(_OLDEST))
 
 
@@ -476,7 +477,9 @@ def other_architectures(folder):
                 flashcomm.reset_stats()
                 assert promises.same(sharded(**inputs[name], use_cache=False).logits, plain), name
                 assert set(handle.calls.values()) == {1}, (name, handle.calls)
-                assert len(handle.calls) == (5 if name == "picture" else 10), (name, handle.modules)
+                # transformers 5.17 splits no embeddings, of which the encoder and the decoder have one each.
+                embeddings = len(handle.calls) - (4 if name == "picture" else 8)
+                assert embeddings in (0, 1 if name == "picture" else 2), (name, handle.modules)
                 assert flashcomm.stats()["plain"] == {}, name
 
 
@@ -547,7 +550,7 @@ def packed_weights(folder):
     model = hf.AutoModelForCausalLM.from_pretrained(
         path, quantization_config=Packed(), ignore_mismatched_sizes=True, **parallel
     )
-    with torch.no_grad(), pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mixed torch.Tensor and DTensor|dimension 1 being sharded"):
         model(torch.arange(64)[None])
     with pytest.raises(ValueError, match="transformers' GgufLinear cannot run tensor parallel: .*dequantize=True"):
         compress(model)
@@ -655,7 +658,6 @@ def test_experts_are_covered(tmp_path):
 
 def test_importing_the_module_needs_no_transformers():
     import subprocess
-    import sys
 
     code = "import sys, flashcomm.integrations.transformers; print('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"

@@ -12,6 +12,7 @@ import flashcomm
 import promises
 import values
 from flashcomm import kv
+from flashcomm.integrations.loaded import cache_name
 
 CODECS = ("lossless", "none", "ec4:ec3", "int4g64", "int8g64+hadamard:int4g64", "mxfp4")
 
@@ -82,10 +83,11 @@ def test_a_cache_of_transformers():
     model = LlamaForCausalLM(config).bfloat16().eval()
     ids = torch.randint(50, (2, 20))
     with torch.inference_mode():
-        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        name = cache_name(model.forward)
+        cache = getattr(model(ids[:, :-1], use_cache=True), name)
         sent = [kv.encode(layer.keys, layer.values) for layer in cache.layers]
-        want = model(ids[:, -1:], past_key_values=cache).logits
-        got = model(ids[:, -1:], past_key_values=DynamicCache([kv.decode(data) for data in sent])).logits
+        want = model(ids[:, -1:], **{name: cache}).logits
+        got = model(ids[:, -1:], **{name: DynamicCache([kv.decode(data) for data in sent])}).logits
     assert torch.equal(got, want)
 
 

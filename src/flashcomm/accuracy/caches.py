@@ -20,6 +20,7 @@ import torch
 from flashcomm import kv
 from flashcomm.accuracy.measuring import by_window
 from flashcomm.accuracy.metrics import Estimate, compare, flat, summarise
+from flashcomm.integrations.loaded import cache_name
 
 BATCH = 8
 """Windows that are computed at once."""
@@ -116,7 +117,8 @@ def _batch(
     """
     # The last token of the prompt is the first that is computed on the cache.
     prompt, rest = ids[:, : -new_tokens - 1], ids[:, -new_tokens - 1 :]
-    cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+    name_of_cache = cache_name(model.forward)
+    cache = getattr(model(prompt, use_cache=True, logits_to_keep=1), name_of_cache)
     layers = [kv.KV(*_tensors(layer, prompt.shape[1])) for layer in cache.layers]
     written = _greedy(model, _cache(layers), rest[:, :1], new_tokens)
     inputs = rest[:, :-1], torch.cat([rest[:, :1], written[:, :-1]], 1)
@@ -128,7 +130,8 @@ def _batch(
         # Plain needs no copy: passes over a cache leave its tensors alone.
         arrived = [kv.decode(data) for data in sent] or layers
         sizes.append(sum(map(len, sent)) or sum(x.nbytes for layer in layers for x in layer))
-        logits = [model(x, past_key_values=_cache(arrived, model.device), use_cache=True).logits for x in inputs]
+        caches = [{name_of_cache: _cache(arrived, model.device)} for _ in inputs]
+        logits = [model(x, **one, use_cache=True).logits for x, one in zip(inputs, caches, strict=True)]
         plain = plain or logits
         figures.append(torch.stack([*map(compare, plain[0], logits[0], rest[:, 1:])], 1))
         same = logits[1].argmax(-1) == plain[1].argmax(-1)
@@ -156,8 +159,8 @@ def _cache(layers: Sequence[kv.KV], device: Any = None) -> Any:
 
 def _greedy(model: Any, cache: Any, token: torch.Tensor, count: int) -> torch.Tensor:
     """Write `count` tokens behind `token` [B, 1]: [B, count]."""
-    found = []
+    found, given = [], {cache_name(model.forward): cache}
     for _ in range(count):
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+        token = model(token, **given, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
         found.append(token)
     return torch.cat(found, 1)

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import kv, settings
+from flashcomm.integrations.loaded import cache_name
 from flashcomm.lab.hosts import RATE_VARIABLE
 from flashcomm.models.load import load_model
 
@@ -130,7 +131,7 @@ def rank_main(
 @torch.inference_mode()
 def _prefill(model: Any, ids: torch.Tensor) -> tuple[float, list[kv.KV]]:
     start = time.monotonic()
-    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = getattr(model(ids, use_cache=True, logits_to_keep=1), cache_name(model.forward))
     seconds = time.monotonic() - start
     return seconds, [kv.KV(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
 
@@ -230,5 +231,5 @@ def _first_token(model: Any, layers: _Arrivals, last: torch.Tensor) -> int:
 
     cache = DynamicCache()
     cache.layers[:] = [Arriving() for _ in range(layers.left)]
-    logits = model(last, past_key_values=cache, use_cache=True).logits
+    logits = model(last, **{cache_name(model.forward): cache}, use_cache=True).logits
     return int(logits[0, -1].argmax())

@@ -80,7 +80,7 @@ def all_ranks(
     group, whole = dist.group.WORLD, len(members) == dist.get_world_size()
     if not whole or dist.get_backend(group) != backend:
         _even_out(inside, between)
-        group = dist.new_group(members, backend=backend, use_local_synchronization=True)
+        group = _new_group(members, backend)
     assert isinstance(group, dist.ProcessGroup)
     host_of = {rank: host for host, ranks in enumerate(rows) for rank in ranks}
     return group, tuple(host_of[rank] for rank in members)
@@ -94,9 +94,7 @@ def new_levels(group: dist.ProcessGroup, hosts: Sequence[int]) -> tuple[dist.Pro
     groups = []
     for labels in (hosts, place):
         members = [global_ranks[other] for other in range(len(hosts)) if labels[other] == labels[rank]]
-        level = dist.new_group(members, backend=dist.get_backend(group), use_local_synchronization=True)
-        assert isinstance(level, dist.ProcessGroup)
-        groups.append(level)
+        groups.append(_new_group(members, dist.get_backend(group)))
     return groups[0], groups[1]
 
 
@@ -109,17 +107,40 @@ def _ascends(rows: Sequence[Sequence[int]]) -> bool:
     return all(list(line) == sorted(line) for line in (*rows, *zip(*rows, strict=True)))
 
 
-def _even_out(*groups: dist.ProcessGroup):
-    """Let all ranks be in the same number of groups, before they make one without the rest of the world.
+def _new_group(members: Sequence[int], backend: str) -> dist.ProcessGroup:
+    """Make a group without the rest of the world.
 
-    torch names such a group by its ranks and by the number of groups that a rank is in, so a rank in more of them would
-    wait for another name. Over a mesh's row and then its column the largest number reaches all of its ranks.
+    From torch 2.14 on, its count of groups is in the names of such groups, and they add to it. So a rank that makes one
+    would wait under another name than the rest in the next group of the whole world. Here names have numbers of their
+    own, and the count stays.
     """
+    world = dist.distributed_c10d._world
+    count, world.group_count = world.group_count, next(_numbers)
+    try:
+        group = dist.new_group(list(members), backend=backend, use_local_synchronization=True)
+    finally:
+        world.group_count = count
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+_numbers = itertools.count(1 << 40)
+"""Numbers of the next groups of `_new_group`, far beyond torch's."""
+
+
+def _even_out(*groups: dist.ProcessGroup):
+    """Let all ranks name the next group of `_new_group` alike.
+
+    Before 2.14 torch names it by its ranks and by the number of groups that a rank is in, so a rank in more of them
+    would wait for another name. Over a mesh's row and then its column the largest number reaches all of its ranks.
+    """
+    global _numbers
     names = dist.distributed_c10d._world.pg_names
-    most = len(names)
+    most, number = len(names), next(_numbers)
     for group in groups:
         counts: list = [None] * dist.get_world_size(group)
-        dist.all_gather_object(counts, most, group=group)
-        most = max(counts)
+        dist.all_gather_object(counts, (most, number), group=group)
+        most, number = (max(column) for column in zip(*counts, strict=True))
     while len(names) < most:
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+        _new_group([dist.get_rank()], "gloo")
+    _numbers = itertools.count(number + most)

@@ -11,8 +11,9 @@ and inside of it their parts of a name are left out before the plan is asked.
 Source: our own; names become entries of a plan as in transformers' ``replace_layer_number_by_wildcard``.
 """
 
+import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -66,6 +67,15 @@ def tensor_parallel_argument() -> dict[str, Any]:
     if "tp_size" in {field.name for field in fields(DistributedConfig)}:
         return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
     return {"tp_plan": "auto"}
+
+
+def cache_name(forward: Callable) -> str:
+    """Name of the argument, and of the output, that holds keys and values; "" if there is none.
+
+    It is ``cache`` since transformers 5.24, and ``past_key_values`` before.
+    """
+    parameters = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), "")
 
 
 def reducing_modules(model: Any) -> Iterator[tuple[str, torch.nn.Module, str]]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flashcomm.integrations.loaded import cache_name
 from flashcomm.parts.planned import Refused
 
 _CACHES = ("DynamicCache", "StaticCache")
@@ -31,6 +32,8 @@ class Prompt(NamedTuple):
     arguments: dict[str, Any]
     cache: Any
     """The caller's cache, or a new one."""
+    cache_name: str
+    """Name of the argument that it is, and of the output."""
     keeps_cache: bool
     """Whether the caller gets the cache back."""
     rows: int
@@ -51,7 +54,7 @@ def decoder_of(model: Any) -> Any:
     decoder = model.get_decoder()
     config = model.config.get_text_config(decoder=True)
     why = ""
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+    if not cache_name(decoder.forward):
         why = "its decoder keeps no cache of keys and values"
     elif model.config.is_encoder_decoder:
         why = "it has an encoder, whose tokens see each other"
@@ -116,7 +119,10 @@ def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
         raise Refused("gradients are on")
     if decoder.training:
         raise Refused("the model is in training mode")
-    cache = given.get("past_key_values")
+    name_of_cache = cache_name(decoder.forward)
+    if "past_key_values" in given:
+        given[name_of_cache] = given.pop("past_key_values")  # as transformers does, with a warning
+    cache = given.get(name_of_cache)
     position_ids = given.get("position_ids")
     if position_ids is not None:
         if position_ids.shape[-1] != length:
@@ -149,7 +155,7 @@ def prompt_of(decoder: Any, arguments: dict[str, Any]) -> Prompt:
     # Without a mask, sdpa leaves out the keys that follow a token; a later part always needs a mask.
     sdpa = "none" if isinstance(mask, dict) or (mask is not None and mask.ndim == 4) else "first"
     skips = {"eager": "none", "sdpa": sdpa}.get(config._attn_implementation, "all")
-    return Prompt(given, cache, keeps_cache, rows, length, before, skips, tokens.device)
+    return Prompt(given, cache, name_of_cache, keeps_cache, rows, length, before, skips, tokens.device)
 
 
 _CUT = ("input_ids", "inputs_embeds", "position_ids", "cache_position", "attention_mask")
@@ -181,7 +187,7 @@ def arguments_of_parts(prompt: Prompt, sizes: Sequence[int]) -> list[dict[str, A
     parts = []
     for number, (size, view) in enumerate(zip(sizes, views, strict=True)):
         start = sum(sizes[:number])
-        part = {**prompt.arguments, "past_key_values": view, "use_cache": True}
+        part = {**prompt.arguments, prompt.cache_name: view, "use_cache": True}
         for name in _CUT:
             if name in part:
                 cut = _cut_mask(prompt, views[0], view, start, size) if name == "attention_mask" else None
@@ -203,9 +209,9 @@ def joined(prompt: Prompt, outputs: Sequence[Any]) -> Any:
     for name, value in whole.items():
         if name == "last_hidden_state":
             whole[name] = torch.cat([output[name] for output in outputs], dim=1)
-        elif name != "past_key_values" and value is not None:
+        elif name != prompt.cache_name and value is not None:
             raise RuntimeError(f"parts of a prompt cannot be joined: the decoder also returns {name}. Use it unsplit")
-    whole["past_key_values"] = prompt.cache if prompt.keeps_cache else None
+    whole[prompt.cache_name] = prompt.cache if prompt.keeps_cache else None
     return whole
 
 
