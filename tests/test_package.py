@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,10 @@ def run_file(path: str):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_run(path, tmp_path):
-    assert len(path.read_text().splitlines()) < 80
+    text = path.read_text()
+    assert len(text.splitlines()) < 80
+    if "from transformers" in text and version("transformers").startswith("5.0."):
+        pytest.skip("the examples are for newer releases of transformers than 5.0")
     config = ranks.forking(tmp_path)(
         min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
     )

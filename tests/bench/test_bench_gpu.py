@@ -3,6 +3,7 @@
 import json
 import re
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
 
@@ -62,6 +63,8 @@ def test_all_kernels_compile_with_hardly_a_spill(compiler, target, tmp_path):
 
 
 def test_kernels_compile_for_radeon(compiler, tmp_path):
+    if version("triton").startswith("3.4."):
+        pytest.skip("Triton 3.4 brings no linker for AMD's GPUs")
     file = tmp_path / "rows.json"
     assert compiler.submit(exit_status, "--codecs", "int8g128", "--targets", "gfx1100", "--json", file).result() == 0
     rows = json.loads(file.read_text())["rows"]

@@ -289,8 +289,10 @@ def transformers_model():
     flashcomm.reset_stats()
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits
-    # 16 row-parallel linears and the embedding.
-    compressed_calls(17)
+    # 16 row-parallel linears, and the embedding where transformers splits it: not in 5.0.
+    calls = flashcomm.stats()["calls"].get(INT8)
+    assert calls in (16, 17)
+    compressed_calls(calls)
     assert all(promises.same(logits, theirs) for theirs in promises.everyone(logits))
 
 

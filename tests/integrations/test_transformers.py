@@ -652,7 +652,10 @@ def test_key_value_heads_are_copied(release, tmp_path):
 
 
 def test_experts_are_covered(tmp_path):
-    # transformers 5.0 cannot load a mixture of experts on a CPU: it asks torch for a device that is a bare number.
+    if newest().run(version)[0].startswith("5.0."):
+        pytest.skip(
+            "transformers 5.0 asks torch for a device that is a bare number, so no mixture of experts loads on a CPU"
+        )
     assert newest().run(experts, str(tmp_path))[0]
 
 

@@ -202,18 +202,19 @@ class Compression:
         self.calls = dict.fromkeys(reducing, 0)
         self._model = model
         self._marks = Patches("flashcomm.integrations.transformers.compress")
+        self._hooks: list[Any] = []
         try:
             for name, (module, _) in reducing.items():
                 self._mark(name, module)
             _patch()
         except RuntimeError as error:
-            self._marks.undo()
+            self._unmark()
             raise ValueError(f"this model cannot be compressed now: {error}") from error
         _handles.append(self)
 
     def undo(self):
         """Restore the model. Harmless when repeated."""
-        self._marks.undo()
+        self._unmark()
         if self in _handles:
             _handles.remove(self)
             _unpatch()
@@ -232,6 +233,13 @@ class Compression:
                 self._leave(name)
 
         self._marks.replace(module, "_compiled_call_impl", call)
+        # Dynamo of torch 2.8 does not look for it, and leaves its graph for a hook only.
+        self._hooks.append(module.register_forward_pre_hook(_outside_of_graphs))
+
+    def _unmark(self):
+        self._marks.undo()
+        for hook in self._hooks:
+            hook.remove()
 
     def _enter(self, name: str):
         _running.set((*_running.get(), (self, name, self.calls[name])))
@@ -285,6 +293,13 @@ class Compression:
         compressed = functools.partial(reduce, codec=codec, algorithm=algorithm, **self._options)
         # The call itself counts the reason.
         return apply(choice, compressed=compressed, plain=plain, count=lambda reason: None)
+
+
+def _nothing(module: torch.nn.Module, args: Any):
+    """Do nothing."""
+
+
+_outside_of_graphs: Any = torch.compiler.disable(_nothing)
 
 
 def _parsed(codec: str | Codec | Policy) -> Codec | Policy:
