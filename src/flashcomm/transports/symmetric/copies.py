@@ -208,7 +208,7 @@ class Copies(Backend):
         """See `Backend`."""
         if capturing(sent.device):
             return super().gather(received, sent)
-        return self._mailboxes.swap([sent.contiguous()] * len(received), list(received))
+        return self._mailboxes.swap([sent.view(-1)] * len(received), list(received))
 
     def exchange(self, received: torch.Tensor, sent: torch.Tensor) -> Any:
         """See `Backend`."""
