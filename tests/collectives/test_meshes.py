@@ -25,8 +25,8 @@ def levels_of_a_mesh(rows):
             flashcomm.all_reduce(torch.ones(4), "bf16/int4g128", mesh, algorithm="hierarchical")
         return None
     if rank == order[0]:
-        # Ranks may be in different numbers of groups, by which torch names new ones. torch 2.14 counts this one for those
-        # of the whole world, too, which could make no more: the next tests would wait for ever.
+        # Ranks may be in different numbers of groups, by which torch names new ones. torch 2.14 counts this one for
+        # those of the whole world, too, which could make no more: the next tests would wait for ever.
         world = dist.distributed_c10d._world
         count = world.group_count
         dist.new_group([rank], use_local_synchronization=True)
