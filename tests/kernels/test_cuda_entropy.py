@@ -98,30 +98,6 @@ def test_machine_code_spills_nothing(target, tmp_path, monkeypatch):
     assert code.registers <= 80
 
 
-def test_which_formats_and_directions(monkeypatch):
-    monkeypatch.setenv("FLASHCOMM_CUDA", "1")
-    monkeypatch.setattr(launch, "unavailable", lambda: None)
-    codec = codecs.parse("ec4.25")
-    assert cuda.why_not(codec) is None
-    started = []
-    monkeypatch.setattr(launch, "_start", lambda kind, name, *_: started.append(name))
-    x = torch.randn(3, 64).bfloat16()
-    out = torch.empty(3, codec.payload_bytes(64), dtype=torch.uint8)
-    cuda.encode(x, codec, out)
-    assert same(out, codec.encode(x))
-    assert not started
-    cuda.decode_sum_encode(
-        torch.stack([out, out]), codec, codecs.parse("int8g128"), 64, torch.empty(3, 68, dtype=torch.uint8)
-    )
-    assert started == ["decode_entropy", "move"]
-    # More ranks than a lane has streams for: the specification.
-    started.clear()
-    payloads, sums = out[None].repeat(9, 1, 1), torch.empty(3, 64, dtype=torch.bfloat16)
-    cuda.decode_sum(payloads, codec, sums)
-    assert not started
-    assert same(sums, codecs.decode_sum(payloads, codec, 64, torch.bfloat16))
-
-
 @pytest.mark.gpu
 @needs_nvrtc
 def test_a_gpu_decodes_the_same_values():

@@ -103,14 +103,18 @@ def test_machine_code_spills_nothing(target, tmp_path, monkeypatch):
     assert code.registers <= 80
 
 
-def test_which_formats_and_directions(monkeypatch):
+@pytest.mark.parametrize(
+    ("spec", "kernel", "most_ranks"), [("lossless", "unpack", 32), ("ec4.25", "decode_entropy", 8)]
+)
+def test_which_formats_and_directions(spec, kernel, most_ranks, monkeypatch):
+    """What only the specification encodes: rows without loss, and entropy-coded ones."""
     monkeypatch.setenv("FLASHCOMM_CUDA", "1")
     monkeypatch.setattr(launch, "unavailable", lambda: None)
-    codec = CODECS[torch.bfloat16]
+    codec = codecs.parse(spec)
     assert cuda.why_not(codec) is None
     assert cuda.spell(codec) is None
     started = []
-    monkeypatch.setattr(launch, "_start", lambda kind, name, *_: started.append((name, kind)))
+    monkeypatch.setattr(launch, "_start", lambda kind, name, *_: started.append(name))
     x = torch.randn(3, 64).bfloat16()
     out = torch.empty(3, codec.payload_bytes(64), dtype=torch.uint8)
     cuda.encode(x, codec, out)
@@ -119,10 +123,10 @@ def test_which_formats_and_directions(monkeypatch):
     cuda.decode_sum_encode(
         torch.stack([out, out]), codec, codecs.parse("int8g128"), 64, torch.empty(3, 68, dtype=torch.uint8)
     )
-    assert [name for name, _ in started] == ["unpack", "move"]
-    # More ranks than lanes: the specification.
+    assert started == [kernel, "move"]
+    # More ranks than the kernel adds: the specification.
     started.clear()
-    payloads, sums = out[None].repeat(33, 1, 1), torch.empty(3, 64, dtype=torch.bfloat16)
+    payloads, sums = out[None].repeat(most_ranks + 1, 1, 1), torch.empty(3, 64, dtype=torch.bfloat16)
     cuda.decode_sum(payloads, codec, sums)
     assert not started
     assert same(sums, codecs.decode_sum(payloads, codec, 64, torch.bfloat16))

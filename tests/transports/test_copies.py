@@ -195,26 +195,26 @@ class NoRoom(Mailboxes):
         queues.wait_until = wait
 
 
+def with_the_flag_first(call, queues, which, *arguments):
+    """Put a message into a queue, and its last operation, the flag, in front of the copies."""
+    kept = len(queues.world.queues[queues.first + which])
+    call(*arguments)
+    queue = queues.world.queues[queues.first + which]
+    queue[kept + 1 :] = [queue[-1], *queue[kept + 1 : -1]]
+
+
 class FlagFirst(Mailboxes):
     """Says that a message has come before it is there."""
 
-    def _send(self, peer, source, size):
-        queues = self._queues
-        kept = len(queues.world.queues[queues.first + OUT])
-        super()._send(peer, source, size)
-        queue = queues.world.queues[queues.first + OUT]
-        queue[kept + 1 :] = [queue[-1], *queue[kept + 1 : -1]]
+    def _send(self, *arguments):
+        with_the_flag_first(super()._send, self._queues, OUT, *arguments)
 
 
 class TakenFirst(Mailboxes):
     """Gives a place free before the message has been copied out of it."""
 
-    def _receive(self, peer, target, size):
-        queues = self._queues
-        kept = len(queues.world.queues[queues.first + IN])
-        super()._receive(peer, target, size)
-        queue = queues.world.queues[queues.first + IN]
-        queue[kept + 1 :] = [queue[-1], *queue[kept + 1 : -1]]
+    def _receive(self, *arguments):
+        with_the_flag_first(super()._receive, self._queues, IN, *arguments)
 
 
 class OnePlace(Mailboxes):

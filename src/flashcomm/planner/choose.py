@@ -8,8 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from flashcomm import policy
-from flashcomm.codecs import Codec, Levels, Pair, Plain, parse
-from flashcomm.codecs.entropy import Entropy
+from flashcomm.codecs import Codec, Entropy, Levels, Pair, Plain, parse
 from flashcomm.planner.costs import LinkCosts
 from flashcomm.units import bytes_text
 

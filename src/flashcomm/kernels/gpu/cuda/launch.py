@@ -26,6 +26,8 @@ VALUES = {dtype: f"Values<{name}>" for dtype, name in _NAMES.items()}
 """Values as the source spells them, by their type."""
 LAYOUTS = ("Wide<16>", "Wide<4>", "Thin")
 _PACK, _PACKS_PER_BLOCK = 128, {"Wide<16>": 32, "Wide<4>": 32, "Thin": 4}
+_DECODED_ONLY = (Lossless, Entropy)
+"""Formats that the specification encodes."""
 _MOST_UNPACKED = 32
 """Ranks whose rows without loss are added: a lane counts the escapes of each."""
 _MOST_STREAMS = 8
@@ -55,7 +57,7 @@ def why_not(codec: Codec) -> str | None:
     """Why the CUDA C++ kernels do not serve `codec`; None if they do."""
     if not settings.switched_on("FLASHCOMM_CUDA"):
         return "FLASHCOMM_CUDA is off"
-    serves = spell(codec) or type(codec) in (Lossless, Entropy)
+    serves = spell(codec) or type(codec) in _DECODED_ONLY
     return unavailable() or (None if serves else f"no CUDA C++ kernel for {codec}")
 
 
@@ -88,7 +90,7 @@ def macros(source: str, target: str, layout: str, sum_ranks: bool) -> tuple[tupl
 
 def encode(x: torch.Tensor, codec: Codec, out: torch.Tensor):
     """x[T, H] -> out[T, P]."""
-    if isinstance(codec, Lossless | Entropy):
+    if isinstance(codec, _DECODED_ONLY):
         out.copy_(codec.encode(x))
         return
     _move(x[None], VALUES[x.dtype], out, spell(codec), x.shape[1])
@@ -107,7 +109,7 @@ def decode_sum(payloads: torch.Tensor, codec: Codec, out: torch.Tensor):
 
 def decode_sum_encode(payloads: torch.Tensor, codec: Codec, out_codec: Codec, cols: int, out: torch.Tensor):
     """payloads[R, T, P] -> out[T, P']."""
-    if isinstance(codec, Lossless | Entropy) or isinstance(out_codec, Lossless | Entropy):
+    if isinstance(codec, _DECODED_ONLY) or isinstance(out_codec, _DECODED_ONLY):
         total = torch.empty(out.shape[0], cols, dtype=torch.float32, device=out.device)
         decode_sum(payloads, codec, total)
         encode(total, out_codec, out)
