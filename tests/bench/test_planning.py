@@ -12,6 +12,7 @@ from flashcomm.cli.plan import draw
 from flashcomm.planner import Facts, LinkCosts, advice
 from flashcomm.planner.costs import Cost, Point
 from flashcomm.planner.hardware import cluster
+from flashcomm.planner.overlap import Line
 from flashcomm.policy import Policy
 
 SLOW = ("llama-3-70b", "l40")
@@ -122,10 +123,19 @@ def test_what_ranks_compute_is_measured_alike_on_all_of_them():
     pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
     one, other = ranks.shared(2).run(computes)
     assert one == other
-    assert 1e8 < one["flops"] < 1e14
-    assert 1e7 < one["bytes_s"] < 1e12
+    # Prompts this short tell how slow the rates are at least; noise may hide what either part of a token costs.
+    assert one["flops"] > 1e8
+    assert one["bytes_s"] > 1e7
     assert one["attention_flops"] > 1e8
     assert (one["ranks"], one["skips"]) == (2, "first")
+
+
+def test_noise_that_hides_the_cost_of_a_token_leaves_rates():
+    from flashcomm.bench import compute
+
+    constant = Line(fixed_s=1.0)
+    segments = [(share, compute._token_s(constant)) for share in (compute.PROBE.attention(1), compute.PROBE.mlp(1))]
+    assert min(compute._rates(*segments)) > 0
 
 
 def test_a_measured_machine_is_a_json_file():

@@ -57,7 +57,7 @@ def computed(group: planner.Facts) -> Cluster:
     share = replace(PROBE, heads=-(-PROBE.heads // ranks), kv_heads=-(-PROBE.kv_heads // ranks))
     share = replace(share, intermediate=PROBE.intermediate // ranks)
     attention, mlp = _lines(share)
-    flops, bytes_s = _rates((share.attention(1), attention.token_s), (share.mlp(1), mlp.token_s))
+    flops, bytes_s = _rates((share.attention(1), _token_s(attention)), (share.mlp(1), _token_s(mlp)))
     # CPU time of sums delays compute where ranks share cores, the more the more they share; elsewhere not at all.
     seats: list = [None] * ranks
     dist.all_gather_object(seats, Seat.mine())
@@ -78,6 +78,15 @@ def computed(group: planner.Facts) -> Cluster:
     everyone: list = [None] * ranks
     dist.all_gather_object(everyone, cluster.as_dict())
     return Cluster.from_dict(everyone[0], group.costs.name)
+
+
+def _token_s(line: Line) -> float:
+    """Seconds per token; where noise hides the slope, an equal share of the constant time of the longest prompt.
+
+    >>> _token_s(Line(fixed_s=5.0, token_s=0.25)), _token_s(Line(fixed_s=512.0))
+    (0.25, 0.5)
+    """
+    return line.token_s or line.fixed_s / LENGTHS[-1]
 
 
 def _rates(*segments: tuple[Workload, float]) -> tuple[float, float]:
