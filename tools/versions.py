@@ -42,6 +42,7 @@ TESTS = (
     "tests/collectives/test_verbs.py",
     "tests/collectives/test_meshes.py",
     "tests/integrations",
+    "tests/overlap",
     "tests/bench/test_bench_gpu.py",
     "tests/test_gpu_check.py",
     "tests/test_package.py",
