@@ -22,7 +22,7 @@ _HEADER = Path(__file__).with_suffix(".h")
 _SOURCE = Path(compiler.__file__).with_name("codecs.cu")
 _FRAME = """
 #include "{header}"
-#define KERNEL(threads) extern "C" void
+#define KERNEL(...) extern "C" void
 #include "{source}"
 #include "{entropy}"
 struct Arguments {{
@@ -133,7 +133,7 @@ def kernels(kinds: tuple[Macros, ...], e4m3_by_hardware: bool = False) -> Kernel
 
 _COLLECTIVES = """
 #include "{header}"
-#define KERNEL(threads) extern "C" void
+#define KERNEL(...) extern "C" void
 #include "{source}"
 extern "C" i64 num_events() {{ return events.size(); }}
 extern "C" const Event* first_event() {{ return events.data(); }}

@@ -1,6 +1,7 @@
 """Collectives in one launch in CUDA C++, on the CPU: the bits of the specification, whoever comes when."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flashcomm.bench import sass
 from flashcomm.kernels.gpu.cuda import compiler
 from flashcomm.transports.base import Task
 from flashcomm.transports.symmetric import collective
+from thorough import thorough
 
 needs_compiler = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no C++ compiler: neither g++ nor clang++")
 
@@ -251,14 +253,23 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 @pytest.mark.skipif(compiler.find() is None, reason="no NVRTC: pip install nvidia-cuda-nvrtc")
 @pytest.mark.parametrize(
-    ("algorithm", "target"),
-    [*(("TWO_STEP", target) for target in TARGETS), *((name, "sm_90") for name in ALGORITHMS if name != "TWO_STEP")],
+    ("algorithm", "spec", "ranks", "target"),
+    [
+        *(("TWO_STEP", "int8g128", 8, target) for target in TARGETS),
+        *((name, "int8g128", 4, "sm_90") for name in ALGORITHMS if name != "TWO_STEP"),
+        *(
+            thorough("TWO_STEP", spec, ranks, target)
+            for spec, ranks in itertools.product(("int8g128", "int4g32", "int4g128+hadamard", "fp8g128"), (2, 4, 8))
+            for target in TARGETS
+            if (spec, ranks) != ("int8g128", 8)
+        ),
+    ],
 )
-def test_machine_code_for_six_gpus(algorithm, target, tmp_path, monkeypatch):
-    """Up to two blocks of 256 threads find room on a multiprocessor."""
+def test_machine_code_for_six_gpus(algorithm, spec, ranks, target, tmp_path, monkeypatch):
+    """No register is spilled, and a multiprocessor has room for a block."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     threads = "64" if algorithm == "LOW_LATENCY" else "256"
-    kinds = {**dict(macros(algorithm, "int8g128", 4)), "THREADS": threads}
+    kinds = {**dict(macros(algorithm, spec, ranks)), "THREADS": threads}
     code = sass.read(compiler.cubin(kinds, target, collective.SOURCE))
-    assert code.registers <= 128
-    assert code.spilled_bytes <= 32
+    assert code.registers <= 168
+    assert code.spilled_bytes == 0

@@ -4,6 +4,8 @@ Counted without a GPU. The algorithms run as over NCCL, on one rank and without 
 does when it asks whether it must compile, and by the macros of the CUDA C++ kernels.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -11,9 +13,10 @@ from flashcomm import codecs, kernels
 from flashcomm.collectives import algorithms
 from flashcomm.kernels import eager, verbs, warm
 from flashcomm.transports.backend import Backend
-from flashcomm.transports.base import Ranks
+from flashcomm.transports.base import Ranks, Task
 from flashcomm.transports.buffers import Buffers
 from flashcomm.transports.bulk import Bulk
+from flashcomm.transports.symmetric.memory import SymmetricMemory
 
 pytest.importorskip("triton")
 from flashcomm.kernels import gpu
@@ -28,14 +31,14 @@ TOKENS = [*range(1, 300), *range(300, 4096, 233), 4095, 4096]
 
 
 class Looked:
-    """Stands for `move`: what Triton would compile, and how often it was launched."""
+    """Stands for a kernel: what Triton would compile, and how often it was launched."""
 
-    def __init__(self):
+    def __init__(self, kernel=move, **given):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import JITFunction, create_function_from_signature
 
-        kernel = JITFunction(move.fn, do_not_specialize=["ranks"])
+        kernel = JITFunction(kernel.fn, **(given or {"do_not_specialize": ["ranks"]}))
         target = make_backend(GPUTarget("cuda", 90, 32))
         self._bind = create_function_from_signature(kernel.signature, kernel.params, target)
         self.variants, self.launches = set(), 0
@@ -48,6 +51,11 @@ class Looked:
             self.launches += 1
 
         return look
+
+    def warmup(self, *args, grid, **constants):
+        """Compile without a launch."""
+        self[grid](*args, **constants)
+        self.launches -= 1
 
 
 class Nothing(Backend):
@@ -128,6 +136,61 @@ def test_without_warm_up_they_would_compile(as_on_a_gpu):
     looked = as_on_a_gpu(gpu)
     serve(codecs.parse("int8g128"), 2880, 4, TOKENS[:40])
     assert len(looked.variants) > 4
+
+
+@pytest.fixture
+def one_launch(monkeypatch):
+    """Symmetric memory of 4 ranks; returns it, its kernels in Triton by algorithm, and the macros given to C++."""
+    from flashcomm.transports.symmetric import collective, exchange, launch
+
+    settings = {"do_not_specialize": ["patience", "rank", "rows"]}
+    looked = {name: Looked(getattr(exchange, name), **settings) for name in ("one_step", "two_step")}
+    monkeypatch.setattr(launch, "_KERNELS", looked)
+    monkeypatch.setattr(launch.kernels, "any_missing", lambda codec, device: None)
+    both = {"rank": 1, "size_bytes": 32 << 20, "lost": torch.zeros(1, dtype=torch.int32)}
+    addresses = torch.zeros(4, dtype=torch.int64)
+    hot = collective.Peers(memory=addresses, state=torch.zeros(4, dtype=torch.int64), processors=132, **both)
+    peers = launch.Peers(buffers=addresses, epochs=torch.zeros(2, launch.BLOCKS, dtype=torch.int32), **both)
+    compiled = set()
+    monkeypatch.setattr(collective, "load", lambda task, peers: compiled.update(collective.variants(task, 4)))
+    return SymmetricMemory(peers, hot), looked, compiled
+
+
+def sum_of(spec, rows, cols, name):
+    return Task(
+        name=name, codec=codecs.parse(spec), rows=rows, cols=cols, dtype=torch.bfloat16, out_dtype=torch.bfloat16,
+        device=CPU,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", ["int8g128", "int4g32", "nvfp4"])
+def test_after_its_first_sum_a_launch_in_triton_compiles_nothing(spec, one_launch):
+    from flashcomm.transports.symmetric import launch
+
+    memory, looked, _ = one_launch
+    memory.load(sum_of(spec, 3, 4096, "two_step"))
+    assert [(len(kernel.variants), kernel.launches) for kernel in looked.values()] == [(1, 0), (1, 0)]
+    x = torch.empty(4096, 4096, dtype=torch.bfloat16)
+    for tokens, name in itertools.product(TOKENS, looked):
+        launch.all_reduce(x[:tokens], codecs.parse(spec), memory._peers, x[:tokens], name)
+    assert [len(kernel.variants) for kernel in looked.values()] == [1, 1]
+    assert all(kernel.launches >= len(TOKENS) for kernel in looked.values())
+
+
+@pytest.mark.parametrize("spec", ["int8g128", "int4g128+hadamard"])
+def test_after_its_first_sum_a_launch_in_cuda_compiles_nothing(spec, one_launch, monkeypatch):
+    from flashcomm.transports.symmetric import collective
+
+    memory, looked, compiled = one_launch
+    monkeypatch.setattr(collective.cuda, "why_not", lambda codec: None)
+    memory.load(sum_of(spec, 3, 4096, "one_step"))
+    assert len(compiled) == 3
+    assert not any(kernel.variants for kernel in looked.values())
+    x, used = torch.empty(4096, 4096, dtype=torch.bfloat16), set()
+    for tokens, name in itertools.product(TOKENS, ("one_step", "two_step")):
+        made = collective.launches(name, codecs.parse(spec), x[:tokens], x[:tokens], memory._hot)
+        used |= {launch.macros for launch in made}
+    assert used == compiled
 
 
 def test_what_a_gpu_is_asked_for(monkeypatch):

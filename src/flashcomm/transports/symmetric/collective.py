@@ -116,9 +116,8 @@ def launches(
     ranks, per_row, size = len(peers.memory), x.shape[1] // _PACK, x.element_size() * _PACK
     first, second = codec.formats
 
-    def launch(algorithm: str, tiles: int, threads: int = _THREADS, x_at: int = 0, out_at: int = 0, **fields) -> Launch:
-        kinds = algorithm, cuda.VALUES[x.dtype], cuda.spell(first), cuda.spell(second), ranks
-        macros = ("COLLECTIVE", ", ".join(map(str, kinds))), ("THREADS", str(threads))
+    def launch(algorithm: str, tiles: int, x_at: int = 0, out_at: int = 0, **fields) -> Launch:
+        macros, threads = _macros(algorithm, codec, x.dtype, ranks), _threads(algorithm)
         argument = Exchange(
             memory=peers.memory.data_ptr(),
             x=x.data_ptr() + x_at * size,
@@ -144,7 +143,7 @@ def launches(
     whole = len(x) * per_row
     if name == "one_step" and _fits_lines(whole, x, first):
         tiles = -(-whole // (_LOW_LATENCY_THREADS // 4))
-        yield launch("LOW_LATENCY", tiles, _LOW_LATENCY_THREADS, packs=whole)
+        yield launch("LOW_LATENCY", tiles, packs=whole)
         return
     bytes_of_a_tile = {"two_step": sum(tile_bytes), "reduce_scatter": tile_bytes[0]}.get(name, tile_bytes[1])
     # Packs of a stripe, and those that one launch has room for.
@@ -162,6 +161,24 @@ def launches(
             yield launch("REDUCE_SCATTER", -(-count // packs), packs=count * ranks, distance=stripe, **here)
         else:
             yield launch(name.upper(), -(-count // packs), packs=count, distance=stripe, **here)
+
+
+def _threads(algorithm: str) -> int:
+    return _LOW_LATENCY_THREADS if algorithm == "LOW_LATENCY" else _THREADS
+
+
+def _macros(algorithm: str, codec: Codec, dtype: torch.dtype, ranks: int) -> tuple[tuple[str, str], ...]:
+    kinds = algorithm, cuda.VALUES[dtype], *map(cuda.spell, codec.formats), ranks
+    return ("COLLECTIVE", ", ".join(map(str, kinds))), ("THREADS", str(_threads(algorithm)))
+
+
+def variants(task: Task, ranks: int) -> list[tuple[tuple[str, str], ...]]:
+    """The macros of all kernels that collectives of any number of rows like those of the task need."""
+    first, second = task.codec.formats
+    # One step has one format.
+    sums = ("TWO_STEP", "ONE_STEP", "LOW_LATENCY")[: 3 if first == second else 1]
+    names = sums if task.name in ("one_step", "two_step") else (task.name.upper(),)
+    return [_macros(name, task.codec, task.dtype, ranks) for name in names]
 
 
 def _fits_lines(packs: int, x: torch.Tensor, codec: Codec) -> bool:
@@ -184,12 +201,26 @@ def sent_bytes(name: str, codec: Codec, x: torch.Tensor, ranks: int, sent_rows: 
     return (ranks - 1) * len(x) * second * (2 if lines else 1)
 
 
-def prepare(task: Task, peers: Peers) -> OnRows | None:
-    """Prepare a task; None where one launch does not serve it, from facts that all ranks share."""
-    ranks = len(peers.memory)
+def serves(task: Task, ranks: int) -> bool:
+    """Whether one launch serves a task, from facts that all ranks share."""
     if why_not(task.name, task.codec, task.cols, ranks) or task.out_dtype != task.dtype:
-        return None
-    if any(cuda.why_not(single) for single in task.codec.formats) or not (task.rows or task.splits):
+        return False
+    return bool(task.rows or task.splits) and not any(cuda.why_not(single) for single in task.codec.formats)
+
+
+def load(task: Task, peers: Peers):
+    """Compile and load what collectives of any number of rows like those of the task need."""
+    with torch.cuda.device(task.device):
+        index = torch.cuda.current_device()
+        driver.make_current(index)
+        for macros in variants(task, len(peers.memory)):
+            driver.kernel(macros, index, "collective", SOURCE)
+
+
+def prepare(task: Task, peers: Peers) -> OnRows | None:
+    """Prepare a task; None where one launch does not serve it."""
+    ranks = len(peers.memory)
+    if not serves(task, ranks):
         return None
 
     def run(x: torch.Tensor, out: torch.Tensor) -> int:

@@ -307,5 +307,6 @@ template <Algorithm A, class Values, class First, class Second, int R> INLINE vo
 }
 
 #ifdef COLLECTIVE
-KERNEL(THREADS) collective(const Exchange e) { exchange_rows<COLLECTIVE>(e); }
+// A multiprocessor gets one block. Left to choose, ptxas spills a word or two to make room for three.
+KERNEL(THREADS, 1) collective(const Exchange e) { exchange_rows<COLLECTIVE>(e); }
 #endif

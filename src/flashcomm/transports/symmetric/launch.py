@@ -126,41 +126,54 @@ def all_reduce(x: torch.Tensor, codec: Codec, peers: Peers, out: torch.Tensor, a
     assert length is not None
     ranks = len(peers.buffers)
     x, out = x.view(-1, length), out.view(-1, length)
-    first, second = (_form(single, length) for single in codec.formats)
-    widths = [padded(single.payload_bytes(length)) for single in codec.formats]
-    # A row is one tile: columns beyond it would be neither sent nor written.
-    size = tile_of(codec, length)
     at_once = ranks * (peers.half_bytes // needed_bytes(algorithm, ranks, length, codec, ranks))
     if at_once == 0:
         raise ValueError(f"rows of {length} values in {codec} need more than {peers.size_bytes} bytes on each rank")
-    kernel: Any = exchange.one_step if algorithm == "one_step" else exchange.two_step
-    values = gpu.VALUES[x.dtype]
     for start in range(0, len(x), at_once):
         part = slice(start, min(start + at_once, len(x)))
         check(peers)
+        arguments, constants = _call(x[part], out[part], codec, peers, algorithm)
         with gpu.on_device(x):
-            kernel[(peers.blocks,)](
-                gpu.typed(x[part], values),
-                gpu.typed(out[part], values),
-                peers.buffers,
-                peers.epochs,
-                peers.lost,
-                peers.patience,
-                peers.rank,
-                part.stop - part.start,
-                length,
-                peers.half_bytes,
-                *widths[: 1 if algorithm == "one_step" else 2],
-                R=ranks,
-                VALUES=values,
-                FIRST=first,
-                SECOND=second,
-                V=size,
-                EDGE=gpu.edge(length, size),
-                WORDS=1 << (max(widths) // 4 - 1).bit_length(),
-                PTX=x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
-                **gpu.options(size, first, second),
-            )
+            _KERNELS[algorithm][(peers.blocks,)](*arguments, **constants)
+
+
+_KERNELS: dict[str, Any] = {"one_step": exchange.one_step, "two_step": exchange.two_step}
+
+
+def _call(
+    x: torch.Tensor, out: torch.Tensor, codec: Codec, peers: Peers, algorithm: str
+) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments of a launch on rows of one tile each, and its constants."""
+    rows, length = x.shape
+    first, second = (_form(single, length) for single in codec.formats)
+    widths = [padded(single.payload_bytes(length)) for single in codec.formats]
+    # A row is one tile: columns beyond it would be neither sent nor written.
+    size, values = tile_of(codec, length), gpu.VALUES[x.dtype]
+    arguments = [
+        gpu.typed(x, values),
+        gpu.typed(out, values),
+        peers.buffers,
+        peers.epochs,
+        peers.lost,
+        peers.patience,
+        peers.rank,
+        rows,
+        length,
+        peers.half_bytes,
+        *widths[: 1 if algorithm == "one_step" else 2],
+    ]
+    constants = {
+        "R": len(peers.buffers),
+        "VALUES": values,
+        "FIRST": first,
+        "SECOND": second,
+        "V": size,
+        "EDGE": gpu.edge(length, size),
+        "WORDS": 1 << (max(widths) // 4 - 1).bit_length(),
+        "PTX": x.is_cuda and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
+        **gpu.options(size, first, second),
+    }
+    return arguments, constants
 
 
 def _form(codec: Codec, length: int) -> Format:
@@ -186,10 +199,29 @@ def check(peers: Any):
         raise PeerLost(f"rank {lost - 1} did not come while rank {peers.rank} waited for it in an earlier call")
 
 
+def serves(task: Task) -> bool:
+    """Whether one launch serves a task, from facts that all ranks share."""
+    if task.name not in _KERNELS or not task.rows or task.out_dtype != task.dtype:
+        return False
+    return not kernels.any_missing(task.codec, "cuda") and row_length(task.cols, task.codec) is not None
+
+
+def load(task: Task, peers: Peers):
+    """Compile what sums of any number of rows like those of the task need, which launches nothing."""
+    length = row_length(task.cols, task.codec)
+    x = torch.empty(1, length or 0, dtype=task.dtype, device=task.device)
+    first, second = task.codec.formats
+    for algorithm, kernel in _KERNELS.items():
+        if algorithm == "one_step" and first != second:
+            continue  # it has one format
+        arguments, constants = _call(x, x, task.codec, peers, algorithm)
+        with gpu.on_device(x):
+            kernel.warmup(*arguments, grid=(peers.blocks,), **constants)
+
+
 def prepare(task: Task, peers: Peers) -> OnRows | None:
     """Prepare a task; None where one launch does not serve it."""
-    serves = task.name in ("one_step", "two_step") and task.rows and task.out_dtype == task.dtype
-    if not serves or kernels.any_missing(task.codec, "cuda") or row_length(task.cols, task.codec) is None:
+    if not serves(task):
         return None
     sent = sent_bytes(task.name, task.rows, task.cols, task.codec, len(peers.buffers))
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from flashcomm.codecs import Codec
 from flashcomm.transports.base import Ranks, Run, Step, Task
 
 T = TypeVar("T")
@@ -31,6 +32,7 @@ class SymmetricMemory:
 
     def __init__(self, peers: Any, hot: Any):
         self._peers, self._hot = peers, hot
+        self._loaded: set[tuple[str, Codec, torch.dtype, int]] = set()
 
     @classmethod
     def open(cls, ranks: Ranks, group: dist.ProcessGroup, device: torch.device) -> "tuple[SymmetricMemory | None, str]":
@@ -41,7 +43,19 @@ class SymmetricMemory:
         return (cls(*made), "") if made else (None, why)
 
     def load(self, task: Task):
-        """See `base.Memory`. Triton compiles for the values of a call, so there is nothing to load before."""
+        """See `base.Memory`. After the first sum in a format no other number of rows compiles anything."""
+        from flashcomm.transports.symmetric import collective, launch
+
+        kind = task.name, task.codec, task.dtype, task.cols
+        if kind in self._loaded:
+            return
+        if collective.serves(task, len(self._hot.memory)):
+            collective.load(task, self._hot)
+        elif launch.serves(task):
+            launch.load(task, self._peers)
+        else:
+            return
+        self._loaded.add(kind)
 
     def prepare(self, task: Task, finish: Callable[[], object]) -> Run | None:
         """See `base.Memory`."""

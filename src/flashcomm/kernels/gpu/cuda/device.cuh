@@ -12,7 +12,7 @@ using Words = uint4;
 #define UNROLL _Pragma("unroll")
 #define RARELY(condition) __builtin_expect(condition, 0)
 #define ONE_BY_ONE _Pragma("unroll 1")
-#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define KERNEL(...) extern "C" __global__ void __launch_bounds__(__VA_ARGS__)
 
 // Lanes and warps.
 INLINE u32 lane() { return threadIdx.x & 31; }
