@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 # Hundreds of processes import the package; without bytecode on the disk each of them compiles it.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo real setup setup-engines check test test-thorough test-engines test-matrix test-smoke test-gpu bench docs resolve clean
+.PHONY: demo real setup setup-engines check test test-thorough test-engines test-matrix test-smoke test-load test-gpu bench docs resolve clean
 
 demo: $(STAMP)  ## the bundled model, tensor parallel on this machine, every codec side by side
 	$(BIN)/flashcomm demo
@@ -58,6 +58,9 @@ test-matrix: $(STAMP)  ## the tests that tell about versions, in all environment
 
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
 	$(BIN)/python tools/versions.py --smoke oldest today
+
+test-load: $(STAMP)  ## the tests that start processes, ten times beside a busy process for each core (two to three hours)
+	$(BIN)/python tools/load.py
 
 test-gpu: $(STAMP)  ## what only a GPU can tell, in ten minutes; DRY=1 runs the logic of it on a CPU
 	$(BIN)/python tools/gpu_check.py gpu-check

@@ -116,23 +116,31 @@ def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
     code = subprocess.run(command, cwd=ROOT, timeout=limit_s).returncode
     if code not in (0, 1):
         sys.exit(f"{name}: pytest ended with status {code}")
-    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
-    kinds = Counter(next((part.tag for part in case if part.tag in _KINDS), "passed") for case in cases)
-    reasons = Counter(part.get("message") for case in cases for part in case.iter("skipped"))
+    ran = cases(report)
+    reasons = Counter(part.get("message") for case in ran for part in case.iter("skipped"))
     describe = "import json; from flashcomm import machine; print(json.dumps(machine.describe()))"
     facts = json.loads(subprocess.run([python, "-c", describe], cwd=ROOT, capture_output=True, check=True).stdout)
     return {
         "environment": name,
         "tests": "smoke" if smoke else "all",
         **{package: facts["versions"].get(package) for package in PACKAGES},
-        "passed": kinds["passed"],
-        "failed": kinds["failure"] + kinds["error"],
-        "skipped": kinds["skipped"],
+        **counts(ran),
         "seconds": round(time.monotonic() - start),
         "date": datetime.date.today().isoformat(),
         "commit": facts["commit"],
         "skips": [[count, reason] for reason, count in sorted(reasons.items())],
     }
+
+
+def cases(report: Path) -> list[ElementTree.Element]:
+    """The tests of a report in JUnit's format."""
+    return list(ElementTree.parse(report).getroot().iter("testcase"))
+
+
+def counts(ran: list[ElementTree.Element]) -> dict[str, int]:
+    """The number of tests that passed, failed and were skipped."""
+    kinds = Counter(next((part.tag for part in case if part.tag in _KINDS), "passed") for case in ran)
+    return {"passed": kinds["passed"], "failed": kinds["failure"] + kinds["error"], "skipped": kinds["skipped"]}
 
 
 _KINDS = ("failure", "error", "skipped")
@@ -147,8 +155,12 @@ def keep(row: dict):
     order = [*table(), TODAY]
     rows = [row, *(other for other in kept if other["environment"] != row["environment"])]
     rows.sort(key=lambda one: order.index(one["environment"]))
-    document = {"op": "versions", "machine": machine.describe(), "rows": rows}
-    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    write(RESULTS, {"op": "versions", "machine": machine.describe(), "rows": rows})
+
+
+def write(path: Path, document: dict):
+    """Write a document of results/."""
+    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> int:

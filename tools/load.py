@@ -1,0 +1,65 @@
+"""Test under load: `make test-load`.
+
+    python tools/load.py               ten rounds
+    python tools/load.py --rounds 2    two
+
+Runs every test file that starts processes, in two workers, while a busy process for each core takes its share. A test
+that waits for time to pass, where it should wait for an event, fails in one of the rounds. Every round that passes is
+kept in results/load_cpu.json as it ends; one that fails ends the run.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import versions
+
+from flashcomm import machine
+
+RESULTS = versions.ROOT / "results" / "load_cpu.json"
+STARTS = re.compile(r"\b(import ranks|subprocess|multiprocessing|Popen|lab\.launch|LaunchConfig)\b")
+"""Signs in a test file that it starts ranks, servers or other processes."""
+
+
+def files() -> list[str]:
+    """The test files that start processes, as paths in the repository; engines are tested elsewhere."""
+    found = sorted((versions.ROOT / "tests").rglob("test_*.py"))
+    names = [str(path.relative_to(versions.ROOT)) for path in found if STARTS.search(path.read_text())]
+    return [name for name in names if not name.startswith("tests/engines")]
+
+
+def main() -> int:
+    """Run the rounds; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10, help="how many times the tests run")
+    parser.add_argument("--workers", type=int, default=2, help="how many tests run at once")
+    given = parser.parse_args()
+    tests, rows = files(), []
+    cores = len(os.sched_getaffinity(0))
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            report = Path(folder, "report.xml")
+            for number in range(1, given.rounds + 1):
+                start = time.monotonic()
+                command = [sys.executable, "-m", "pytest", "-n", str(given.workers), f"--junitxml={report}", *tests]
+                code = subprocess.run(command, cwd=versions.ROOT).returncode
+                row = {"round": number, "files": len(tests), **versions.counts(versions.cases(report))}
+                rows.append({**row, "busy": cores, "seconds": round(time.monotonic() - start)})
+                print(rows[-1], flush=True)
+                if code:
+                    return code
+                versions.write(RESULTS, {"op": "load", "machine": machine.describe(), "rows": rows})
+    finally:
+        for process in busy:
+            process.kill()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
