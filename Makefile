@@ -54,7 +54,6 @@ test-engines: $(ENGINES)/.current  ## real vLLM servers on this machine, in an e
 
 test-matrix: $(STAMP)  ## the tests that tell about versions, in all environments of constraints/versions.toml (17 GB)
 	$(BIN)/python tools/versions.py
-	$(BIN)/python tools/make_docs.py
 
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment and in this one
 	$(BIN)/python tools/versions.py --smoke oldest today

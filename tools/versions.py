@@ -6,7 +6,7 @@
 
 An environment is made in .venv-versions/NAME when it is first needed (five to seven GB: torch brings its CUDA), with
 the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran
-is kept in results/versions.json; `make docs` shows it in docs/versions.md.
+is kept in results/versions.json and shown in docs/versions.md.
 """
 
 import argparse
@@ -148,7 +148,7 @@ PACKAGES = ("python", "torch", "triton", "numpy", "numba", "transformers")
 
 
 def keep(row: dict):
-    """Put a row in place of the one of its environment."""
+    """Put a row in place of the one of its environment, also in docs/: a test compares them."""
     from flashcomm import machine
 
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
@@ -156,6 +156,7 @@ def keep(row: dict):
     rows = [row, *(other for other in kept if other["environment"] != row["environment"])]
     rows.sort(key=lambda one: order.index(one["environment"]))
     write(RESULTS, {"op": "versions", "machine": machine.describe(), "rows": rows})
+    subprocess.run([sys.executable, str(ROOT / "tools" / "make_docs.py")], check=True)
 
 
 def write(path: Path, document: dict):
