@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,31 @@ def scope(request, two_hosts):
         hosts._call("ip", "-n", name, "addr", "flush", "dev", interface, "scope", "global")
 
 
-def start(host: str, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
-    """Run a Python script on a host."""
+@pytest.fixture
+def start():
+    """Run a Python script on a host; it is killed if the test ends before it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "GLOO_"))}
-    return subprocess.Popen(
-        ["ip", "netns", "exec", host, sys.executable, "-c", script, *arguments],
-        env={**kept, "PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **variables},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    kept |= {"PYTHONPATH": SOURCES, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    with ExitStack() as stack:
+
+        def start(host: str, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", host, sys.executable, "-c", script, *arguments],
+                env={
+                    **kept,
+                    "PYTHONPATH": SOURCES,
+                    "OMP_NUM_THREADS": "1",
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",
+                    **variables,
+                },
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            return process
+
+        yield start
 
 
 def said(process: subprocess.Popen):
@@ -93,7 +110,7 @@ def said(process: subprocess.Popen):
     return json.loads(output.splitlines()[-1])
 
 
-def test_hosts_with_ipv6_only_connect(two_hosts, scope):
+def test_hosts_with_ipv6_only_connect(two_hosts, scope, start):
     first = "fd00:77::1" if scope == "global" else "fe80::1"
     processes = []
     for rank, (host, interface) in enumerate(zip(two_hosts, ("left", "right"), strict=True)):
@@ -103,7 +120,7 @@ def test_hosts_with_ipv6_only_connect(two_hosts, scope):
     assert [said(process) for process in processes] == [[[2.0], "connections", ""]] * 2
 
 
-def test_the_addresses_of_a_host_with_ipv6_only(two_hosts, scope):
+def test_the_addresses_of_a_host_with_ipv6_only(two_hosts, scope, start):
     cases = [
         {"GLOO_SOCKET_IFNAME": "left"},
         {"GLOO_SOCKET_IFNAME": "none, left"},
