@@ -3,7 +3,7 @@
     python tools/load.py               ten rounds
     python tools/load.py --rounds 2    two
 
-Runs every test file that starts processes, in two workers, while a busy process for each core takes its share. A test
+Runs every test file that starts ranks or servers, in two workers, while a busy process for each core takes its share. A test
 that waits for time to pass, where it should wait for an event, fails in one of the rounds. Every round that passes is
 kept in results/load_cpu.json as it ends; one that fails ends the run.
 """
@@ -22,12 +22,12 @@ import versions
 from flashcomm import machine
 
 RESULTS = versions.ROOT / "results" / "load_cpu.json"
-STARTS = re.compile(r"\b(import ranks|subprocess|multiprocessing|Popen|lab\.launch|LaunchConfig)\b")
-"""Signs in a test file that it starts ranks, servers or other processes."""
+STARTS = re.compile(r"\b(import ranks|multiprocessing|Popen|LaunchConfig|lab import|forked_launch|CliRunner)\b")
+"""Signs in a test file that it starts ranks or servers, which run beside it."""
 
 
 def files() -> list[str]:
-    """The test files that start processes, as paths in the repository; engines are tested elsewhere."""
+    """The test files that start ranks or servers, as paths in the repository; engines are tested elsewhere."""
     found = sorted((versions.ROOT / "tests").rglob("test_*.py"))
     names = [str(path.relative_to(versions.ROOT)) for path in found if STARTS.search(path.read_text())]
     return [name for name in names if not name.startswith("tests/engines")]
