@@ -3,9 +3,9 @@
     python tools/load.py               ten rounds
     python tools/load.py --rounds 2    two
 
-Runs every test file that starts ranks or servers, in two workers, while a busy process for each core takes its share. A test
-that waits for time to pass, where it should wait for an event, fails in one of the rounds. Every round that passes is
-kept in results/load_cpu.json as it ends; one that fails ends the run.
+Runs every test file that starts ranks or servers, in two workers, while a busy process for each core takes its share.
+A test that waits for time to pass, where it should wait for an event, fails in one of the rounds. Every round that
+passes is kept in results/load_cpu.json as it ends; one that fails ends the run.
 """
 
 import argparse

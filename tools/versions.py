@@ -2,7 +2,7 @@
 
     python tools/versions.py                     all environments of constraints/versions.toml, and this one
     python tools/versions.py oldest today        these
-    python tools/versions.py --smoke today       the shortest tests that tell about versions
+    python tools/versions.py --smoke oldest      the shortest tests that tell about versions
 
 An environment is made in .venv-versions/NAME when it is first needed (five to seven GB: torch brings its CUDA), with
 the interpreter that PYTHON310 (or PYTHON312, ...) names, or that is found as python3.10, by pyenv or by uv. What ran
@@ -51,6 +51,10 @@ TESTS = (
 rest of the suite looks at sockets, processes and figures, where versions of packages hardly matter."""
 
 
+INSTALL_S = 900.0
+"""Seconds that one step of an installation may take."""
+
+
 def table() -> dict:
     """The environments, by name."""
     return tomllib.loads((ROOT / "constraints" / "versions.toml").read_text())
@@ -83,7 +87,11 @@ def interpreter(version: str) -> str:
 
 
 def environment(name: str, folder: Path) -> Path:
-    """The Python of an environment, which is made if it is not there as the table wants it."""
+    """The Python of an environment, which is made if it is not there as the table wants it.
+
+    Raises:
+        SystemExit: it cannot be made here; the message says why.
+    """
     if name == TODAY:
         return Path(sys.executable)
     wanted = table()[name]
@@ -95,14 +103,21 @@ def environment(name: str, folder: Path) -> Path:
         return python
     command = interpreter(wanted["python"])
     print(f"installing {name} into {here} ({wanted['reason']}) ...", file=sys.stderr, flush=True)
-    subprocess.run([command, "-m", "venv", str(here)], check=True)
+    _install([command, "-m", "venv", str(here)])
     fixed = here / "constraints.txt"
     fixed.write_text("\n".join(wanted["packages"]) + "\n")
     pip = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--upgrade", "pip"], check=True)
-    subprocess.run([*pip, "-c", str(fixed), "-e", ".[gpu,transformers,test]"], check=True, cwd=ROOT)
+    _install([*pip, "--upgrade", "pip"])
+    _install([*pip, "-c", str(fixed), "-e", ".[gpu,transformers,test]"])
     stamp.write_text(digest)
     return python
+
+
+def _install(command: list[str]):
+    try:
+        subprocess.run(command, check=True, cwd=ROOT, timeout=INSTALL_S)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        sys.exit(f"cannot install it: {error}")
 
 
 def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
@@ -169,6 +184,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"environments: {', '.join([*table(), TODAY])}")
     parser.add_argument("--smoke", action="store_true", help="the shortest tests; nothing is kept")
+    parser.add_argument("--or-skip", action="store_true", help="skip what cannot be installed here, and say why")
     parser.add_argument("--keep", action="store_true", help="keep it all the same")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-versions", help="where environments are made")
     parser.add_argument("--limit", type=float, default=3600, help="seconds that tests of one environment may take")
@@ -178,7 +194,13 @@ def main() -> int:
         parser.error(f"no environment {unknown[0]!r}: {', '.join([*table(), TODAY])}")
     failed = 0
     for name in names:
-        python = environment(name, given.folder)
+        try:
+            python = environment(name, given.folder)
+        except SystemExit as error:
+            if not given.or_skip:
+                raise
+            print(f"{name}: skipped: {error}")
+            continue
         row = run(name, python, given.smoke, given.limit)
         failed += row["failed"]
         print(f"{name}: {row['passed']} passed, {row['failed']} failed, {row['skipped']} skipped, {row['seconds']} s")
