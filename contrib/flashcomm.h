@@ -20,11 +20,10 @@
 #include <string.h>
 
 typedef struct {
-    int dtype, dims; /* dtype: 0 bf16, 1 fp16, 2 fp32 */
+    int dtype, dims, bits, group, scale, exponent, fp16, fp32; /* dtype: 0 bf16, 1 fp16, 2 fp32; scale: bytes a group */
     uint64_t rows, body_bytes;
     uint32_t cols;
     char spec[256], kind; /* kind: i int, s symmetric int, m small float, e entropy-coded, l lossless, c cast */
-    int bits, group, exponent, fp16, fp32;
     const uint8_t *body;
 } flashcomm_header;
 
@@ -34,15 +33,11 @@ static uint64_t fc_number(const uint8_t *at, int bytes) {
     return n;
 }
 
-static float fc_float(uint32_t pattern) {
-    float value;
-    memcpy(&value, &pattern, 4);
-    return value;
-}
+static float fc_float(uint32_t bits) { union { uint32_t bits; float value; } both = {bits}; return both.value; }
 
 static float fc_half(uint32_t h) {
     int exponent = h >> 10 & 31, mantissa = h & 1023;
-    float value = exponent ? ldexpf((float)(mantissa + 1024), exponent - 25) : ldexpf((float)mantissa, -24);
+    float value = ldexpf((float)(exponent ? mantissa + 1024 : mantissa), (exponent ? exponent : 1) - 25);
     if (exponent == 31) value = mantissa ? NAN : INFINITY;
     return h >> 15 ? -value : value;
 }
@@ -77,19 +72,20 @@ static int fc_code(const uint8_t *codes, uint64_t i, uint64_t cols, int bits) {
 
 /* Read h->spec; 1 if it is not known here. */
 static int fc_parse(flashcomm_header *h) {
-    static const struct { const char *name; int bits, exponent; } small[] = {
+    static const struct { const char *name; int bits, exp; } small[] = {
         {"mxfp4", 4, 2}, {"mxfp6_e2m3", 6, 2}, {"mxfp6_e3m2", 6, 3}, {"mxfp8_e4m3", 8, 4}, {"mxfp8_e5m2", 8, 5}};
     const char *spec = h->spec;
     char rest[4] = "";
-    h->kind = 0, h->bits = h->group = h->exponent = h->fp16 = h->fp32 = 0;
+    h->kind = 0, h->bits = h->group = h->scale = h->exponent = h->fp16 = h->fp32 = 0;
     for (size_t i = 0; i < sizeof small / sizeof *small; i++)
         if (!strcmp(spec, small[i].name))
-            return h->kind = 'm', h->bits = small[i].bits, h->exponent = small[i].exponent, h->group = 32, 0;
+            return h->kind = 'm', h->group = 32, h->scale = 1, h->bits = small[i].bits, h->exponent = small[i].exp, 0;
     if (!strcmp(spec, "bf16") || !strcmp(spec, "fp32")) return h->kind = 'c', h->fp32 = *spec == 'f', 0;
     if (!strcmp(spec, "lossless") || !strcmp(spec, "lossless_fp16")) return h->kind = 'l', h->fp16 = spec[8] != 0, 0;
-    if (sscanf(spec, "int%1dg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 'i';
-    else if (sscanf(spec, "int%1dsg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 's';
-    else if (sscanf(spec, "fp8g%8d%1s", &h->group, rest) == 1) h->kind = 'm', h->bits = 8, h->exponent = 4, h->fp32 = 1;
+    if (sscanf(spec, "int%1dg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 'i', h->scale = 4;
+    else if (sscanf(spec, "int%1dsg%8d%1s", &h->bits, &h->group, rest) == 2) h->kind = 's', h->scale = 2;
+    else if (sscanf(spec, "fp8g%8d%1s", &h->group, rest) == 1)
+        h->kind = 'm', h->bits = 8, h->exponent = 4, h->scale = 4, h->fp32 = 1;
     else if (!strncmp(spec, "ec", 2) && strlen(spec) < 9 && strspn(spec + 2, "0123456789.") == strlen(spec + 2)) {
         h->bits = (int)(8 * strtod(spec + 2, 0)); /* eighths of a bit per value */
         return h->kind = 'e', h->bits < 20 || h->bits > 80;
@@ -98,22 +94,17 @@ static int fc_parse(flashcomm_header *h) {
 }
 
 static uint64_t fc_row_bytes(const flashcomm_header *f, uint64_t cols) {
-    uint64_t groups = f->group ? (cols + f->group - 1) / f->group : 0, bytes;
-    switch (f->kind) {
-    case 'i': return fc_code_bytes(cols, f->bits) + 4 * groups;
-    case 's': return fc_code_bytes(cols, f->bits) + 2 * groups;
-    case 'm': return fc_code_bytes(cols, f->bits) + (f->fp32 ? 4 : 1) * groups;
-    case 'e': return bytes = f->bits * cols / 64, cols == 0 ? 0 : bytes < 16 ? 16 : bytes;
-    case 'l': return cols ? 4 + 2 * cols : 0;
-    default: return (f->fp32 ? 4 : 2) * cols;
-    }
+    if (f->group) return fc_code_bytes(cols, f->bits) + (cols + f->group - 1) / f->group * f->scale;
+    if (f->kind == 'e') return cols == 0 ? 0 : f->bits * cols < 1024 ? 16 : f->bits * cols / 64;
+    if (f->kind == 'l') return cols ? 4 + 2 * cols : 0;
+    return (f->fp32 ? 4 : 2) * cols;
 }
 
 static void fc_int(const uint8_t *row, const flashcomm_header *f, uint64_t cols, float *out) {
     const uint8_t *meta = row + fc_code_bytes(cols, f->bits);
     int symmetric = f->kind == 's', last = symmetric && f->bits > 1 ? (1 << f->bits) - 2 : (1 << f->bits) - 1;
     for (uint64_t i = 0; i < cols; i++) {
-        const uint8_t *at = meta + i / f->group * (symmetric ? 2 : 4);
+        const uint8_t *at = meta + i / f->group * f->scale;
         float scale = fc_float((uint32_t)fc_number(at, 2) << 16);
         float zero = symmetric ? -(last / 2.0f) * scale : fc_float((uint32_t)fc_number(at + 2, 2) << 16);
         float product = (float)fc_code(row, i, cols, f->bits) * scale;
@@ -140,8 +131,7 @@ static const char *const fc_lengths[15] = {
     "2233355666799:::;;", "23333445566778899:::;;", "23333445566778899:;;;;;;", "3333344445566778899:;;;;;;",
     "33334444455566677778999:::;;;;;;", "333444444555566666777888999:::;;;;;;",
     "344444444455555666666777788889999:::;;;;;;;;;;", "4444444444555555566666777778888889999:::;;;;;;;;;;",
-    "4444444455555555566666666777777888888999999::::::;;;;;;;;;;:"
-};
+    "4444444455555555566666666777777888888999999::::::;;;;;;;;;;:"};
 static const uint32_t fc_mantissas[16] = {
     0x3F800000, 0x3F85A9D3, 0x3F8BA2F8, 0x3F91C9A7, 0x3F983DCF, 0x3F9F03F7, 0x3FA60E00, 0x3FAD5AB0,
     0x3FB4FA95, 0x3FBD05FA, 0x3FC559A6, 0x3FCE2981, 0x3FD73CB0, 0x3FE0C3E3, 0x3FEAB2F0, 0x3FF52736};
@@ -153,14 +143,11 @@ static int fc_bit(const uint8_t *row, uint64_t bytes, int64_t at) {
 }
 
 static void fc_entropy(const uint8_t *row, uint64_t bytes, uint64_t cols, float *out) {
-    uint32_t head = (uint32_t)fc_number(row, 3), k = head & 4095, table = head >> 12 & 63, width = head >> 18 & 31;
-    int raw, pairs = cols < 1024 ? 1 : 2, entry = 3 + (pairs == 1 ? 0 : bytes < 65536 ? 2 : 4);
-    if (k == 0 || k > 4032) {
-        for (uint64_t i = 0; i < cols; i++) out[i] = k ? NAN : 0;
-        return;
-    }
-    table = table > 42 ? 42 : table;
-    raw = table > 14 ? ((int)table - 11) / 4 : 0;
+    uint32_t head = (uint32_t)fc_number(row, 3), k = head & 4095, width = head >> 18 & 31;
+    int table = (int)fc_least(head >> 12 & 63, 42), raw = table > 14 ? (table - 11) / 4 : 0;
+    int pairs = cols < 1024 ? 1 : 2, entry = 3 + (pairs == 1 ? 0 : bytes < 65536 ? 2 : 4);
+    for (uint64_t i = 0; i < cols; i++) out[i] = k ? NAN : 0;
+    if (k == 0 || k > 4032) return;
     const char *lengths = fc_lengths[table - 4 * raw];
     int codes[65] = {0}, limit = (int)strlen(lengths) - 1; /* the escape is the last symbol */
     for (int length = 1, word = 0; length <= 11; length++, word <<= 1)
@@ -196,21 +183,16 @@ static void fc_entropy(const uint8_t *row, uint64_t bytes, uint64_t cols, float 
 }
 
 static void fc_lossless(const uint8_t *row, uint64_t bytes, int fp16, uint64_t cols, float *out) {
-    uint64_t octets = (cols + 7) / 8, escape = 5 + cols + (fp16 ? 6 : 3) * octets;
-    int zeros = bytes == 4, raw = bytes == 4 + 2 * cols, broken = !zeros && !raw && bytes < escape;
+    uint64_t planes = fp16 ? 6 : 3, octets = (cols + 7) / 8, escape = 5 + cols + planes * octets;
+    int raw = bytes == 4 + 2 * cols, coded = !raw && bytes >= escape; /* else zeros, or broken */
     for (uint64_t i = 0; i < cols; i++) {
         uint32_t pattern = raw ? (uint32_t)fc_number(row + 4 + 2 * i, 2) : 0;
-        if (!raw && !zeros && !broken) {
-            uint32_t top = row[5 + i], code = 0, low = 0;
-            for (int b = 0; b < (fp16 ? 6 : 3); b++) {
-                uint32_t bit = row[5 + cols + b * octets + i / 8] >> i % 8 & 1;
-                b < 3 ? (code |= bit << b) : (low |= bit << (b - 3));
-            }
-            uint32_t exponent = code < 7 ? row[4] + code : escape < bytes ? row[escape] : 0;
-            escape += code == 7;
-            exponent &= fp16 ? 31 : 255;
-            pattern = fp16 ? (top & 128) << 8 | exponent << 10 | (top & 127) << 3 | low
-                           : (top & 128) << 8 | exponent << 7 | (top & 127);
+        if (coded) {
+            uint32_t top = row[5 + i], code = 0; /* three bits of the exponent, then the low ones of fp16's mantissa */
+            for (uint64_t b = 0; b < planes; b++) code |= (row[5 + cols + b * octets + i / 8] >> i % 8 & 1u) << b;
+            uint32_t exponent = code % 8 < 7 ? row[4] + code % 8 : escape < bytes ? row[escape++] : 0;
+            pattern = fp16 ? (top & 128) << 8 | (exponent & 31) << 10 | (top & 127) << 3 | code >> 3
+                           : (top & 128) << 8 | (exponent & 255) << 7 | (top & 127);
         }
         out[i] = fp16 ? fc_half(pattern) : fc_float(pattern << 16);
     }
@@ -224,8 +206,7 @@ static int flashcomm_read(const uint8_t *data, size_t size, flashcomm_header *h)
     uint64_t start = (32 + (uint64_t)data[7] + (h->dims > 2 ? 8 * (h->dims - 1) : 0) + 15) / 16 * 16;
     if (size < start || size - start != h->body_bytes) return 1;
     if (fc_crc(fc_crc(0, data, 28), data + 32, size - 32) != fc_number(data + 28, 4)) return 1;
-    memcpy(h->spec, data + 32, data[7]), h->spec[data[7]] = 0;
-    h->body = data + start;
+    memcpy(h->spec, data + 32, data[7]), h->spec[data[7]] = 0, h->body = data + start;
     if (fc_parse(h)) return 1;
     uint64_t width = fc_row_bytes(h, h->cols);
     if (width == 0 || h->rows == 0) return h->body_bytes != 0;
