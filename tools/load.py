@@ -15,15 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import versions
 
 from flashcomm import machine
+from flashcomm.report.rows import write_json
 
 RESULTS = versions.ROOT / "results" / "load_cpu.json"
 STARTS = re.compile(r"\b(import ranks|multiprocessing|Popen|LaunchConfig|lab import|forked_launch|CliRunner)\b")
 """Signs in a test file that it starts ranks or servers, which run beside it."""
+_BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 
 def files() -> list[str]:
@@ -39,28 +42,25 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="how many times the tests run")
     parser.add_argument("--workers", type=int, default=2, help="how many tests run at once")
     given = parser.parse_args()
-    tests, rows = files(), []
+    tests, rows, code = files(), [], 0
     cores = len(os.sched_getaffinity(0))
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            report = Path(folder, "report.xml")
-            for number in range(1, given.rounds + 1):
-                start = time.monotonic()
-                command = [sys.executable, "-m", "pytest", "-n", str(given.workers), f"--junitxml={report}", *tests]
-                code = subprocess.run(command, cwd=versions.ROOT).returncode
-                row = {"round": number, "files": len(tests), **versions.counts(versions.cases(report))}
-                rows.append({**row, "busy": cores, "seconds": round(time.monotonic() - start)})
-                print(rows[-1], flush=True)
-                if code:
-                    return code
-    finally:
-        for process in busy:
-            process.kill()
-        # Not before: the tests compare the files in results/ with their tables.
-        versions.write(RESULTS, {"op": "load", "machine": machine.describe(), "rows": rows})
-        subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
-    return 0
+    with ExitStack() as stack:
+        report = Path(stack.enter_context(tempfile.TemporaryDirectory()), "report.xml")
+        for _ in range(cores):
+            busy = subprocess.Popen([sys.executable, "-c", _BUSY, str(os.getpid())])
+            stack.callback(busy.kill)
+        while len(rows) < given.rounds and not code:
+            start = time.monotonic()
+            report.unlink(missing_ok=True)
+            command = [sys.executable, "-m", "pytest", "-n", str(given.workers), f"--junitxml={report}", *tests]
+            code = subprocess.run(command, cwd=versions.ROOT).returncode
+            row = {"round": len(rows) + 1, "files": len(tests), **versions.counts(versions.cases(report))}
+            rows.append({**row, "busy": cores, "seconds": round(time.monotonic() - start)})
+            print(rows[-1], flush=True)
+    # Not before: the tests compare the files in results/ with their tables.
+    write_json(RESULTS, {"op": "load", "machine": machine.describe(), "rows": rows})
+    subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
+    return code
 
 
 if __name__ == "__main__":

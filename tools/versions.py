@@ -51,10 +51,6 @@ TESTS = (
 rest of the suite looks at sockets, processes and figures, where versions of packages hardly matter."""
 
 
-INSTALL_S = 900.0
-"""Seconds that one step of an installation may take."""
-
-
 def table() -> dict:
     """The environments, by name."""
     return tomllib.loads((ROOT / "constraints" / "versions.toml").read_text())
@@ -114,10 +110,20 @@ def environment(name: str, folder: Path) -> Path:
 
 
 def _install(command: list[str]):
+    """Run a step of an installation.
+
+    Raises:
+        SystemExit: this machine cannot do it, for want of a package index, room or an interpreter.
+        RuntimeError: nobody can, since the wanted versions exclude each other.
+    """
     try:
-        subprocess.run(command, check=True, cwd=ROOT, timeout=INSTALL_S)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    except OSError as error:
         sys.exit(f"cannot install it: {error}")
+    if "ResolutionImpossible" in done.stderr:
+        raise RuntimeError(done.stderr)
+    if done.returncode:
+        sys.exit(f"cannot install it: {done.stderr.strip()}")
 
 
 def run(name: str, python: Path, smoke: bool, limit_s: float) -> dict:
@@ -165,18 +171,14 @@ PACKAGES = ("python", "torch", "triton", "numpy", "numba", "transformers")
 def keep(row: dict):
     """Put a row in place of the one of its environment, also in docs/: a test compares them."""
     from flashcomm import machine
+    from flashcomm.report.rows import write_json
 
     kept = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     order = [*table(), TODAY]
     rows = [row, *(other for other in kept if other["environment"] != row["environment"])]
     rows.sort(key=lambda one: order.index(one["environment"]))
-    write(RESULTS, {"op": "versions", "machine": machine.describe(), "rows": rows})
+    write_json(RESULTS, {"op": "versions", "machine": machine.describe(), "rows": rows})
     subprocess.run([sys.executable, str(ROOT / "tools" / "make_docs.py")], check=True)
-
-
-def write(path: Path, document: dict):
-    """Write a document of results/."""
-    path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def main() -> int:

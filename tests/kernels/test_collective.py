@@ -246,6 +246,8 @@ def test_it_is_off_unless_switched_on(monkeypatch):
     assert collective.prepare(task, World(2).peers[0]) is None
     monkeypatch.setattr(collective.cuda, "why_not", lambda codec: None)
     assert collective.prepare(task, World(2).peers[0]) is not None
+    uneven = dataclasses.replace(task, name="all_gather", sizes=(4, 0))
+    assert collective.prepare(uneven, World(2).peers[0]) is None
 
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")

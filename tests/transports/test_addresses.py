@@ -86,13 +86,7 @@ def start():
         def start(host: str, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", host, sys.executable, "-c", script, *arguments],
-                env={
-                    **kept,
-                    "PYTHONPATH": SOURCES,
-                    "OMP_NUM_THREADS": "1",
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",
-                    **variables,
-                },
+                env={**kept, **variables},
                 stdout=subprocess.PIPE,
                 text=True,
             )

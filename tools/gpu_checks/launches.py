@@ -9,7 +9,6 @@ import random
 import statistics
 import subprocess
 import sys
-import types
 from contextlib import nullcontext
 from functools import partial
 
@@ -17,6 +16,7 @@ import torch
 
 from flashcomm import codecs, kernels
 from flashcomm.codecs import Codec
+from flashcomm.transports.base import Task
 from gpu_checks.kernels import SCRIPT
 from gpu_checks.measuring import DEVICE, DRY, device_ms, differing, note, summed, synchronize, values
 
@@ -202,7 +202,7 @@ def fused():
     """Compare bits with 2, 4 and 8 ranks, and note times over sizes and programs."""
     worlds = (1,) if DRY else (2, 4, 8)
     if not DRY:
-        jobs = [(*case, algorithm, ranks) for ranks in worlds for case in CASES for algorithm in _algorithms(case[0])]
+        jobs = [(*case, ranks) for ranks in worlds for case in CASES]
         with multiprocessing.get_context("spawn").Pool(_COMPILERS) as pool:
             pool.map(_compile, jobs, chunksize=1)
     table: dict[str, float] = {}
@@ -226,20 +226,11 @@ def fused():
         print(f"{name:48s} {us:9.1f} us")
 
 
-def _compile(job: tuple[str, int, str, int]):
-    """Put one kernel into Triton's cache on disk, in a worker, without a launch."""
-    from flashcomm.transports.symmetric import exchange, launch
+def _compile(job: tuple[str, int, int]):
+    """Put the kernels of a codec into Triton's cache on disk, in a worker, without a launch."""
+    from flashcomm.transports.symmetric import launch
 
-    class Warm:
-        def __init__(self, kernel):
-            self.kernel = kernel
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: self.kernel.warmup(*args, grid=grid, **options)
-
-    spec, cols, algorithm, ranks = job
-    launch.exchange = types.SimpleNamespace(one_step=Warm(exchange.one_step), two_step=Warm(exchange.two_step))
-    x = torch.zeros(33, cols, dtype=torch.bfloat16, device=DEVICE)
+    spec, cols, ranks = job
     peers = launch.Peers(
         rank=0,
         buffers=torch.zeros(ranks, dtype=torch.int64, device=DEVICE),
@@ -247,7 +238,11 @@ def _compile(job: tuple[str, int, str, int]):
         epochs=torch.zeros(2, 16, dtype=torch.int32, device=DEVICE),
         lost=torch.zeros(1, dtype=torch.int32, pin_memory=True),
     )
-    launch.all_reduce(x, codecs.parse(spec), peers, torch.empty_like(x), algorithm)
+    task = Task(
+        name="two_step", codec=codecs.parse(spec), rows=33, cols=cols, dtype=torch.bfloat16, out_dtype=torch.bfloat16,
+        device=torch.device(DEVICE),
+    )  # fmt: skip
+    launch.load(task, peers)
 
 
 def _wrong_sums(world: World, where: str, codec: Codec, cols: int, algorithm: str) -> list[str]:

@@ -203,7 +203,8 @@ def sent_bytes(name: str, codec: Codec, x: torch.Tensor, ranks: int, sent_rows: 
 
 def serves(task: Task, ranks: int) -> bool:
     """Whether one launch serves a task, from facts that all ranks share."""
-    if why_not(task.name, task.codec, task.cols, ranks) or task.out_dtype != task.dtype:
+    # Parts that differ in length are not what the ranks share.
+    if task.sizes or why_not(task.name, task.codec, task.cols, ranks) or task.out_dtype != task.dtype:
         return False
     return bool(task.rows or task.splits) and not any(cuda.why_not(single) for single in task.codec.formats)
 

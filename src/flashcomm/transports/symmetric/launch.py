@@ -209,14 +209,17 @@ def serves(task: Task) -> bool:
 def load(task: Task, peers: Peers):
     """Compile what sums of any number of rows like those of the task need, which launches nothing."""
     length = row_length(task.cols, task.codec)
-    x = torch.empty(1, length or 0, dtype=task.dtype, device=task.device)
+    assert length is not None
+    x = torch.empty(1, length, dtype=task.dtype, device=task.device)
     first, second = task.codec.formats
     for algorithm, kernel in _KERNELS.items():
         if algorithm == "one_step" and first != second:
             continue  # it has one format
         arguments, constants = _call(x, x, task.codec, peers, algorithm)
         with gpu.on_device(x):
-            kernel.warmup(*arguments, grid=(peers.blocks,), **constants)
+            compiled = kernel.warmup(*arguments, grid=(peers.blocks,), **constants)
+            if compiled is not None:
+                compiled.run  # noqa: B018 - puts the code on the device, which the first launch would do
 
 
 def prepare(task: Task, peers: Peers) -> OnRows | None:
