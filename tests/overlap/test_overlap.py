@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,10 @@ def more_of(mask):
     ids=lambda x: getattr(x, "__name__", x),
 )
 def test_answers_are_those_of_an_unsplit_prompt(release, name, tmp_path):
+    if name == "qwen_moe" and version("transformers").startswith("5.0."):
+        pytest.skip(
+            "transformers 5.0 asks torch for a device that is a bare number, so no mixture of experts loads on a CPU"
+        )
     release().run(same_answers, name, str(tmp_path))
 
 
