@@ -383,16 +383,17 @@ def planned():
             assert len(promises.everyone(overlap.profiles[key])) == dist.get_world_size()
             assert len(set(promises.everyone(overlap.profiles[key]))) == 1
             segments = overlap.profiles[key].segments
-            assert len(segments) == 4
-            assert overlap.profiles[key].layers == 8
+            # transformers 5.0 leaves the embedding whole, so nothing stands before the layers.
+            count = 17 if version("transformers").startswith("5.0.") else 18
+            assert (len(segments), overlap.profiles[key].layers) == ((17, 1) if count == 17 else (4, 8))
             assert segments[1] != segments[2]
-            slow = Profile(segments=(Line(token_s=1e-6),) * 18, sum=Line(token_s=1e-6))
+            slow = Profile(segments=(Line(token_s=1e-6),) * count, sum=Line(token_s=1e-6))
             for link, how in ((1.0, "3 parts"), (1e-3, "in one piece: parts would not be faster")):
                 overlap.profiles[key] = Profile(segments=slow.segments, sum=Line(token_s=1e-6 * link))
                 flashcomm.reset_stats()
                 got = model(ids(1, 1000), use_cache=False).logits
                 assert flashcomm.stats()["prefills"] == {how: 1}
-                assert math.isclose(flashcomm.stats()["prefill_ms"][how]["predicted"], 18.0, rel_tol=0.05)
+                assert math.isclose(flashcomm.stats()["prefill_ms"][how]["predicted"], count, rel_tol=0.05)
                 assert (got - want[1000]).abs().max() < NOISE * want[1000].abs().max()
             # Another codec costs something else.
             overlap.compression.codec = flashcomm.codec("int8g128")

@@ -236,11 +236,18 @@ def _cut_one(prompt: Prompt, mask: torch.Tensor, first: Any, view: Any, start: i
     """Cut one mask: [rows, keys], or [rows, heads, tokens, keys] of the keys that a layer of the cache returns."""
     if mask.ndim == 2:
         return mask[:, : prompt.before + start + size]
-    _, whole_offset = first.get_mask_sizes(prompt.tokens, layer)
-    length, offset = view.get_mask_sizes(size, layer)
+    _, whole_offset = _mask_sizes(first, prompt.tokens, layer)
+    length, offset = _mask_sizes(view, size, layer)
     cut = mask[:, :, start : start + size, offset - whole_offset :][..., :length]
     hidden = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.nn.functional.pad(cut, (0, length - cut.shape[-1]), value=hidden)
+
+
+def _mask_sizes(view: Any, tokens: int, layer: int) -> tuple[int, int]:
+    """Number of keys that a layer returns with `tokens` more tokens, and the position of the first."""
+    if "cache_position" in inspect.signature(view.get_mask_sizes).parameters:  # transformers 5.0, which counts them
+        return view.get_mask_sizes(torch.empty(tokens, dtype=torch.long, device="meta"), layer)
+    return view.get_mask_sizes(tokens, layer)
 
 
 def _view(prompt: Prompt, tokens: int) -> Any:
