@@ -20,7 +20,7 @@
 Channels of K differ in magnitude, a few of them much, and keep it over all tokens. So a group of neighbours that share
 a range, or exponents, is one of tokens in one channel, as in KIVI. `ec` and `nf` formats are an exception: a row of
 theirs has one step and a fixed number of bits. By token the large channels of a row may take more bits than the small
-ones; by channel every channel takes the same, which costs six times the KL (docs/kv.md has the figures).
+ones; by channel every channel takes the same, which costs six times the KL (docs/negative-results.md has the figures).
 
 Source: per-channel keys and per-token values are KIVI's (arXiv 2402.02750) and KVQuant's (arXiv 2401.18079); entropy
 coding of caches is CacheGen's (arXiv 2310.07240). The bytes are our own.

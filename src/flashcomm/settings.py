@@ -44,7 +44,7 @@ SETTINGS = {
         Setting("FLASHCOMM_CONNECTIONS", True, "send messages over TCP connections of our own instead of gloo's"),
         Setting("FLASHCOMM_FUSED", False, "all-reduce in one launch over symmetric GPU memory"),
         Setting("FLASHCOMM_COPIES", False, "send messages between the GPUs of a host by their copy engines"),
-        Setting("FLASHCOMM_TRITON", True, "use Triton kernels on GPUs"),
+        Setting("FLASHCOMM_TRITON", True, "use compiled kernels on GPUs, Triton's and those in CUDA C++"),
         Setting("FLASHCOMM_CUDA", False, "use CUDA C++ kernels on GPUs for the formats that have one"),
         Setting("FLASHCOMM_TUNING", "", "path of the file that 'flashcomm tune' writes"),
         Setting("FLASHCOMM_STATS", "", "folder for the counts of a server's workers; set by the server"),
@@ -52,6 +52,7 @@ SETTINGS = {
         Setting("FLASHCOMM_SOAK", "", "number of collectives of the soak test; read by the tests alone"),
         Setting("FLASHCOMM_FAULTS", "", "number of calls of the test with faults; read by the tests alone"),
         Setting("FLASHCOMM_FAULTS_LOG", "", "file for the log of the faults; read by the tests alone"),
+        Setting("FLASHCOMM_TEXTS", "", "number of texts of the test of pipeline stages; read by the tests alone"),
         Setting("FLASHCOMM_FUZZ_GROUPS", "", "number of groups of the codec fuzz test; read by the tests alone"),
     )
 }

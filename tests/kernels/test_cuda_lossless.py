@@ -5,6 +5,7 @@ import torch
 
 import values
 from flashcomm import codecs
+from flashcomm.kernels import routes
 
 pytest.importorskip("triton")
 import cuda_on_cpu
@@ -113,6 +114,11 @@ def test_which_formats_and_directions(spec, kernel, most_ranks, monkeypatch):
     codec = codecs.parse(spec)
     assert cuda.why_not(codec) is None
     assert cuda.spell(codec) is None
+    monkeypatch.setattr(routes, "route", routes.route.__wrapped__)
+    assert routes.route(codec, "cuda")[0] == "cuda"
+    # So that `stats()` counts it, `strict` refuses it, and `auto` does not take it unasked.
+    assert routes.missing(codec, "cuda") == "compiled for this GPU to decode; the torch specification encodes"
+    assert routes.missing(codecs.parse("int8g128"), "cuda") is None
     started = []
     monkeypatch.setattr(launch, "_start", lambda kind, name, *_: started.append(name))
     x = torch.randn(3, 64).bfloat16()

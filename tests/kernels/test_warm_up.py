@@ -40,8 +40,8 @@ class Looked:
         from triton.runtime.jit import JITFunction, create_function_from_signature
 
         # The arguments of its decorator, as the interpreter keeps them.
-        settings = kernel.do_not_specialize if isinstance(kernel, JITFunction) else kernel.kwargs["do_not_specialize"]
-        kernel = JITFunction(kernel.fn, do_not_specialize=settings)
+        if not isinstance(kernel, JITFunction):
+            kernel = JITFunction(kernel.fn, **kernel.rewriter.kwargs)
         target = make_backend(GPUTarget("cuda", 90, 32))
         self._bind = create_function_from_signature(kernel.signature, kernel.params, target)
         self.variants, self.launches = set(), 0

@@ -51,7 +51,7 @@ def measure_accuracy(
     caches: Annotated[
         bool, typer.Option("--kv", help="Measure codecs of key/value caches, from prefill to decode, not of sums.")
     ] = False,
-    codecs: Annotated[str, typer.Option(help="Comma-separated codecs; plain and the floor are always measured.")] = (
+    codecs: Annotated[str, typer.Option(help="Comma-separated codecs, besides plain and the floor of sums.")] = (
         "ec8,int8g128+hadamard,int8g128,fp8g128,ec6,int6g128+hadamard,int6g128,ec5,int5g128+hadamard,"
         "ec4.25,int4g128+hadamard,nvfp4,int4g128,mxfp4,ec3.5"
     ),

@@ -66,7 +66,7 @@ def demo(
     ),
     json_file: Json = None,
 ):
-    """Run a real model tensor parallel with every codec, and show what each costs and saves."""
+    """Run a model tensor parallel, the bundled one if none is given, and show what each codec costs and saves."""
     from flashcomm import machine
     from flashcomm.lab import launch
 

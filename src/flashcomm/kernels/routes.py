@@ -14,6 +14,7 @@ from flashcomm.codecs import Cast, Codec, Plain
 
 _log = logging.getLogger("flashcomm.kernels")
 
+DECODED_ONLY = "compiled for this GPU to decode; the torch specification encodes"
 _LEAST_TRITON = (3, 4)
 """The first Triton with `tl.gather` and the source of a kernel as `gpu` describes it."""
 
@@ -32,7 +33,7 @@ def route(codec: Codec, device_type: str) -> tuple[str, str]:
         from flashcomm.kernels.gpu import cuda
 
         if cuda.why_not(codec) is None:
-            return "cuda", "compiled for this GPU"
+            return "cuda", "compiled for this GPU" if cuda.spell(codec) else DECODED_ONLY
         refusal = gpu.why_not(codec)
         return ("torch", refusal) if refusal else ("triton", "compiled for this GPU")
     if device_type != "cpu":
@@ -61,9 +62,10 @@ def _without_triton() -> str | None:
 
 
 def missing(codec: Codec, device_type: str) -> str | None:
-    """Why `codec` has no kernel and runs on the specification; None if it has one, or needs none as a cast."""
+    """Why the specification encodes `codec`, or runs all of it; None if there are kernels, or needs none as a cast."""
     backend, why = route(codec, device_type)
-    return why if backend == "torch" and not isinstance(codec, Plain | Cast) else None
+    slow = backend == "torch" or why == DECODED_ONLY
+    return why if slow and not isinstance(codec, Plain | Cast) else None
 
 
 @lru_cache(maxsize=4096)

@@ -13,7 +13,7 @@ import torch
 from flashcomm import codecs
 from flashcomm.codecs import Codec, Plain
 from flashcomm.kernels import eager, verbs
-from flashcomm.kernels.routes import any_missing, load
+from flashcomm.kernels.routes import DECODED_ONLY, any_missing, load
 
 _ALIGNED = 16
 
@@ -50,7 +50,7 @@ def warm_up(
         return []
     if not hidden:
         raise ValueError("kernels of GPUs are compiled for a length of rows: give hidden, the values of a token")
-    if any_missing(codec, device.type) or isinstance(codec, Plain):
+    if any_missing(codec, device.type) not in (None, DECODED_ONLY) or isinstance(codec, Plain):
         return []
     return _call_all(codec, hidden, dtype, device)
 

@@ -27,7 +27,7 @@ CODECS = ("none", "int8g128", "int6g128", "int5g128", "int4g32", "int4g128")
 CPU_CODECS = ("none", "int8g128", "ec6", "int6g128+hadamard", "int5g128+hadamard", "ec4.25", "int4g128+hadamard")
 """Codecs to compare on CPUs: those that real models want (docs/accuracy.md)."""
 SAFE_CODEC = "int8g128"
-"""The codec that needs no measurement of its accuracy first: docs/accuracy.md."""
+"""The codec that is advised without a measurement of the model: it cost a real one 0.5 % of perplexity."""
 WORTH = 1.05
 """Speedup of the first token from which a codec, or parts, are advised."""
 
