@@ -47,8 +47,8 @@ results/all_reduce_lab4_10gbit.md."""
 CPU_CODEC_BYTES_S = 3.1e9
 """Bytes per second that a core encodes, sends, adds up and decodes, in and out of its codecs: the same 20 ms."""
 CPU_LOSSLESS_BYTES_S = 1.5e9
-"""The same of ``lossless``, whose kernels take 2.5 times as long as those of int8g128 (results/codec_cpu.md), with the
-share of a transfer, which is alike."""
+"""The same of ``lossless``, an estimate: its kernels take 2.5 times as long as those of int8g128 (results/codec_cpu.md),
+and sending takes as long."""
 _BITS = (4.25, 8.25)
 _CPU_PIECES = (1, 3, 6, MOST_PIECES)
 
