@@ -1,11 +1,13 @@
 """Test under load: `make test-load`.
 
-    python tools/load.py               ten rounds
-    python tools/load.py --rounds 2    two
+    python tools/load.py                  ten rounds
+    python tools/load.py --rounds 2       two
+    python tools/load.py tests/engines    tests that `make test` leaves out, such as vLLM's servers
 
-Runs every test file that starts ranks or servers, in two workers, while a busy process for each core takes its share.
-A test that waits for time to pass, where it should wait for an event, fails in one of the rounds, which ends the run.
-The rounds are kept in results/load_cpu.json.
+Runs the tests that start ranks or servers, while a busy process for each core takes its share. A test that waits for
+time to pass, where it should wait for an event, fails in one of the rounds, which ends the run. The first round runs
+all tests of the files that may start some, and finds out which tests do (tools/starting.py); the others run these
+alone. The rounds are kept in results/load_cpu.json, those of engines in results/load_engines_cpu.json.
 """
 
 import argparse
@@ -23,15 +25,15 @@ import versions
 from flashcomm import machine
 from flashcomm.report.rows import write_json
 
-RESULTS = versions.ROOT / "results" / "load_cpu.json"
+TESTS = versions.ROOT / "tests"
 STARTS = re.compile(r"\b(import ranks|multiprocessing|Popen|LaunchConfig|lab import|forked_launch|CliRunner)\b")
-"""Signs in a test file that it starts ranks or servers, which run beside it."""
+"""Signs in a test file that it may start ranks or servers."""
 _BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 
 def files() -> list[str]:
-    """The test files that start ranks or servers, as paths in the repository; engines are tested elsewhere."""
-    found = sorted((versions.ROOT / "tests").rglob("test_*.py"))
+    """The test files that may start ranks or servers, as paths in the repository; engines have to be asked for."""
+    found = sorted(TESTS.rglob("test_*.py"))
     names = [str(path.relative_to(versions.ROOT)) for path in found if STARTS.search(path.read_text())]
     return [name for name in names if not name.startswith("tests/engines")]
 
@@ -39,26 +41,35 @@ def files() -> list[str]:
 def main() -> int:
     """Run the rounds; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tests", nargs="*", help="files or folders of tests; all but engines where none is given")
     parser.add_argument("--rounds", type=int, default=10, help="how many times the tests run")
     parser.add_argument("--workers", type=int, default=2, help="how many tests run at once")
     given = parser.parse_args()
-    tests, rows, code = files(), [], 0
+    name = "load_engines_cpu" if given.tests else "load_cpu"
+    tests, rows, code = given.tests or files(), [], 0
+    path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
-        report = Path(stack.enter_context(tempfile.TemporaryDirectory()), "report.xml")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        report, starting = folder / "report.xml", folder / "starting.txt"
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "STARTING_TESTS": str(starting)}
         for _ in range(cores):
             busy = subprocess.Popen([sys.executable, "-c", _BUSY, str(os.getpid())])
             stack.callback(busy.kill)
+        command = [sys.executable, "-m", "pytest", "-p", "starting", f"--junitxml={report}"]
+        if given.workers > 1:
+            command += ["-n", str(given.workers)]
         while len(rows) < given.rounds and not code:
             start = time.monotonic()
             report.unlink(missing_ok=True)
-            command = [sys.executable, "-m", "pytest", "-n", str(given.workers), f"--junitxml={report}", *tests]
-            code = subprocess.run(command, cwd=versions.ROOT).returncode
-            row = {"round": len(rows) + 1, "files": len(tests), **versions.counts(versions.cases(report))}
+            code = subprocess.run([*command, *tests], cwd=versions.ROOT, env=env).returncode
+            row = {"round": len(rows) + 1, **versions.counts(versions.cases(report))}
             rows.append({**row, "busy": cores, "seconds": round(time.monotonic() - start)})
             print(rows[-1], flush=True)
+            if len(rows) == 1:
+                tests = starting.read_text().splitlines()
     # Not before: the tests compare the files in results/ with their tables.
-    write_json(RESULTS, {"op": "load", "machine": machine.describe(), "rows": rows})
+    write_json(versions.ROOT / "results" / f"{name}.json", {"op": "load", "machine": machine.describe(), "rows": rows})
     subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
     return code
 
