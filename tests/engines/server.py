@@ -45,9 +45,12 @@ class Server:
         dtype: str = "bfloat16",
         env: "dict[str, str] | None" = None,
     ):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        # Kept until the end, so that nobody else is given the port; vLLM's own socket may have it too.
+        self._kept = socket.socket()
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            self._kept.setsockopt(socket.SOL_SOCKET, option, 1)
+        self._kept.bind(("127.0.0.1", 0))
+        self.port = self._kept.getsockname()[1]
         self.log = log
         self._before = set(SHARED.iterdir())
         self._argv = [
@@ -104,6 +107,7 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self._kept.close()
         in_use = _mapped()
         for left in set(SHARED.iterdir()) - self._before:
             if ("cpushm" in left.name or left.name.startswith("psm_")) and str(left) not in in_use:

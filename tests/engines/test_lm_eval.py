@@ -35,7 +35,7 @@ def evaluated(folder, codec: str):
     command += ["--model_args", f"pretrained={MODEL},codec={codec},max_length=512", "--tasks", "held_out"]
     command += ["--include_path", str(folder), "--batch_size", "1", "--output_path", str(folder / codec)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "cache")}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     files = list((folder / codec).rglob("results_*.json"))
     figure = json.loads(files[0].read_text())["results"]["held_out"]["bits_per_byte,none"] if files else None
     return done, figure

@@ -48,7 +48,6 @@ def process(role: str, store: str, **more) -> list[dict]:
     return json.loads(line.removeprefix("answers: "))
 
 
-@pytest.mark.timeout(1500)
 def test_what_one_process_prefills_another_one_decodes(tmp_path):
     computed = process("kv_producer", str(tmp_path))
     assert [one["cached"] for one in computed] == [0] * len(LENGTHS)

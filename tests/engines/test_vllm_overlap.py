@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from server import Server
-from test_vllm import greedy, logprobs, tokens
+from test_vllm import ended, greedy, logprobs, tokens
 
 from events import wait_for
 
@@ -75,9 +75,9 @@ def test_a_worker_lost_in_the_middle_of_parts_is_an_error(server):
     server.on_workers("flashcomm_overlap", 2)
     server.on_workers("flashcomm_die_in_a_part", 11)
     with ThreadPoolExecutor(4) as pool:
-        for answer in [pool.submit(server.complete, prompt, max_tokens=8) for prompt in prompts()[:4]]:
+        for answer in ended([pool.submit(server.complete, prompt, max_tokens=8) for prompt in prompts()[:4]]):
             with pytest.raises((OSError, http.client.HTTPException)):
-                answer.result(timeout=60)
+                answer.result()
     server.process.wait(60)
     assert "EngineDeadError" in server.printed()
 
