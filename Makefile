@@ -58,7 +58,7 @@ test-matrix: $(STAMP)  ## the tests that tell about versions, in all environment
 test-smoke: $(STAMP)  ## the shortest of them, in the oldest environment (four minutes, half of them for its 7 GB)
 	$(BIN)/python tools/versions.py --smoke --or-skip oldest
 
-test-load: $(STAMP)  ## the tests that start ranks, ten times beside a busy process for each core (three hours)
+test-load: $(STAMP)  ## the tests that start ranks, ten times beside a busy process for each core (two and a half hours)
 	$(BIN)/python tools/load.py
 
 test-gpu: $(STAMP)  ## what only a GPU can tell, in ten minutes; DRY=1 runs the logic of it on a CPU
