@@ -2,12 +2,13 @@
 
     python tools/load.py                  ten rounds
     python tools/load.py --rounds 2       two
-    python tools/load.py tests/engines    tests that `make test` leaves out, such as vLLM's servers
+    python tools/load.py tests/engines    vLLM's servers, which `make test` leaves out
 
 Runs the tests that start ranks or servers, while a busy process for each core takes its share. A test that waits for
 time to pass, where it should wait for an event, fails in one of the rounds, which ends the run. The first round runs
 all tests of the files that may start some, and finds out which tests do (tools/starting.py); the others run these
-alone. The rounds are kept in results/load_cpu.json, those of engines in results/load_engines_cpu.json.
+alone. The rounds are kept in results/load_cpu.json, those of engines in results/load_engines_cpu.json, and those of
+other tests nowhere.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import versions
 from flashcomm import machine
 from flashcomm.report.rows import write_json
 
-TESTS = versions.ROOT / "tests"
 STARTS = re.compile(r"\b(import ranks|multiprocessing|Popen|LaunchConfig|lab import|forked_launch|CliRunner)\b")
 """Signs in a test file that it may start ranks or servers."""
 _BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
@@ -33,7 +33,7 @@ _BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"
 
 def files() -> list[str]:
     """The test files that may start ranks or servers, as paths in the repository; engines have to be asked for."""
-    found = sorted(TESTS.rglob("test_*.py"))
+    found = sorted((versions.ROOT / "tests").rglob("test_*.py"))
     names = [str(path.relative_to(versions.ROOT)) for path in found if STARTS.search(path.read_text())]
     return [name for name in names if not name.startswith("tests/engines")]
 
@@ -41,11 +41,11 @@ def files() -> list[str]:
 def main() -> int:
     """Run the rounds; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tests", nargs="*", help="files or folders of tests; all but engines where none is given")
+    parser.add_argument("tests", nargs="*", help="files or folders of tests; all but engines if none is given")
     parser.add_argument("--rounds", type=int, default=10, help="how many times the tests run")
     parser.add_argument("--workers", type=int, default=2, help="how many tests run at once")
     given = parser.parse_args()
-    name = "load_engines_cpu" if given.tests else "load_cpu"
+    kept = {(): "load_cpu", ("tests/engines",): "load_engines_cpu"}.get(tuple(given.tests))
     tests, rows, code = given.tests or files(), [], 0
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0))
@@ -68,9 +68,11 @@ def main() -> int:
             print(rows[-1], flush=True)
             if len(rows) == 1:
                 tests = starting.read_text().splitlines()
-    # Not before: the tests compare the files in results/ with their tables.
-    write_json(versions.ROOT / "results" / f"{name}.json", {"op": "load", "machine": machine.describe(), "rows": rows})
-    subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
+    if kept:
+        # Not before: the tests compare the files in results/ with their tables.
+        document = {"op": "load", "machine": machine.describe(), "rows": rows}
+        write_json(versions.ROOT / "results" / f"{kept}.json", document)
+        subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
     return code
 
 
