@@ -61,5 +61,6 @@ def pytest_sessionfinish(session: pytest.Session):
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     fixtures = {name.partition("::")[0] for name, phases in _phases.items() if phases.get("setup")}
+    # In the order of their files, since the last tests of a file may end a server that the others share.
     names = (name for name, phases in _phases.items() if phases.get("call") or name.partition("::")[0] in fixtures)
-    Path(os.environ["STARTING_TESTS"]).write_text("".join(f"{name}\n" for name in sorted(names)))
+    Path(os.environ["STARTING_TESTS"]).write_text("".join(f"{name}\n" for name in names))

@@ -258,7 +258,8 @@ def test_a_failing_rank_ends_the_others_and_their_children():
 
 @real
 def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_GRACE_S", 0.3)
+    # As long as a busy machine may take to list what runs in one namespace.
+    monkeypatch.setattr(module, "_GRACE_S", 0.0)
     os.mkfifo(tmp_path / "ready")
     # Rank 0 fails when rank 1 ignores the signal; what a shell ignores, so does the program in its place.
     script = f"[ $RANK = 0 ] && read line < {tmp_path}/ready && exit 1; trap '' TERM; echo > {tmp_path}/ready; exec "

@@ -204,6 +204,7 @@ class Lab:
                 process.wait(max(0.0, end - time.monotonic()))
         _kill(self._hosts)
         for process in processes:
+            process.kill()
             process.wait()
 
     def counters(self) -> list[Traffic]:
@@ -276,11 +277,14 @@ def _remove(namespaces: Iterable[str]):
 def _kill(namespaces: Iterable[str]):
     end = time.monotonic() + _GRACE_S
     for name in namespaces:
-        # New processes may start while others are killed.
-        while (pids := _pids(name)) and time.monotonic() < end:
+        # New processes may start while others are killed. A busy machine may take long to list them, so they are killed
+        # once at least.
+        while pids := _pids(name):
             for pid in pids:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > end:
+                break
 
 
 def _pids(namespace: str) -> list[int]:
