@@ -3,6 +3,7 @@
     python tools/load.py                  ten rounds
     python tools/load.py --rounds 2       two
     python tools/load.py tests/engines    vLLM's servers, which `make test` leaves out
+    python tools/load.py --more           what is missing of ten rounds, after those that are kept
 
 Runs the tests that start ranks or servers, while a busy process for each core takes its share. A test that waits for
 time to pass, where it should wait for an event, fails in one of the rounds, which ends the run. The first round runs
@@ -12,6 +13,7 @@ other tests nowhere.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -43,10 +45,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", help="files or folders of tests; all but engines if none is given")
     parser.add_argument("--rounds", type=int, default=10, help="how many times the tests run")
+    parser.add_argument("--more", action="store_true", help="count the rounds that are kept, of this day or another")
     parser.add_argument("--workers", type=int, default=2, help="how many tests run at once")
     given = parser.parse_args()
-    kept = {(): "load_cpu", ("tests/engines",): "load_engines_cpu"}.get(tuple(given.tests))
-    tests, rows, code = given.tests or files(), [], 0
+    name = {(): "load_cpu", ("tests/engines",): "load_engines_cpu"}.get(tuple(given.tests))
+    kept = versions.ROOT / "results" / f"{name}.json" if name else None
+    if given.more and not (kept and kept.exists()):
+        parser.error("--more: no rounds of these tests are kept")
+    rows = json.loads(kept.read_text())["rows"] if kept and given.more else []
+    tests, code = given.tests or files(), 0
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0))
     with ExitStack() as stack:
@@ -59,20 +66,21 @@ def main() -> int:
         command = [sys.executable, "-m", "pytest", "-p", "starting", f"--junitxml={report}"]
         if given.workers > 1:
             command += ["-n", str(given.workers)]
-        while len(rows) < given.rounds and not code:
+        for number in range(len(rows) + 1, given.rounds + 1):
             start = time.monotonic()
             report.unlink(missing_ok=True)
             code = subprocess.run([*command, *tests], cwd=versions.ROOT, env=env).returncode
-            row = {"round": len(rows) + 1, **versions.counts(versions.cases(report))}
+            here = machine.describe()
+            row = {"round": number, "date": here["date"], "commit": here["commit"]}
+            row |= versions.counts(versions.cases(report))
             rows.append({**row, "busy": cores, "seconds": round(time.monotonic() - start)})
             print(rows[-1], flush=True)
-            if len(rows) == 1:
-                tests = starting.read_text().splitlines()
-    if kept:
-        # Not before: the tests compare the files in results/ with their tables.
-        document = {"op": "load", "machine": machine.describe(), "rows": rows}
-        write_json(versions.ROOT / "results" / f"{kept}.json", document)
-        subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
+            write_json(kept, {"op": "load", "machine": here, "rows": rows})
+            # The next round's tests may compare the rows with their table.
+            subprocess.run([sys.executable, str(versions.ROOT / "tools" / "make_docs.py")], check=True)
+            if code:
+                break
+            tests = starting.read_text().splitlines()
     return code
 
 
