@@ -168,6 +168,9 @@ def _meet(name: str, timeout_s: float, joins: bool):
     """Make the group of all ranks, with the backend of that name."""
     try:
         dist.init_process_group(name, timeout=timedelta(seconds=timeout_s))
+        if name == "gloo":
+            # A rank that leaves early, having nothing to send, would break the connections that others still make.
+            dist.barrier()
     except RuntimeError as error:
         if not joins:
             raise
