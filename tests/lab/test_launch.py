@@ -1,8 +1,14 @@
 """Ranks that meet, run a function and leave."""
 
+import multiprocessing
 import os
+import signal
+import sys
+import time
 
+import pytest
 import torch.distributed as dist
+from torch.distributed.elastic.metrics import api as metrics
 
 import ranks
 from events import asleep, wait_for
@@ -43,3 +49,24 @@ def test_no_rank_runs_and_leaves_while_another_one_connects():
     for process in processes:
         process.join()
         assert process.exitcode == 0
+
+
+class Clock:
+    """A clock that interrupts the launcher in the moment in which it begins to time a look at its ranks."""
+
+    def time(self) -> float:
+        caller = sys._getframe(1)
+        if caller.f_code.co_name == "wrapper" and caller.f_locals["f"].__name__ == "_monitor_workers":
+            os.kill(os.getpid(), signal.SIGINT)
+        return time.time()
+
+
+def test_ctrl_c_is_one_whatever_the_launcher_makes_of_it(forked_launch, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(metrics, "time", Clock())
+    try:
+        with pytest.raises(launch.Interrupted, match="all ranks have been stopped"):
+            launch.run(signal.pause, ranks=1)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not multiprocessing.active_children()

@@ -81,9 +81,12 @@ def run(function: Callable, args: tuple = (), *, ranks: int, timeout_s: float = 
         results = elastic_launch(config, _rank_main)(function, args, timeout_s)
     except ChildFailedError as error:
         raise RankError(_explain(error)) from None
-    except SignalException as stopped:
-        # The launcher turns Ctrl-C into an exception of its own, after it has stopped the ranks.
-        raise Interrupted(INTERRUPTED) from stopped
+    except Exception as error:
+        # The launcher turns Ctrl-C into an exception of its own, of which its stopwatches may make another one. It has
+        # stopped the ranks in any case.
+        if not _came_of_a_signal(error):
+            raise
+        raise Interrupted(INTERRUPTED) from error
     return [results[rank] for rank in range(ranks)]
 
 
@@ -225,6 +228,12 @@ def _lab_main(folder: Path, timeout_s: float):
 def _called(folder: Path):
     function, args = pickle.loads((folder / "call").read_bytes())
     return function(*args)
+
+
+def _came_of_a_signal(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, SignalException):
+        error = error.__context__
+    return error is not None
 
 
 def _explain(error: ChildFailedError) -> str:
