@@ -42,7 +42,9 @@ def test_no_rank_runs_and_leaves_while_another_one_connects():
     for process in processes:
         process.start()
     assert [pipe.recv() for pipe in pipes] == ["connected"] * 2
-    wait_for(lambda: pipes[1].poll() or asleep(processes[1].pid))
+    pid = processes[1].pid
+    assert pid
+    wait_for(lambda: pipes[1].poll() or asleep(pid))
     assert not pipes[1].poll()
     pipes[0].send("go on")
     assert [pipe.recv() for pipe in pipes] == ["runs"] * 2
