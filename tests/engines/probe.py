@@ -76,6 +76,19 @@ class Probe:
         vllm.worker.use(dataclasses.replace(vllm.worker.policy, overlap=overlap))
         return str(vllm.worker.policy)
 
+    def flashcomm_die(self, steps: int) -> str:
+        """Kill the second rank at the begin of a step, after as many."""
+        if self.rank == 1:
+            execute, left = self.execute_model, iter(range(steps))
+
+            def executing(*args, **kwargs):
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return execute(*args, **kwargs)
+
+            self.execute_model = executing
+        return "waiting"
+
     def flashcomm_die_in_a_part(self, sums: int) -> str:
         """Kill the second rank at one of the sums of the next step that runs in parts."""
         if self.rank == 1:

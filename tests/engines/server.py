@@ -117,30 +117,24 @@ class Server:
         """All that it has printed."""
         return self.log.read_text(errors="replace")
 
-    def workers(self) -> list[int]:
-        """Process ids of its ranks, in their order."""
-        found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    name = (entry / "cmdline").read_bytes().decode(errors="replace")
-                    session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
-                    if session == self.process.pid and "Worker" in name:
-                        found[name] = int(entry.name)
-        return [found[name] for name in sorted(found)]
-
-    def ask(self, path: str, body: "dict | None" = None, timeout_s: float = 120.0):
-        """What a POST of `body`, or a GET, returns: JSON, or text where it is none."""
+    @contextlib.contextmanager
+    def _answer(self, path: str, body: "dict | None", timeout_s: float) -> Iterator:
+        """The answer to a POST of `body`, or to a GET, as a file."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=timeout_s) as answer:
-                text = answer.read().decode()
+                yield answer
         except urllib.error.HTTPError as error:
             with error:
                 raise OSError(f"{path}: {error.code} {error.read().decode()}") from None
+
+    def ask(self, path: str, body: "dict | None" = None, timeout_s: float = 120.0):
+        """What a POST of `body`, or a GET, returns: JSON, or text where it is none."""
+        with self._answer(path, body, timeout_s) as answer:
+            text = answer.read().decode()
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def complete(self, prompt: "list[int] | str", **options) -> dict:
@@ -151,12 +145,7 @@ class Server:
     def stream(self, prompt: "list[int] | str", **options) -> Iterator[str]:
         """The tokens of a greedy completion, as they come."""
         body = {"model": "demo", "prompt": prompt, "temperature": 0.0, "stream": True, **options}
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/completions",
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with self._answer("/v1/completions", body, 120) as answer:
             for line in answer:
                 event = line.decode().removeprefix("data: ").strip()
                 if event == "[DONE]":

@@ -28,11 +28,12 @@ SAVED = Policy(
 )
 
 
-@functools.cache
-def moe(folder: str) -> str:
+@pytest.fixture(scope="module")
+def configured(tmp_path_factory) -> str:
     """A folder with the configuration of a small mixture of experts."""
     import transformers
 
+    folder = str(tmp_path_factory.mktemp("configured"))
     sizes = dict(hidden_size=HIDDEN, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=256)
     sizes |= dict(head_dim=16, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2)
     config = transformers.MixtralConfig(**sizes, architectures=["MixtralForCausalLM"], dtype="bfloat16")
@@ -50,7 +51,7 @@ def groups(folder: str, policy: "Policy | None"):
     from flashcomm.integrations import vllm
 
     rank = dist.get_rank()
-    arguments = EngineArgs(model=moe(folder), skip_tokenizer_init=True, enforce_eager=True, enable_expert_parallel=True)
+    arguments = EngineArgs(model=folder, skip_tokenizer_init=True, enforce_eager=True, enable_expert_parallel=True)
     config = arguments.create_engine_config()
     config.parallel_config.data_parallel_size, config.parallel_config.data_parallel_rank = 2, rank
     if policy:
@@ -124,14 +125,12 @@ def plain(folder: str) -> dict:
         return flashcomm.stats()
 
 
-def test_vllm_on_cpus_has_no_exchange_of_its_own(fresh_ranks, tmp_path):
-    moe(str(tmp_path))
-    assert fresh_ranks(2).run(alone, str(tmp_path)) == ["AgRsAll2AllManager"] * 2
+def test_vllm_on_cpus_has_no_exchange_of_its_own(fresh_ranks, configured):
+    assert fresh_ranks(2).run(alone, configured) == ["AgRsAll2AllManager"] * 2
 
 
-def test_dispatch_and_combine_between_vllms_groups(fresh_ranks, tmp_path):
-    moe(str(tmp_path))
-    for stats in fresh_ranks(2).run(compressed, str(tmp_path)):
+def test_dispatch_and_combine_between_vllms_groups(fresh_ranks, configured):
+    for stats in fresh_ranks(2).run(compressed, configured):
         assert stats["calls"] == {
             "all_gather/one_step/int8g128": 2,
             "all_gather/plain/none": 3,
@@ -140,9 +139,8 @@ def test_dispatch_and_combine_between_vllms_groups(fresh_ranks, tmp_path):
         assert stats["plain"] == {"weights and numbers of experts": 3}
 
 
-def test_what_is_not_compressed_is_sent_as_it_is(fresh_ranks, tmp_path):
-    moe(str(tmp_path))
-    for stats in fresh_ranks(2).run(plain, str(tmp_path)):
+def test_what_is_not_compressed_is_sent_as_it_is(fresh_ranks, configured):
+    for stats in fresh_ranks(2).run(plain, configured):
         reason = "message under the policy's min_bytes = 1 MiB"
         assert stats["plain"] == {reason: 4, "weights and numbers of experts": 3}
 
