@@ -11,6 +11,7 @@ import sys
 import traceback
 from datetime import timedelta
 from importlib import import_module
+from multiprocessing.connection import wait
 from pathlib import Path
 
 WAYS = {
@@ -47,6 +48,9 @@ class Ranks:
         environment = {**os.environ, **(env or {})}
         pipes = [context.Pipe() for _ in range(ranks)]
         self.pipes, theirs = map(list, zip(*pipes, strict=True))
+        self.closed = False
+        # In a group of this set a call waits for a rank that failed until the group's time-out, and no longer.
+        self.patience_s = timeout_s + 60
         common = ranks, port, timeout_s, backend, environment
         if path:
             calls = [(_fork, (theirs, path, *common))]
@@ -71,16 +75,28 @@ class Ranks:
             return None
 
     def run(self, function, *args) -> list:
-        """Results of ``function(*args)`` in rank order; `RankFailed` with all tracebacks if any rank raised."""
+        """Results of ``function(*args)`` in rank order; `RankFailed` with all tracebacks if any rank raised.
+
+        Ranks that then wait for it, in an engine's group perhaps, are killed after a while: better than no traceback.
+        """
         self.start(function, *args)
-        outcomes = [self.outcome(rank) for rank in range(len(self.pipes))]
-        failures = [f"rank {r}: {o[1] if o else 'died'}" for r, o in enumerate(outcomes) if o is None or not o[0]]
+        results, failures, running = {}, {}, {pipe: rank for rank, pipe in enumerate(self.pipes)}
+        while running:
+            ready = wait(running, self.patience_s if failures else None)
+            if not ready:
+                failures |= dict.fromkeys(running.values(), "waits for a rank that failed")
+                self.close()
+                break
+            for rank in map(running.pop, ready):
+                good, result = self.outcome(rank) or (False, "died")
+                (results if good else failures)[rank] = result
         if failures:
-            raise RankFailed("\n".join(failures))
-        return [outcome[1] for outcome in outcomes]
+            raise RankFailed("\n".join(f"rank {rank}: {failures[rank]}" for rank in sorted(failures)))
+        return [results[rank] for rank in range(len(self.pipes))]
 
     def close(self):
         """Stop the processes."""
+        self.closed = True
         for pipe in self.pipes:
             pipe.close()
         for process in self.processes:
@@ -156,7 +172,8 @@ def shared(ranks: int, path: str = "", by: str = "memory") -> Ranks:
     Messages go by one of `WAYS`. Only the sets used last are kept: the threads of gloo wake up even if nobody sends.
     """
     key = ranks, path, by
-    _kept[key] = _kept.pop(key, None) or Ranks(ranks, path=path, env=WAYS[by])
+    kept = _kept.pop(key, None)
+    _kept[key] = kept if kept and not kept.closed else Ranks(ranks, path=path, env=WAYS[by])
     while len(_kept) > _MOST_KEPT:
         _kept.pop(next(iter(_kept))).close()
     return _kept[key]
