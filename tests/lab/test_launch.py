@@ -64,11 +64,11 @@ class Clock:
 
 
 def test_ctrl_c_is_one_whatever_the_launcher_makes_of_it(forked_launch, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
+    handler, before = signal.getsignal(signal.SIGINT), set(multiprocessing.active_children())
     monkeypatch.setattr(metrics, "time", Clock())
     try:
         with pytest.raises(launch.Interrupted, match="all ranks have been stopped"):
             launch.run(signal.pause, ranks=1)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
