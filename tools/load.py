@@ -53,6 +53,8 @@ def main() -> int:
     if given.more and not (kept and kept.exists()):
         parser.error("--more: no rounds of these tests are kept")
     rows = json.loads(kept.read_text())["rows"] if kept and given.more else []
+    if any(row["failed"] for row in rows):
+        parser.error("--more: a round that is kept has failed, so the rounds begin anew without --more")
     tests, code = given.tests or files(), 0
     path = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     cores = len(os.sched_getaffinity(0))

@@ -77,7 +77,7 @@ class Probe:
         return str(vllm.worker.policy)
 
     def flashcomm_die(self, steps: int) -> str:
-        """Kill the second rank at the begin of a step, after as many."""
+        """Kill the second rank where it would begin the step after the next `steps`."""
         if self.rank == 1:
             execute, left = self.execute_model, iter(range(steps))
 
