@@ -14,8 +14,7 @@ import flashcomm
 import promises
 import ranks
 from flashcomm.demo import MODEL
-from flashcomm.integrations.loaded import tensor_parallel_argument
-from flashcomm.integrations.transformers import compress, compressed, compression_of
+from flashcomm.integrations.transformers import compress, compressed, compression_of, tensor_parallel_argument
 from flashcomm.policy import Policy, Rule
 from thorough import thorough
 

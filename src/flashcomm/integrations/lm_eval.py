@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 
 from flashcomm import codecs, collectives
-from flashcomm.integrations.loaded import tensor_parallel_argument
-from flashcomm.integrations.transformers import compress
+from flashcomm.integrations.transformers import compress, tensor_parallel_argument
 
 
 def model_class() -> Any:

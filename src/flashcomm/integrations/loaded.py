@@ -14,7 +14,6 @@ Source: our own; names become entries of a plan as in transformers' ``replace_la
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -54,19 +53,6 @@ def tensor_parallel_group(model: Any) -> dist.ProcessGroup:
             'tp_size=N)), or tp_plan="auto" before transformers 5.15, and give the object that from_pretrained returned'
         )
     return mesh.get_group()
-
-
-def tensor_parallel_argument() -> dict[str, Any]:
-    """Make the arguments that load a model over all ranks: ``tp_plan``, or a config in later releases.
-
-    Returns:
-        Keyword arguments of `from_pretrained`.
-    """
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
-        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
-    return {"tp_plan": "auto"}
 
 
 def cache_name(forward: Callable) -> str:

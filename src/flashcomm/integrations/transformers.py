@@ -22,6 +22,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,23 @@ _OUTSIDE = "outside of the plan: made by no module that is compressed"
 _log = logging.getLogger("flashcomm")
 _patch_lock = threading.Lock()
 _patches = Patches(__name__)
+
+
+def tensor_parallel_argument() -> dict[str, Any]:
+    """Make the arguments that load a model over all ranks, whatever the release of transformers.
+
+    Returns:
+        Keyword arguments of `from_pretrained`: ``distributed_config``, or ``tp_plan`` before transformers 5.15.
+
+    Example::
+
+        model = AutoModelForCausalLM.from_pretrained(directory, **tensor_parallel_argument())
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    if "tp_size" in {field.name for field in fields(DistributedConfig)}:
+        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    return {"tp_plan": "auto"}
 
 
 def compress(

@@ -11,8 +11,7 @@ import torch
 import torch.distributed as dist
 
 import flashcomm
-from flashcomm.integrations.loaded import tensor_parallel_argument
-from flashcomm.integrations.transformers import Compression
+from flashcomm.integrations.transformers import Compression, tensor_parallel_argument
 from flashcomm.models import heads
 
 _PACKAGE = "flashcomm_demo_model"
