@@ -8,18 +8,14 @@ import sys
 import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.distributed.configuration_utils import DistributedConfig
 
 import flashcomm
 from flashcomm.demo import MODEL
-from flashcomm.integrations.transformers import compressed
+from flashcomm.integrations.transformers import compressed, tensor_parallel_argument
 
 dist.init_process_group("gloo")
 directory = sys.argv[1] if len(sys.argv) > 1 else MODEL
-# With transformers 5.0 to 5.14, pass tp_plan="auto" instead of the distributed_config.
-model = AutoModelForCausalLM.from_pretrained(
-    directory, dtype=torch.bfloat16, distributed_config=DistributedConfig(tp_size=dist.get_world_size())
-)
+model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, **tensor_parallel_argument())
 tokenizer = AutoTokenizer.from_pretrained(directory)
 inputs = tokenizer("def read_config(path):\n" * 30, return_tensors="pt", return_token_type_ids=False)
 

@@ -566,6 +566,12 @@ def not_tensor_parallel():
         compress(model, "int9")
 
 
+def test_loading_over_all_ranks_needs_a_process_group():
+    pytest.importorskip("transformers", reason="pip install 'flashcomm[transformers]'")
+    with pytest.raises(ValueError, match="make sure to call init_process_group"):
+        tensor_parallel_argument()
+
+
 def test_the_oldest_release_is_another_one():
     assert oldest().run(version)[0].startswith("5.0.")
     assert newest().run(version)[0] > "5.1"

@@ -58,14 +58,19 @@ def tensor_parallel_argument() -> dict[str, Any]:
     Returns:
         Keyword arguments of `from_pretrained`: ``distributed_config``, or ``tp_plan`` before transformers 5.15.
 
+    Raises:
+        ValueError: `torch.distributed.init_process_group` has not been called.
+
     Example::
 
+        dist.init_process_group("gloo")
         model = AutoModelForCausalLM.from_pretrained(directory, **tensor_parallel_argument())
     """
     from transformers.distributed.configuration_utils import DistributedConfig
 
+    ranks = dist.get_world_size()
     if "tp_size" in {field.name for field in fields(DistributedConfig)}:
-        return {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
     return {"tp_plan": "auto"}
 
 
